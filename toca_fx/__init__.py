@@ -1,0 +1,45 @@
+"""Token-wise feature caching for diffusion transformers, compiled from a YAML policy.
+
+The public names are loaded on first use: `toca-fx validate` and `load_policy` must start without importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toca_fx.backend import compile as compile
+    from toca_fx.diagnostics import PolicyError as PolicyError
+    from toca_fx.policy import Policy as Policy
+    from toca_fx.policy import load_policy as load_policy
+    from toca_fx.report import Report as Report
+    from toca_fx.runtime import branch as branch
+    from toca_fx.runtime import session as session
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "toca_fx.backend",
+    "session": "toca_fx.runtime",
+    "branch": "toca_fx.runtime",
+    "Report": "toca_fx.report",
+    "load_policy": "toca_fx.policy",
+    "Policy": "toca_fx.policy",
+    "PolicyError": "toca_fx.diagnostics",
+}
+
+__all__ = ["Policy", "PolicyError", "Report", "__version__", "branch", "compile", "load_policy", "session"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

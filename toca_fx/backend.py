@@ -1,0 +1,157 @@
+"""The ``toca`` backend of torch.compile, and ``toca_fx.compile``, which wraps it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import CompileContext
+
+from toca_fx import trace
+from toca_fx.diagnostics import did_you_mean
+from toca_fx.policy import Policy, PolicySource, load_policy, shipped_policies
+from toca_fx.program import Inner, Program
+from toca_fx.runtime import Lane, current_session
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
+
+
+def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = "inductor") -> Model:  # noqa: A001 - as torch.compile
+    """A twin of ``model`` that computes only the tokens that matter on most denoising steps.
+
+    ``model`` is a denoising transformer (any ``torch.nn.Module``) or a diffusers pipeline with a ``transformer``. The twin
+    shares all parameters and attributes with it and has its class; ``model`` itself stays as it is. ``policy`` is a
+    shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the shipped policy that names the model's
+    class, else ``default``. ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager" or any other
+    torch.compile backend.
+
+    Raises:
+        PolicyError: the policy has problems (all are listed).
+        ValueError, TypeError: an unknown ``inner``, or a ``model`` of another kind.
+    """
+    backend = Backend(None if policy is None else load_policy(policy), _checked_inner(inner))
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
+        twin = copy.copy(model)
+        twin.transformer = compile(transformer, backend.policy, inner=inner)  # type: ignore[attr-defined]
+        return twin
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a torch.nn.Module or a diffusers pipeline with a transformer, got {type(model).__name__}"
+        )
+    module = copy.copy(getattr(model, "_orig_mod", model))
+    module.compile(backend=backend, fullgraph=True)
+    return module
+
+
+def toca(captured: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+    """``torch.compile(model, backend="toca", options={"policy": ..., "inner": ...})``; both options may be left out."""
+    options = dict(options or {})
+    policy, inner = options.pop("policy", None), options.pop("inner", "inductor")
+    if options:
+        unknown = next(iter(options))
+        raise ValueError(f"backend toca: unknown option `{unknown}`{did_you_mean(unknown, ('policy', 'inner'))}")
+    return Backend(None if policy is None else load_policy(policy), _checked_inner(inner))(captured, inputs)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A torch.compile backend. Frozen, because Dynamo guards on backends being equal. ``policy`` None: pick by model."""
+
+    policy: Policy | None
+    inner: Inner
+
+    def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            log.warning(
+                "gradients are enabled: the model runs uncached, because cached features have no gradient. "
+                "Sample under torch.no_grad() or torch.inference_mode()"
+            )
+            return _compiler(self.inner)(captured, inputs)
+        model_class = trace.model_class(captured)
+        policy = self.policy or default_policy(model_class)
+        if policy.model and model_class and model_class not in policy.model:
+            log.warning("policy `%s` was written for %s; the model is a %s", policy.name, ", ".join(policy.model), model_class)
+        return Dispatcher(captured, policy, self.inner, inputs)
+
+
+class Dispatcher:
+    """What Dynamo calls in the model's place: hands each call to the session, which knows the step."""
+
+    def __init__(self, captured: fx.GraphModule, policy: Policy, inner: Inner, inputs: Sequence[Any]) -> None:
+        self._captured, self._policy, self._inner = captured, policy, inner
+        self._timestep = _timestep_position(trace.input_sources(captured), inputs)
+        self._lane = _lane(inputs)
+        self._programs: dict[tuple[int, ...], Program] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        # Dynamo guards everything but the sizes it made symbolic, which arrive as integers.
+        sizes = tuple(value for value in inputs if isinstance(value, int))
+        program = self._programs.get(sizes)
+        if program is None:
+            program = self._programs[sizes] = Program(self._captured, inputs, self._policy, self._inner)
+        timestep = None if self._timestep is None else inputs[self._timestep]
+        return current_session().call(self._lane, program, inputs, timestep)
+
+
+def default_policy(model_class: str) -> Policy:
+    """TOCA_POLICY if set, else the shipped policy that names ``model_class``, else ``default``; logs which."""
+    if chosen := os.environ.get("TOCA_POLICY"):
+        log.info("policy `%s` (from TOCA_POLICY)", chosen)
+        return load_policy(chosen)
+    for name in sorted(shipped_policies()):
+        policy = load_policy(name)
+        if not name.startswith("reference/") and model_class in policy.model:
+            log.info("policy `%s` (it names %s)", name, model_class)
+            return policy
+    log.info("policy `default` (none names %s)", model_class or "the model")
+    return load_policy("default")
+
+
+def _checked_inner(inner: Inner) -> Inner:
+    _compiler(inner)
+    return inner
+
+
+def _compiler(inner: Inner) -> Any:
+    if callable(inner):
+        return inner
+    try:
+        return lookup_backend(inner)
+    except Exception as error:
+        known = torch.compiler.list_backends(exclude_tags=())
+        raise ValueError(f"unknown inner backend `{inner}`{did_you_mean(str(inner), known)}; known: {', '.join(known)}") from error
+
+
+_lanes: weakref.WeakValueDictionary[tuple[int | None, int], Lane] = weakref.WeakValueDictionary()
+
+
+def _lane(inputs: Sequence[Any]) -> Lane:
+    """One lane per place in the code (so that the parts of a broken graph do not mix) and per set of parameters."""
+    compile_id = CompileContext.current_compile_id()
+    frame = None if compile_id is None else compile_id.frame_id
+    parameters = (id(value) for value in inputs if isinstance(value, nn.Parameter))
+    key = (frame, next(parameters, 0))
+    lane = _lanes.get(key)
+    if lane is None:
+        lane = _lanes[key] = Lane()
+    return lane
+
+
+def _timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
+    """The input that holds the timestep, by the name of the forward's argument; None if there is none."""
+    for name in ("timestep", "timesteps", "t", "sigma", "time"):
+        for position, source in enumerate(sources):
+            if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
+                return position
+    return None

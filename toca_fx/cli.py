@@ -1,0 +1,108 @@
+"""The `toca-fx` command. Each subcommand is one `add_...` function; heavy imports stay inside the functions that run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, TextIO
+
+from toca_fx import __version__
+from toca_fx.diagnostics import Problem, UnreadablePolicyError, count
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+CLEAN, PROBLEMS, UNREADABLE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    _never_fail_to_print(sys.stdout, sys.stderr)
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except BrokenPipeError:  # `toca-fx ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PROBLEMS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="toca-fx", description="Token-wise feature caching for diffusion transformers.")
+    parser.add_argument("--version", action="version", version=f"toca-fx {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log what is being done")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_validate(subparsers)
+    return parser
+
+
+def _never_fail_to_print(*streams: TextIO) -> None:
+    """File names and policies may hold what the terminal's encoding cannot; show it escaped instead of failing."""
+    for stream in streams:
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def add_validate(subparsers: Subparsers) -> None:
+    """`validate FILE...`: report every problem of policy files. Exit status 0 clean, 1 problems, 2 unreadable."""
+    parser = subparsers.add_parser(
+        "validate",
+        help="check policy files",
+        description="Check policy files and report every problem as file:line:col: message.",
+        epilog="exit status: 0 no errors, 1 errors, 2 a file could not be read",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a policy in YAML")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to report (default: text)")
+    parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
+    parser.set_defaults(run=_validate)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The outcome for one file."""
+
+    file: str
+    problems: tuple[Problem, ...]
+    readable: bool = True
+
+    def number(self, severity: str) -> int:
+        return sum(problem.severity == severity for problem in self.problems)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    checked = [_check_one(file, arguments.strict) for file in arguments.files]
+    report = _report_json if arguments.format == "json" else _report_text
+    print(report(checked))
+    if not all(outcome.readable for outcome in checked):
+        return UNREADABLE
+    return PROBLEMS if any(outcome.number("error") for outcome in checked) else CLEAN
+
+
+def _check_one(file: str, strict: bool) -> _Checked:
+    from toca_fx.policy import validate_file
+
+    try:
+        problems = validate_file(file)
+    except UnreadablePolicyError as error:
+        return _Checked(file, error.problems, readable=False)
+    return _Checked(file, tuple(replace(problem, severity="error") for problem in problems) if strict else problems)
+
+
+def _report_json(checked: Sequence[_Checked]) -> str:
+    return json.dumps([asdict(problem) for outcome in checked for problem in outcome.problems], indent=2)
+
+
+def _report_text(checked: Sequence[_Checked]) -> str:
+    lines: list[str] = []
+    for outcome in checked:
+        lines += [str(problem) for problem in outcome.problems] or [f"{outcome.file}: ok"]
+    errors, warnings = (sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning"))
+    found = " and ".join(count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number)
+    return "\n".join([*lines, f"{count(len(checked), 'file')} checked: {found or 'no problems'}"])

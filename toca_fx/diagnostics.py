@@ -1,0 +1,110 @@
+"""Problems with a position, and how values and names are quoted in messages."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+_LONGEST_QUOTE = 40  # characters; a message stays on one line whatever the file holds
+_LONGEST_NAME = 100  # characters; nobody mistypes a known word into something longer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a policy.
+
+    `line` and `column` count from 1. A line of 0 means that there is no position inside `file`: the file could not be
+    read, or the policy was a mapping and `file` holds a key path such as `R.base`.
+    """
+
+    file: str
+    line: int
+    column: int
+    message: str
+    severity: Severity = "error"
+
+    @classmethod
+    def at(cls, place: str, message: str, severity: Severity = "error") -> Problem:
+        """A problem at a place given as text: `file:line:col` (as `Rule.position` is), a file or a key path."""
+        positioned = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", place, re.DOTALL)
+        if positioned is None:
+            return cls(place, 0, 0, message, severity)
+        file, line, column = positioned.groups()
+        return cls(file, int(line), int(column), message, severity)
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        prefix = "warning: " if self.severity == "warning" else ""
+        return f"{place}: {prefix}{self.message}"
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; `problems` holds everything found, in file order."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class UnreadablePolicyError(PolicyError):
+    """A policy file that cannot be read as text at all: missing, a directory, binary, too large."""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` is most likely a typo of, or None when none is close."""
+    if len(word) > _LONGEST_NAME:
+        return None
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """The text to append to a message about an unknown word; empty when nothing is close."""
+    close = nearest(word, candidates)
+    return f"; did you mean `{close}`?" if close else ""
+
+
+def quote(value: object) -> str:
+    """A value as it is shown in messages: short, printable and on one line."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
+    if isinstance(value, (str, int, float)):
+        return f"`{_shorten(value)}`"
+    return f"a {type(value).__name__}"
+
+
+def _shorten(value: str | float) -> str:
+    # repr() escapes line breaks, control characters and lone surrogates, none of which a terminal should receive.
+    text = repr(value[: _LONGEST_QUOTE + 1])[1:-1] if isinstance(value, str) else repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
+
+
+def any_of(words: Iterable[str]) -> str:
+    """`a`, `b` or `c`."""
+    quoted = [f"`{word}`" for word in words]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class UnsupportedModelError(RuntimeError):
+    """The captured model has something that the rewrite cannot follow; the message says what, where and what to do."""

@@ -1,0 +1,107 @@
+"""Policies: how they are found, loaded and checked. The dataclasses are in `policy_types` and are re-exported here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
+from toca_fx.policy_check import check
+from toca_fx.policy_document import Document, from_mapping
+from toca_fx.policy_file import parse_text, read_text
+from toca_fx.policy_types import (
+    MODULE_TYPES,
+    Action,
+    Guidance,
+    Interval,
+    Policy,
+    Ratio,
+    Rule,
+    Sampler,
+    Scores,
+    SitePolicy,
+    Spatial,
+    Window,
+)
+
+__all__ = [
+    "MODULE_TYPES",
+    "Action",
+    "Guidance",
+    "Interval",
+    "Policy",
+    "PolicySource",
+    "Ratio",
+    "Rule",
+    "Sampler",
+    "Scores",
+    "SitePolicy",
+    "Spatial",
+    "Window",
+    "load_policy",
+    "shipped_policies",
+    "validate_file",
+]
+
+PolicySource: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | Policy
+
+_log = logging.getLogger(__name__)
+
+
+def load_policy(source: PolicySource) -> Policy:
+    """Load a policy: a shipped name, the path of a file, a mapping in the form of the YAML, or a Policy as it is.
+
+    A shipped name comes before a file of the same name in the current directory (write `./name` for that one).
+    Raises PolicyError with every problem, positioned. Warnings are logged.
+    """
+    if isinstance(source, Policy):
+        return source
+    if isinstance(source, Mapping):
+        policy, problems = check(from_mapping(source))
+    else:
+        policy, problems = _check_file(_locate(source))
+    for problem in problems:
+        if problem.severity == "warning":
+            _log.warning("%s", problem)
+    if any(problem.severity == "error" for problem in problems):
+        raise PolicyError(problems)
+    return policy
+
+
+def validate_file(file: str | os.PathLike[str]) -> tuple[Problem, ...]:
+    """Every problem of a policy file, in file order. Raises UnreadablePolicyError when there is no text to look at."""
+    return tuple(_check_file(file)[1])
+
+
+def shipped_policies() -> dict[str, Path]:
+    """The policies that come with toca_fx, by name (`dit-xl-2`, `reference/dit-xl-2-ddim50`)."""
+    here = Path(__file__).resolve().parent
+    # In a wheel they lie inside the package; in a clone, beside it.
+    folder = next((folder for folder in (here / "policies", here.parent / "policies") if folder.is_dir()), here)
+    files = sorted(folder.rglob("*.yaml")) if folder != here else []
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _check_file(file: str | os.PathLike[str]) -> tuple[Policy, list[Problem]]:
+    document = parse_text(read_text(file), os.fspath(file))
+    if document.complete:
+        return check(document)
+    # Half a file says little about the rest: only what was found in it is reported.
+    policy, _ = check(Document(document.file, {}))
+    return policy, document.problems
+
+
+def _locate(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    if not isinstance(source, str):
+        return source
+    shipped = shipped_policies()
+    if source in shipped:
+        return shipped[source]
+    looks_like_a_file = source.endswith((".yaml", ".yml")) or source.startswith((".", "/", "~"))
+    if looks_like_a_file or os.path.isfile(source):
+        return os.path.expanduser(source)
+    message = f"there is no shipped policy and no file of this name{did_you_mean(source, shipped)}"
+    raise PolicyError([Problem(source, 0, 0, f"{message} (shipped: {', '.join(shipped)})")])

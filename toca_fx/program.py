@@ -1,0 +1,165 @@
+"""One captured graph at one set of input shapes: its sites, its plans, and its compiled step graphs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from toca_fx import trace
+from toca_fx.flops import count_flops
+from toca_fx.match import match
+from toca_fx.plan import Modes, Plan, StepPlan, make_plan
+from toca_fx.policy import Policy
+from toca_fx.rewrite import StepGraph, rewrite
+
+log = logging.getLogger(__name__)
+
+Inner = str | Callable[..., Any]
+
+
+class Program:
+    """The captured model for the shapes of ``inputs``: matched at once, planned and compiled when first needed."""
+
+    def __init__(self, captured: fx.GraphModule, inputs: Sequence[Any], policy: Policy, inner: Inner) -> None:
+        self.policy, self._inner = policy, inner
+        self.aten = trace.to_aten(captured, inputs)
+        trace.verify(captured, self.aten, inputs)
+        self.matches = match(self.aten.graph)
+        self.aspect = _aspect(inputs)
+        self._plans: dict[int | None, Plan] = {}
+        self._steps: dict[tuple[object, ...], CompiledStep] = {}
+        self._lock = threading.RLock()
+        log.info("matched %d sites, %d near misses", len(self.matches.sites), len(self.matches.misses))
+
+    def plan(self, num_steps: int | None) -> Plan:
+        """The plan for a generation of ``num_steps`` model calls (None: the policy's own count)."""
+        with self._lock:
+            if num_steps not in self._plans:
+                self._plans[num_steps] = make_plan(self.matches, self.policy, num_steps)
+            return self._plans[num_steps]
+
+    def step(self, plan: Plan, modes: Modes) -> CompiledStep:
+        """The compiled graph for steps in these modes; built at the first call, shared between plans."""
+        with self._lock:
+            key = (modes, plan.scored_by_attention)
+            if key not in self._steps:
+                graph = rewrite(self.aten, plan, modes)
+                self._steps[key] = CompiledStep(graph, self.aten, plan, self._inner)
+            return self._steps[key]
+
+    def flops(self, num_steps: int | None, step: StepPlan) -> int:
+        """FLOPs of one call that did ``step`` of the plan for ``num_steps``, scoring included."""
+        return self.step(self.plan(num_steps), step.modes).flops(step)
+
+    @property
+    def compiled_graphs(self) -> int:
+        """How many step graphs have been compiled so far."""
+        return len(self._steps)
+
+    @cached_property
+    def uncached_flops(self) -> int:
+        """FLOPs of one run of the model as it was captured."""
+        inputs = [node.meta["val"] for node in self.aten.graph.find_nodes(op="placeholder")]
+        return sum(count_flops(self.aten, inputs).values())
+
+
+class CompiledStep:
+    """A step graph compiled by the inner backend, for every number of fresh tokens.
+
+    Called with the model's inputs, the buffers of a generation and the chosen rows; returns the model's outputs.
+    """
+
+    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
+        self.graph = graph
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+        self._source, self._plan = source, plan
+        compiler = lookup_backend(inner) if isinstance(inner, str) else inner
+        with torch.no_grad():
+            self._run = compiler(graph.module, self._examples(dynamic=True))
+
+    def __call__(
+        self, inputs: Sequence[Any], caches: dict[int, Tensor], scores: dict[int, Tensor], rows: dict[int, Tensor]
+    ) -> Any:
+        graph = self.graph
+        return self._run(
+            *(inputs[position] for position in graph.kept),
+            *(caches[i] for i in graph.caches),
+            *(scores[i] for i in graph.scores),
+            *(rows[i] for i in graph.rows),
+        )
+
+    def flops(self, step: StepPlan) -> int:
+        """FLOPs of one run with the fresh tokens of ``step``, scoring included."""
+        fixed, per_site = self._flops
+        return fixed + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
+
+    @cached_property
+    def _flops(self) -> tuple[int, dict[int, int]]:
+        """FLOPs that do not depend on K, and per site those of computing all of its tokens (they are linear in K)."""
+        flops = count_flops(self.graph.module, self._examples(dynamic=False))
+        per_site = {i: sum(flops.get(name, 0) for name in names) for i, names in self.graph.fresh_nodes.items()}
+        return sum(flops.values()) - sum(per_site.values()), per_site
+
+    def _examples(self, *, dynamic: bool) -> list[Any]:
+        """Fake inputs in call order; the number of fresh tokens is a symbol (or, if not ``dynamic``, all tokens)."""
+        graph = self.graph
+        placeholders = self._source.graph.find_nodes(op="placeholder")
+        examples = [self._like(placeholders[position].meta["val"]) for position in graph.kept]
+        outputs = {i: output_value(self._source, self._plan, i) for i in graph.caches}
+        examples += [self._like(new_cache(outputs[i])) for i in graph.caches]
+        examples += [self._like(new_score(outputs[i])) for i in graph.scores]
+        examples += [self._rows(outputs[i], dynamic, f"rows_{i}") for i in graph.rows]
+        return examples
+
+    def _like(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        with self._mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    def _rows(self, output: Tensor, dynamic: bool, name: str) -> Tensor:
+        batch, tokens, _ = output.shape
+        # The hint only guides the compiler; it must not be 0 or 1, which would be taken for constants.
+        count = max(2, tokens // 8) if dynamic else tokens
+        rows = torch.empty(batch, count, dtype=torch.int64, device=output.device)
+        sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return self._mode.from_tensor(rows, source=ConstantSource(name), symbolic_context=context)
+
+
+def output_value(source: fx.GraphModule, plan: Plan, site: int) -> Tensor:
+    """The fake value of a site's output node: what its cache has to hold."""
+    name = plan.sites[site].output
+    value = next(node.meta["val"] for node in source.graph.nodes if node.name == name)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, not a tensor")
+    return value
+
+
+def new_cache(output: Tensor) -> Tensor:
+    """An empty cache for a site's output: same shape, dtype and device, contiguous."""
+    return torch.empty(output.shape, dtype=output.dtype, device=output.device)
+
+
+def new_score(output: Tensor) -> Tensor:
+    """Base scores of a site's tokens, zero: [batch, tokens] in float32 (float64 for a float64 model)."""
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    return torch.zeros(output.shape[:2], dtype=dtype, device=output.device)
+
+
+def _aspect(inputs: Sequence[Any]) -> tuple[int, int] | None:
+    """Height and width of the latents: the first four-dimensional floating-point input that is no parameter."""
+    for value in inputs:
+        if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.dim() == 4 and value.is_floating_point():
+            return value.shape[-2], value.shape[-1]
+    return None

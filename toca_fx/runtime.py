@@ -1,0 +1,246 @@
+"""Sessions: one generation's caches, step clock and records.
+
+A *generation* is one sampling run of one model and one guidance branch. Its clock counts model calls; the plan says
+what each call does. Caches belong to the generation, so nothing survives into the next one, and its first step is
+always full, so nothing is read before it was written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_fx.plan import StepPlan
+from toca_fx.program import Program, new_cache, new_score, output_value
+from toca_fx.report import Report, SiteRecord, StepRecord
+from toca_fx.select import Selector
+
+log = logging.getLogger(__name__)
+
+
+class Lane:
+    """Identity of one model's code across recompilations; its generations are kept apart from other models'."""
+
+
+class Generation:
+    """Clock, caches and token counters of one sampling run, for one program."""
+
+    def __init__(self, program: Program, num_steps: int | None, position: int = 0) -> None:
+        self.program, self.position = program, position
+        self.plan = program.plan(num_steps)
+        self.fresh_caches = True
+        self.timestep: float | None = None
+        self.direction = 0.0
+        # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = {i: output_value(program.aten, self.plan, i) for i in self.plan.cached}
+            self.caches = {i: new_cache(output) for i, output in outputs.items()}
+            scores = [new_score(outputs[i]) for i in self.plan.scored]
+        self.scores = dict(zip(self.plan.scored, scores, strict=True))
+        self.selector = Selector(self.plan, program.policy, scores, program.aspect)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every planned step has run."""
+        return self.position >= len(self.plan.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for this generation: caches, scores, counters."""
+        buffers = (*self.caches.values(), *self.scores.values())
+        return sum(buffer.nbytes for buffer in buffers) + self.selector.nbytes()
+
+    def runs_backwards(self, timestep: float) -> bool:
+        """Whether ``timestep`` goes against the direction of the run so far: the sign of a new generation."""
+        moved = 0.0 if self.timestep is None else timestep - self.timestep
+        return moved * self.direction < 0
+
+    def observe(self, timestep: float) -> None:
+        """Take note of this call's timestep."""
+        if self.timestep is not None and not self.direction:
+            self.direction = timestep - self.timestep
+        self.timestep = timestep
+
+    def next_step(self) -> StepPlan:
+        """What this call does: as planned, but full on fresh caches and past the last step."""
+        step = self.plan.steps[min(self.position, len(self.plan.steps) - 1)]
+        return self.plan.full_step(step.index) if self.fresh_caches or self.finished else step
+
+    def run(self, inputs: Sequence[Any], branch: str) -> tuple[Any, StepRecord]:
+        """Run one step. If it fails, the caches count as lost: the next step is full."""
+        began = time.perf_counter()
+        step = self.next_step()
+        self.fresh_caches = True
+        rows: dict[int, Tensor] = {}
+        if step.kind == "full":
+            self.selector.full()
+        else:
+            rows = self.selector.select(step)
+        selected = time.perf_counter()
+        compiled = self.program.step(self.plan, step.modes)
+        outputs = compiled(inputs, self.caches, self.scores, rows)
+        self.fresh_caches = False
+        self.position += 1
+        ended = time.perf_counter()
+        return outputs, StepRecord(step.index, step.kind, branch, ended - began, selected - began, step)
+
+
+@dataclass
+class _Track:
+    """The generations of one lane in one session, by guidance branch, and how often the lane was called."""
+
+    generations: dict[str, Generation]
+    calls: int = 0
+
+
+class Session:
+    """One sampling run, or (implicit) all runs outside of any ``toca_fx.session``."""
+
+    def __init__(self, num_steps: int | None = None, *, implicit: bool = False) -> None:
+        self.num_steps, self._implicit = num_steps, implicit
+        self._tracks: weakref.WeakKeyDictionary[Lane, _Track] = weakref.WeakKeyDictionary()
+        self._records: list[tuple[Program, StepRecord]] = []
+        self._warnings: dict[str, None] = {}
+        self._cache_bytes = 0
+
+    def call(self, lane: Lane, program: Program, inputs: Sequence[Any], timestep: Tensor | None) -> Any:
+        """Run the model's next step."""
+        track = self._tracks.setdefault(lane, _Track({}))
+        branch = _branch.get()
+        if not branch and program.policy.guidance.layout == "separate":
+            branch = "first" if track.calls % 2 == 0 else "second"
+        track.calls += 1
+        generation = self._generation(track, branch, program, timestep)
+        try:
+            outputs, record = generation.run(inputs, branch)
+        except BaseException:
+            if self._implicit:
+                del track.generations[branch]
+            raise
+        if not self._implicit:
+            self._records.append((program, record))
+        return outputs
+
+    def _generation(self, track: _Track, branch: str, program: Program, timestep: Tensor | None) -> Generation:
+        current = track.generations.get(branch)
+        position = 0
+        if current is not None and current.program is not program:
+            # Other shapes, dtype or device: nothing of the old caches fits. An explicit session's clock goes on.
+            position = 0 if self._implicit else current.position
+            current = None
+        now = self._read(timestep, current)
+        if current is not None and self._implicit and (current.finished or (now is not None and current.runs_backwards(now))):
+            current = None
+        if current is not None and current.finished:
+            self.warn(
+                f"the model was called more often than the session's {len(current.plan.steps)} steps; the calls beyond "
+                "are full steps. Give session(num_steps=...) the number of model calls"
+            )
+        if current is not None and now is not None and now == current.timestep:
+            self.warn(
+                f"two calls in a row had timestep {now:g}; if they are guidance branches, set `guidance: {{layout: "
+                "separate}` in the policy or wrap them in toca_fx.branch(name), or they share one cache"
+            )
+        if current is None:
+            current = track.generations[branch] = Generation(program, self.num_steps, position)
+            self._cache_bytes = sum(g.nbytes for t in self._tracks.values() for g in t.generations.values())
+            steps = program.policy.sampler.steps
+            if len(current.plan.steps) != steps:
+                self.warn(
+                    f"policy `{program.policy.name}` was tuned for {steps} steps and runs {len(current.plan.steps)}: "
+                    "its slopes and windows are stretched over them"
+                )
+        if now is not None:
+            current.observe(now)
+        return current
+
+    def _read(self, timestep: Tensor | None, current: Generation | None) -> float | None:
+        """The timestep's value. On an accelerator reading it waits for the device: then only where it decides something."""
+        if timestep is None or timestep.numel() == 0:
+            return None
+        if timestep.device.type == "cpu" or self._implicit or current is None or current.position < 2:
+            return float(timestep.reshape(-1)[0])
+        return None
+
+    def warn(self, message: str) -> None:
+        """Log a warning once and keep it for the report."""
+        if message not in self._warnings:
+            self._warnings[message] = None
+            log.warning(message)
+
+    def close(self) -> None:
+        """Free the caches; records and report stay."""
+        self._tracks.clear()
+
+    def report(self) -> Report:
+        """What has been done so far in this session."""
+        programs = list(dict.fromkeys(program for program, _ in self._records))
+        sites = [
+            SiteRecord(site.path, site.kind, site.layer, site.tokens, tuple(r.plan.fresh[i] for p, r in self._records if p is program))
+            for program in programs
+            for i, site in enumerate(program.matches.sites)
+        ]
+        return Report(
+            steps=tuple(record for _, record in self._records),
+            sites=tuple(sites),
+            flops_done=sum(program.flops(self.num_steps, record.plan) for program, record in self._records),
+            flops_uncached=sum(program.uncached_flops for program, _ in self._records),
+            cache_bytes=self._cache_bytes,
+            compiled_graphs=sum(program.compiled_graphs for program in programs),
+            warnings=tuple(self._warnings),
+        )
+
+
+_session: ContextVar[Session | None] = ContextVar("toca_fx_session", default=None)
+_implicit: ContextVar[Session | None] = ContextVar("toca_fx_implicit_session", default=None)
+_branch: ContextVar[str] = ContextVar("toca_fx_branch", default="")
+
+
+@contextmanager
+def session(num_steps: int | None = None) -> Iterator[Session]:
+    """One generation: fresh caches and a step clock of its own for every toca-compiled model called inside.
+
+    ``num_steps`` is the number of model calls of the sampling run (per guidance branch); by default the policy's
+    ``sampler.steps``. Sessions nest, and each thread or asyncio task sees only its own. Calls beyond ``num_steps`` are
+    full steps, with a warning.
+
+    Raises:
+        ValueError: ``num_steps`` is not a positive integer.
+    """
+    if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+        raise ValueError(f"session(num_steps={num_steps!r}): expected a positive integer, the number of model calls")
+    run = Session(num_steps)
+    token = _session.set(run)
+    try:
+        yield run
+    finally:
+        _session.reset(token)
+        run.close()
+
+
+@contextmanager
+def branch(name: str) -> Iterator[None]:
+    """Keep the state of guidance branches apart that are called one after the other, e.g. "cond" and "uncond"."""
+    token = _branch.set(name)
+    try:
+        yield
+    finally:
+        _branch.reset(token)
+
+
+def current_session() -> Session:
+    """The innermost open session of this thread or task, else its implicit one."""
+    run = _session.get() or _implicit.get()
+    if run is None:
+        run = Session(implicit=True)
+        _implicit.set(run)
+    return run

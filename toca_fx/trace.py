@@ -1,0 +1,100 @@
+"""Dynamo's graph, re-traced to pre-dispatch ATen with clean module paths.
+
+Pre-dispatch ATen is one small vocabulary (``aten.linear``, ``aten.scaled_dot_product_attention``, ...) that is
+the same on every device; graphs taken after AOTAutograd have attention already lowered, differently per device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from toca_fx.diagnostics import UnsupportedModelError
+
+# "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']" -> blocks.0.attn
+_PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
+_PATH_NOISE = frozenset({"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"})
+
+
+def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``, which are not modified.
+
+    Placeholders keep their order. Every node carries ``meta["val"]`` (fake tensors with concrete shapes) and
+    ``meta["path"]`` (the module path such as ``transformer_blocks.3.ff``, "" outside any submodule).
+
+    Raises:
+        UnsupportedModelError: the model writes to tensors in place, which the rewrite would reorder.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
+    with preserve_node_meta():
+        graph_module = make_fx(
+            lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True
+        )(*fakes)
+    for node in graph_module.graph.nodes:
+        stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
+        node.meta["stack"] = tuple(path for path in stack if path)
+        node.meta["path"] = stack[-1] if stack else ""
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise UnsupportedModelError(
+                f"the model writes to a tensor in place ({node.target}, in module {node.meta['path'] or '(top level)'}); "
+                "write it without the trailing underscore, or exclude the module from compilation"
+            )
+    return graph_module
+
+
+def clean_path(source: str) -> str:
+    """The module path inside Dynamo's name for it: ``blocks.0.attn`` for ``L['self']._modules['blocks'].0.attn``."""
+    tokens = (quoted or plain for quoted, plain in _PATH_TOKEN.findall(source))
+    return ".".join(token for token in tokens if token not in _PATH_NOISE)
+
+
+def model_class(captured: fx.GraphModule) -> str:
+    """The class name of the captured model: the root of the module stacks, "" if there is none."""
+    for node in captured.graph.nodes:
+        for path, owner in node.meta.get("nn_module_stack", {}).values():
+            if not clean_path(path):
+                return getattr(owner, "__name__", str(owner).rsplit(".", 1)[-1])
+    return ""
+
+
+def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
+    """Per placeholder of Dynamo's graph, the name of the argument or parameter it comes from ("" if unknown)."""
+    names = []
+    for node in captured.graph.find_nodes(op="placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        names.append(source.name if source is not None else "")
+    return tuple(names)
+
+
+def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Run both graphs on the first real inputs and compare: re-tracing can lose writes through ``.data``.
+
+    Raises:
+        UnsupportedModelError: the outputs differ by more than rounding.
+    """
+    with torch.no_grad():
+        expected, actual = captured(*inputs), aten(*inputs)
+    for left, right in zip(_tensors(expected), _tensors(actual), strict=True):
+        scale = left.abs().amax().item() if left.numel() else 0.0
+        if not torch.allclose(left, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+            error = (left - right).abs().amax().item()
+            raise UnsupportedModelError(
+                f"the canonical graph differs from the captured one by {error:.1e} (outputs up to {scale:.1e}); the "
+                "model probably writes through .data or an alias, which cannot be followed"
+            )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
