@@ -84,6 +84,8 @@ def quote(value: object) -> str:
         return "a list"
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
+    if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
+        return f'`"{_shorten(value)}"`'  # or text would be told apart from a number by nothing
     if isinstance(value, (str, int, float)):
         return f"`{_shorten(value)}`"
     return f"a {type(value).__name__}"

@@ -105,5 +105,3 @@ def _check_choices(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     names = " and ".join(f"`{kind}`" for kind in selecting)
     message = f"all scores are zero, so {names} would always compute the same tokens"
     yield Note(where, message, "warning", key=True)
-
-

@@ -71,6 +71,7 @@ class _Composer:
     def __init__(self, text: str, file: str) -> None:
         self.document = Document(file)
         self._count = 0
+        self._aliases: set[object] = set()
         self._last = Position(1, 1)
         self._ahead: yaml.Event | None = None
         self._events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -100,7 +101,8 @@ class _Composer:
         if mark and text[mark.index : mark.index + 1] == "\t":
             self._stop(position, "not valid YAML: a tab cannot indent or start a value; use spaces")
             return
-        context = f" ({error.context})" if error.context else ""
+        opened = f" that starts on line {error.context_mark.line + 1}" if error.context_mark else ""
+        context = f" ({error.context}{opened})" if error.context else ""
         self._stop(position, f"not valid YAML: {error.problem or 'syntax error'}{context}".replace("\t", " "))
 
     def _report(self, position: Position, message: str) -> None:
@@ -150,7 +152,9 @@ class _Composer:
     def _check_node(self, event: yaml.Event, path: Path, position: Position) -> None:
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
-            self._report(position, f"the alias {quote('*' + str(anchor))} is not supported: write the value out")
+            if anchor not in self._aliases:  # once each: a bomb is made of thousands
+                self._report(position, f"the alias {quote('*' + str(anchor))} is not supported: write the value out")
+            self._aliases.add(anchor)
             self.document.refused.add(path)
         elif anchor is not None:
             self._report(position, f"the anchor {quote('&' + str(anchor))} is not supported: write each value where it is used")

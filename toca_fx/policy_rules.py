@@ -166,5 +166,6 @@ def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -
             name = leaf.partition(".")[2]
             message = f"`{name}` has no effect: the policy's `N.full_steps` takes its place"
             yield Note(("rules", index, "N", name), message, "warning", key=True)
-    if "spatial.grid" in leaves and "spatial.bonus" not in leaves and policy.spatial is None:
+    has_bonus = policy.spatial is not None or any("spatial.bonus" in dict(other.overrides) for other in rules)
+    if "spatial.grid" in dict(rule.overrides) and not has_bonus:
         yield Note(("rules", index, "spatial"), "a `grid` without a `bonus` has no effect", "warning", key=True)

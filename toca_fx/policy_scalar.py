@@ -11,8 +11,6 @@ import math
 import re
 from typing import NamedTuple
 
-from toca_fx.diagnostics import quote
-
 ScalarValue = str | int | float | bool | None
 
 _CONSTANTS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
@@ -62,17 +60,17 @@ def _read_long(text: str) -> Scalar:
 def _read_integer(text: str) -> Scalar:
     value = int(text)
     if abs(value) > _LARGEST_INTEGER:
-        return Scalar(None, f"{quote(text)} does not fit into 64 bits")
+        return Scalar(None, f"`{text}` does not fit into 64 bits")
     return Scalar(value)
 
 
 def _read_float(text: str) -> Scalar:
     value = float(text)
-    return Scalar(value) if math.isfinite(value) else Scalar(None, f"{quote(text)} is too large for a number")
+    return Scalar(value) if math.isfinite(value) else Scalar(None, f"`{text}` is too large for a number")
 
 
 def _trap(text: str) -> str | None:
-    shown = quote(text)
+    shown = f"`{text}`"
     if switch := _SWITCH.fullmatch(text):
         meaning = "false" if switch.group(1) else "true"
         return f'YAML 1.1 reads {shown} as {meaning}: write "{text}" in quotes if the word is meant'

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
 
-from toca_fx.diagnostics import Problem, any_of, did_you_mean, quote
+from toca_fx.diagnostics import Problem, any_of, did_you_mean, nearest, quote
 from toca_fx.policy_document import Document, Path
 
 Schema = dict[str, Any]
@@ -109,8 +109,10 @@ def _unknown_keys(violation: _Violation) -> Iterator[Finding]:
 
 
 def _missing_keys(violation: _Violation) -> Iterator[Finding]:
+    known = list(violation.schema.get("properties", violation.demand))
+    mistyped = {nearest(key, known) for key in violation.instance if key not in known}
     for key in violation.demand:
-        if key not in violation.instance:
+        if key not in violation.instance and key not in mistyped:  # a typo is reported as one problem, not two
             yield Finding(violation.path, f"missing required key `{key}`", key=True, usable=True)
 
 
@@ -121,7 +123,7 @@ def _wrong_type(violation: _Violation) -> Iterator[Finding]:
 def _type_hint(violation: _Violation) -> str:
     numeric = violation.demand in ("integer", "number")
     if numeric and isinstance(violation.instance, str) and violation.instance.replace(".", "", 1).isdecimal():
-        return " as text; remove the quotes"
+        return "; remove the quotes"
     return ""
 
 
@@ -143,7 +145,13 @@ def _wrong_constant(violation: _Violation) -> Iterator[Finding]:
 
 
 def _out_of_range(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(violation.path, f"must be {describe_range(violation.schema)}, got {quote(violation.instance)}")
+    yield Finding(violation.path, f"{_name(violation)}must be {describe_range(violation.schema)}, got {quote(violation.instance)}")
+
+
+def _name(violation: _Violation) -> str:
+    """The key, or nothing for the items of a list."""
+    key = violation.path[-1] if violation.path else None
+    return f"`{key}` " if isinstance(key, str) else ""
 
 
 def describe_range(schema: Schema) -> str:
@@ -159,14 +167,15 @@ def _wrong_length(violation: _Violation) -> Iterator[Finding]:
     least = violation.keyword.startswith("min")
     bound, empty = violation.demand, not violation.instance
     message = "must not be empty" if least and empty else f"must not be {'shorter' if least else 'longer'} than {bound}"
-    yield Finding(violation.path, message, usable=isinstance(violation.instance, dict))
+    yield Finding(violation.path, _name(violation) + message, usable=isinstance(violation.instance, dict))
 
 
 def _no_alternative(violation: _Violation) -> Iterator[Finding]:
     """For oneOf and anyOf: explain the alternative of the value's own type, else say what is expected."""
     alternatives: list[Schema] = violation.demand
     if all(set(alternative) == {"required"} for alternative in alternatives):
-        yield Finding(violation.path, f"needs {any_of(alternative['required'][0] for alternative in alternatives)}", key=True, usable=True)
+        keys = any_of(alternative["required"][0] for alternative in alternatives)
+        yield Finding(violation.path, f"needs at least one of {keys}", key=True, usable=True)
         return
     meant = {index for index, alternative in enumerate(alternatives) if _is_meant(alternative, violation.instance)}
     within = [inner for inner in violation.context if inner.schema_path[0] in meant]

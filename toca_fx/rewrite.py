@@ -80,7 +80,8 @@ class _Rewriter:
             else:
                 merges[i] = self._merge(i, output, caches[i], rows[i])
         fresh_nodes = self._compute_fresh(merges, rows)
-        self.graph.eliminate_dead_code()
+        # FX keeps seeded operators alive, attention among them for its optional dropout.
+        self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         kept = tuple(position for position, node in enumerate(self.inputs) if node.users)
         for position, node in enumerate(self.inputs):
             if position not in kept:
@@ -260,6 +261,13 @@ def _returns_logsumexp(attention: fx.Node) -> bool:
     query, key, value = (operand.meta["val"] for operand in attention.args[:3])  # type: ignore[union-attr]
     plain = all(_argument(attention, name) in (None, False, 0.0) for name in ("attn_mask", "dropout_p", "is_causal"))
     return bool(query.device.type == "cpu" and plain and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1])
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether dead-code elimination has to leave a node that nobody uses: inputs, outputs and writes."""
+    return node.op in ("placeholder", "output") or (
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    )
 
 
 def _argument(node: fx.Node, name: str) -> Any:

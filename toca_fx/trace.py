@@ -38,7 +38,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         graph_module = make_fx(
             lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True
         )(*fakes)
-    for node in graph_module.graph.nodes:
+    for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
         node.meta["path"] = stack[-1] if stack else ""
@@ -47,6 +47,10 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
                 f"the model writes to a tensor in place ({node.target}, in module {node.meta['path'] or '(top level)'}); "
                 "write it without the trailing underscore, or exclude the module from compilation"
             )
+        if node.target is torch.ops.aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
     return graph_module
 
 
