@@ -46,9 +46,7 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
         twin.transformer = compile(transformer, backend.policy, inner=inner)  # type: ignore[attr-defined]
         return twin
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"expected a torch.nn.Module or a diffusers pipeline with a transformer, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline with a transformer, got {type(model).__name__}")
     module = copy.copy(getattr(model, "_orig_mod", model))
     module.compile(backend=backend, fullgraph=True)
     return module
@@ -72,6 +70,7 @@ class Backend:
     inner: Inner
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Take Dynamo's graph and its first inputs; return what runs in their place."""
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
             log.warning(
                 "gradients are enabled: the model runs uncached, because cached features have no gradient. "
@@ -95,6 +94,7 @@ class Dispatcher:
         self._programs: dict[tuple[int, ...], Program] = {}
 
     def __call__(self, *inputs: Any) -> Any:
+        """Run the model's next step on the flat inputs of Dynamo's graph."""
         # Dynamo guards everything but the sizes it made symbolic, which arrive as integers.
         sizes = tuple(value for value in inputs if isinstance(value, int))
         program = self._programs.get(sizes)

@@ -56,7 +56,7 @@ def build_dit(hidden: int, blocks: int, tokens: int) -> nn.Module:
     if side * side != tokens or hidden % 64:
         raise SystemExit("bench: --tokens has to be a square number and --hidden a multiple of 64")
     torch.manual_seed(0)
-    return DiTTransformer2DModel(
+    model: nn.Module = DiTTransformer2DModel(
         num_attention_heads=hidden // 64,
         attention_head_dim=64,
         in_channels=4,
@@ -66,15 +66,16 @@ def build_dit(hidden: int, blocks: int, tokens: int) -> nn.Module:
         patch_size=2,
         num_embeds_ada_norm=1000,
         norm_eps=1e-6,
-    ).eval()
+    )
+    return model.eval()
 
 
 @torch.no_grad()
-def run_bench(model: nn.Module, policy: Policy, batch: int, rounds: int, on_step: Any = lambda: None) -> BenchResult:
-    """Alternate uncached and cached steps over ``rounds`` generations (after one that warms up)."""
+def run_bench(model: nn.Module, policy: Policy, shape: tuple[int, ...], rounds: int, on_step: Any = lambda: None) -> BenchResult:
+    """Alternate uncached and cached steps over ``rounds`` generations (after one that warms up); ``shape`` is the latents'."""
     steps = policy.sampler.steps
-    side = model.config.sample_size
-    latents = torch.randn(steps, batch, 4, side, side, generator=torch.Generator().manual_seed(0))
+    batch = shape[0]
+    latents = torch.randn(steps, *shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(batch)
     uncached = torch.compile(model, fullgraph=True)
     fast = toca_fx.compile(model, policy)
@@ -138,18 +139,6 @@ def show(result: BenchResult, console: Console) -> None:
     console.print(table)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``toca-fx bench``."""
-    parser.add_argument("--policy", default="dit-xl-2", help="shipped name or path (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=768, help="channels (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=12, help="transformer blocks (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens per sample, a square number (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=2, help="samples, guidance halves included (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="generations measured (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark as ``args`` say."""
     torch.set_num_threads(args.threads)
@@ -158,10 +147,11 @@ def main(args: argparse.Namespace) -> int:
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("generations", total=(args.rounds + 1) * policy.sampler.steps)
-        result = run_bench(model, policy, args.batch, args.rounds, on_step=lambda: progress.advance(task))
+        side = 2 * int(args.tokens**0.5)
+        result = run_bench(model, policy, (args.batch, 4, side, side), args.rounds, on_step=lambda: progress.advance(task))
     show(result, console)
     if args.json:
         machine = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "threads": args.threads}
         shapes = {name: getattr(args, name) for name in ("hidden", "blocks", "tokens", "batch", "rounds")}
-        args.json.write_text(json.dumps({**asdict(result), "quotient": result.quotient, **shapes, **machine}, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps({**asdict(result), "quotient": result.quotient, **shapes, **machine}, indent=2) + "\n")
     return 0

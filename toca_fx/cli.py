@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 from toca_fx import __version__
-from toca_fx.diagnostics import Problem, UnreadablePolicyError, count
+from toca_fx.diagnostics import PolicyError, Problem, UnreadablePolicyError, count
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_validate(subparsers)
+    add_bench(subparsers)
+    add_demo(subparsers)
     return parser
 
 
@@ -106,3 +109,59 @@ def _report_text(checked: Sequence[_Checked]) -> str:
     errors, warnings = (sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning"))
     found = " and ".join(count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number)
     return "\n".join([*lines, f"{count(len(checked), 'file')} checked: {found or 'no problems'}"])
+
+
+def add_bench(subparsers: Subparsers) -> None:
+    """`bench`: time saved against work saved, beside torch.compile. Needs the extra `bench`."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure time saved against work saved",
+        description="Time a DiT with random weights, uncached and cached, both compiled by inductor.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--policy", default="dit-xl-2", help="shipped name or path")
+    parser.add_argument("--hidden", type=int, default=768, help="channels, a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=12, help="transformer blocks")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per sample, a square number")
+    parser.add_argument("--batch", type=int, default=2, help="samples, guidance halves included")
+    parser.add_argument("--rounds", type=int, default=3, help="generations measured, after one that warms up")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.set_defaults(run=_bench)
+
+
+def add_demo(subparsers: Subparsers) -> None:
+    """`demo`: digits from the trained model that ships with the package. Needs the extra `demo`."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="generate digits, uncached and cached, and compare",
+        description="Generate a grid of digits uncached, cached, and with as many fewer steps as take equal time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--policy", default="digits", help="shipped name or path")
+    parser.add_argument("--per-class", type=int, default=4, help="digits of each class")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the starting noise")
+    parser.add_argument("--output", default="demo.png", metavar="FILE", help="the picture to write")
+    parser.set_defaults(run=_demo)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    return _with_extra("bench", "toca_fx.bench", arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    return _with_extra("demo", "toca_fx.demo.run", arguments)
+
+
+def _with_extra(extra: str, module: str, arguments: argparse.Namespace) -> int:
+    """Run a command whose packages are optional; say how to install them if they are missing."""
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(f"toca-fx {extra} needs the package {error.name}: pip install 'toca-fx[{extra}]'", file=sys.stderr)
+        return UNREADABLE
+    try:
+        return int(command.main(arguments))
+    except PolicyError as error:
+        print(error, file=sys.stderr)
+        return PROBLEMS

@@ -103,7 +103,7 @@ def match(graph: fx.Graph) -> Matches:
     misses: list[NearMiss] = []
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            found = _attention(node, flow)
+            found: Site | NearMiss | None = _attention(node, flow)
         elif node.target is aten.linear.default:
             found = _mlp(node, flow)
         else:
@@ -115,15 +115,14 @@ def match(graph: fx.Graph) -> Matches:
     return Matches(tuple(_with_influence(sites)), tuple(misses))
 
 
-def _attention(anchor: fx.Node, flow: nx.DiGraph) -> Site | NearMiss:
+def _attention(anchor: fx.Node, flow: nx.DiGraph) -> Site | NearMiss | None:
     query, key = (set(_source_linears(anchor.args[position])) for position in (0, 1))
     if not query or not key:
         return NearMiss("attention", anchor.meta["path"], "query or key does not come from a linear projection")
     query_inputs, key_inputs = ({linear.args[0] for linear in linears} for linears in (query, key))
+    kind = "self_attention" if len(query_inputs) == 1 else "joint_attention"
     if query_inputs != key_inputs:
         kind = "cross_attention"
-    else:
-        kind = "self_attention" if len(query_inputs) == 1 else "joint_attention"
     return _site(kind, anchor, anchor.meta["stack"], query, _module_output(anchor, projections=1), flow)
 
 

@@ -70,9 +70,7 @@ class Plan:
     @cached_property
     def scored_by_attention(self) -> tuple[int, ...]:
         """Those of ``scored`` whose score needs queries, keys or values: a full step has to compute it."""
-        return tuple(
-            i for i in self.scored if self.policies[i].scores.needs_attention and self.sites[i].influence is not None
-        )
+        return tuple(i for i in self.scored if self.policies[i].scores.needs_attention and self.sites[i].influence is not None)
 
     def full_step(self, index: int) -> StepPlan:
         """The full step, for a call that has to be full although the schedule says otherwise."""
@@ -98,13 +96,10 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
     columns = []
     for site, site_policy in zip(sites, policies, strict=True):
         full = full_steps(site_policy.N, indices, total)
-        fresh = tuple(
-            fresh_tokens(site_policy, s, total, site.layer, spans[site.block], site.tokens) for s in indices
-        )
+        fresh = tuple(fresh_tokens(site_policy, s, total, site.layer, spans[site.block], site.tokens) for s in indices)
         columns.append(_site_column(site, site_policy, indices, full, fresh))
     steps = tuple(
-        StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns))
-        for at, s in enumerate(indices)
+        StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns)) for at, s in enumerate(indices)
     )
     return Plan(sites, policies, steps)
 

@@ -61,7 +61,7 @@ def parse_text(text: str, file: str) -> Document:
     return _Composer(text, file).document
 
 
-class _StopParsing(Exception):
+class _StopParsingError(Exception):
     """The rest of the file is not worth reading; the problem has been recorded."""
 
 
@@ -77,7 +77,7 @@ class _Composer:
         self._events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
         try:
             self._compose_stream()
-        except _StopParsing:
+        except _StopParsingError:
             self.document.complete = False
         except yaml.reader.ReaderError as error:
             self._stop_at_character(text, error)
@@ -144,10 +144,10 @@ class _Composer:
         self._count += 1
         if depth > MAX_DEPTH:
             self._report(position, f"nested more than {MAX_DEPTH} levels deep ({ONE_SCREEN})")
-            raise _StopParsing
+            raise _StopParsingError
         if self._count > MAX_VALUES:
             self._report(position, f"more than {MAX_VALUES} values ({ONE_SCREEN})")
-            raise _StopParsing
+            raise _StopParsingError
 
     def _check_node(self, event: yaml.Event, path: Path, position: Position) -> None:
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
@@ -187,11 +187,12 @@ class _Composer:
             if key is None:
                 self._compose((*path, "?"), depth + 1)  # still looked through for problems
                 continue
+            here = (*path, key)
             if key in mapping:
-                first = self.document.keys[(*path, key)]
+                first = self.document.keys[here]
                 self._report(position, f"duplicate key {quote(key)}: it already stands on line {first.line}")
-            self.document.keys[(*path, key)] = position
-            mapping[key] = self._compose((*path, key), depth + 1)
+            self.document.keys[here] = position
+            mapping[key] = self._compose(here, depth + 1)
         self._next()
         return mapping
 

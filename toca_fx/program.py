@@ -87,9 +87,8 @@ class CompiledStep:
         with torch.no_grad():
             self._run = compiler(graph.module, self._examples(dynamic=True))
 
-    def __call__(
-        self, inputs: Sequence[Any], caches: dict[int, Tensor], scores: dict[int, Tensor], rows: dict[int, Tensor]
-    ) -> Any:
+    def __call__(self, inputs: Sequence[Any], caches: dict[int, Tensor], scores: dict[int, Tensor], rows: dict[int, Tensor]) -> Any:
+        """Run the step; caches and scores are written in place."""
         graph = self.graph
         return self._run(
             *(inputs[position] for position in graph.kept),
@@ -133,7 +132,7 @@ class CompiledStep:
         count = max(2, tokens // 8) if dynamic else tokens
         rows = torch.empty(batch, count, dtype=torch.int64, device=output.device)
         sizes = [DimDynamic.STATIC, DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return self._mode.from_tensor(rows, source=ConstantSource(name), symbolic_context=context)
 
 

@@ -66,13 +66,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
         return {
-            "steps": [
-                {"index": s.index, "kind": s.kind, "branch": s.branch, "seconds": s.seconds}
-                for s in self.steps
-            ],
+            "steps": [{"index": s.index, "kind": s.kind, "branch": s.branch, "seconds": s.seconds} for s in self.steps],
             "sites": [
-                {"path": s.path, "kind": s.kind, "layer": s.layer, "tokens": s.tokens, "computed": list(s.computed)}
-                for s in self.sites
+                {"path": s.path, "kind": s.kind, "layer": s.layer, "tokens": s.tokens, "computed": list(s.computed)} for s in self.sites
             ],
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached},
             "cache_bytes": self.cache_bytes,

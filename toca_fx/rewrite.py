@@ -92,8 +92,9 @@ class _Rewriter:
 
     def _placeholder(self, name: str) -> fx.Node:
         with self.graph.inserting_after(self.last_input):
-            self.last_input = self.graph.placeholder(name)
-        return self.last_input
+            node: fx.Node = self.graph.placeholder(name)
+        self.last_input = node
+        return node
 
     def _write(self, target: fx.Node, value: fx.Node) -> None:
         """One trailing copy per buffer: inductor turns it into the in-place update itself."""
@@ -113,9 +114,7 @@ class _Rewriter:
         self._write(cache, merged)
         return scattered, output
 
-    def _compute_fresh(
-        self, merges: dict[int, tuple[fx.Node, fx.Node]], rows: dict[int, fx.Node]
-    ) -> dict[int, frozenset[str]]:
+    def _compute_fresh(self, merges: dict[int, tuple[fx.Node, fx.Node]], rows: dict[int, fx.Node]) -> dict[int, frozenset[str]]:
         """Restrict each partial site's computation to its fresh tokens, up to nodes that are needed whole anyway."""
         writes = [node for node in self.graph.nodes if node.target is aten.copy_.default]
         needed = _ancestors([self.end, *writes], stop={scattered for scattered, _ in merges.values()})
@@ -144,18 +143,18 @@ class _Rewriter:
         """Query, key, value and, where a fused kernel returns it, the row log-sum-exp of an attention."""
         if site not in self.attentions:
             attention = self.nodes[self.plan.sites[site].anchor]
-            query, key, value = attention.args[:3]
+            query, key, value = _operands(attention)
             scale = _argument(attention, "scale")
             logsumexp = self._fuse(attention) if _returns_logsumexp(attention) else None
             behind = (logsumexp or attention).next
-            self.attentions[site] = _AttentionParts((query, key, value, logsumexp), scale, behind)  # type: ignore[arg-type]
+            self.attentions[site] = _AttentionParts((query, key, value, logsumexp), scale, behind)
         return self.attentions[site]
 
     def _fuse(self, attention: fx.Node) -> fx.Node:
         """Call the CPU kernel that scaled_dot_product_attention would pick, and return its row log-sum-exp [B, H, N]."""
         keywords = {"scale": _argument(attention, "scale")}
         kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
-        output, logsumexp = kernel(*(operand.meta["val"] for operand in attention.args[:3]), **keywords)  # type: ignore[union-attr]
+        output, logsumexp = kernel(*(operand.meta["val"] for operand in _operands(attention)), **keywords)
         with self.graph.inserting_after(attention):
             fused = self.graph.call_function(kernel, attention.args[:3], keywords)
         with self.graph.inserting_after(fused):
@@ -258,16 +257,19 @@ def _inline(graph: fx.Graph, function: Callable[..., Tensor], operands: Sequence
 
 def _returns_logsumexp(attention: fx.Node) -> bool:
     """Whether the CPU flash kernel computes exactly this attention: no mask, no dropout, equal heads."""
-    query, key, value = (operand.meta["val"] for operand in attention.args[:3])  # type: ignore[union-attr]
+    query, key, value = (operand.meta["val"] for operand in _operands(attention))
     plain = all(_argument(attention, name) in (None, False, 0.0) for name in ("attn_mask", "dropout_p", "is_causal"))
     return bool(query.device.type == "cpu" and plain and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1])
 
 
+def _operands(attention: fx.Node) -> list[fx.Node]:
+    """Query, key and value."""
+    return [operand for operand in attention.args[:3] if isinstance(operand, fx.Node)]
+
+
 def _has_effect(node: fx.Node) -> bool:
     """Whether dead-code elimination has to leave a node that nobody uses: inputs, outputs and writes."""
-    return node.op in ("placeholder", "output") or (
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    )
+    return node.op in ("placeholder", "output") or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
 
 
 def _argument(node: fx.Node, name: str) -> Any:

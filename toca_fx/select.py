@@ -22,7 +22,8 @@ _QUERY_CHUNK = 512
 
 def normalize(score: Tensor) -> Tensor:
     """L2-normalise over tokens: [B, N] -> [B, N]."""
-    return score / score.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    length: Tensor = torch.linalg.vector_norm(score, dim=-1, keepdim=True)
+    return score / length.clamp(min=1e-12)
 
 
 def influence(query: Tensor, key: Tensor, scale: float | None, logsumexp: Tensor | None) -> Tensor:
@@ -46,7 +47,7 @@ def influence(query: Tensor, key: Tensor, scale: float | None, logsumexp: Tensor
 
 def feature_norm(feature: Tensor) -> Tensor:
     """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N], L2-normalised over tokens."""
-    return normalize(feature.to(_score_dtype(feature)).norm(dim=-1).mean(dim=1))
+    return normalize(torch.linalg.vector_norm(feature.to(_score_dtype(feature)), dim=-1).mean(dim=1))
 
 
 def _score_dtype(tensor: Tensor) -> torch.dtype:
@@ -72,9 +73,11 @@ def spatial_bonus(score: Tensor, grid: tuple[int, int], block: int, bonus: float
     pad_rows, pad_columns = -rows % block, -columns % block
     cells = score.reshape(-1, rows, columns)
     cells = torch.nn.functional.pad(cells, (0, pad_columns, 0, pad_rows), value=-torch.inf)
-    cells = cells.unflatten(1, (-1, block)).unflatten(3, (-1, block)).transpose(2, 3).flatten(3)
+    down, across = cells.shape[1] // block, cells.shape[2] // block
+    cells = cells.reshape(-1, down, block, across, block).transpose(2, 3).flatten(3)
     best = torch.zeros_like(cells, dtype=torch.bool).scatter_(3, cells.argmax(3, keepdim=True), True)
-    best = best.unflatten(3, (block, block)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+    best = best.reshape(-1, down, across, block, block).transpose(2, 3)
+    best = best.reshape(-1, down * block, across * block)[:, :rows, :columns]
     return torch.where(best.reshape(score.shape), score * (1 + bonus), score)
 
 
@@ -156,7 +159,7 @@ class Selector:
             draw = torch.rand(score.shape[0], score.shape[2], generator=self._generator, device=score.device, dtype=score.dtype)
             score = score + self._random_weight[at] * draw[:, None]
         if self._shared:
-            halves = score.unflatten(1, (2, -1))
+            halves = score.reshape(score.shape[0], 2, -1, score.shape[2])
             score = halves.mean(1, keepdim=True).expand_as(halves).flatten(1, 2)
         if group.grid is not None:
             score = spatial_bonus(score, group.grid, group.block, group.bonus)

@@ -46,7 +46,7 @@ def has_sizes(node: fx.Node) -> bool:
 
 def resized(node: fx.Node, axis: int, count: fx.Node) -> list[Any]:
     """The sizes of a view, reshape or expand with ``count`` tokens along ``axis``."""
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    sizes: Any = node.args[1]
     return [count if at == axis and size != -1 else size for at, size in enumerate(sizes)]
 
 
@@ -76,59 +76,59 @@ def _linear(node: fx.Node, axis: int) -> Operands | None:
 
 
 def _layer_norm(node: fx.Node, axis: int) -> Operands | None:
-    normalized = len(node.args[1])  # type: ignore[arg-type]
-    return {_first(node): axis} if axis < len(shape_of(node)) - normalized else None
+    normalized: Any = node.args[1]
+    return {_first(node): axis} if axis < len(shape_of(node)) - len(normalized) else None
 
 
 def _same_axis(node: fx.Node, axis: int) -> Operands | None:
     return {_first(node): axis}
 
 
+def _dim(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
+    """An axis argument, counted from the front; it is given by position or as ``dim``."""
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    if not isinstance(dim, int):
+        raise TypeError(f"{node}: the axis is {dim!r}, not an integer")
+    return dim % rank
+
+
 def _along_dim(position: int, default: int) -> Rule:
     """Operators that act along one axis (softmax, chunk, ...): per token if that axis is not the token axis."""
 
     def rule(node: fx.Node, axis: int) -> Operands | None:
-        dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-        rank = len(shape_of(_first(node)))
-        return {_first(node): axis} if isinstance(dim, int) and dim % rank != axis else None
+        dim = _dim(node, position, len(shape_of(_first(node))), default)
+        return {_first(node): axis} if dim != axis else None
 
     return rule
 
 
-def _getitem(node: fx.Node, axis: int) -> Operands | None:
-    return {_first(node): axis}
-
-
 def _unbind(node: fx.Node, axis: int) -> Operands | None:
-    removed = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return {_first(node): axis + (axis >= removed % len(shape_of(_first(node))))}  # type: ignore[operator]
+    removed = _dim(node, 1, len(shape_of(_first(node))))
+    return {_first(node): axis + (axis >= removed)}
 
 
 def _cat(node: fx.Node, axis: int) -> Operands | None:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if not isinstance(dim, int) or dim % len(shape_of(node)) == axis:
-        return None
-    return dict.fromkeys(node.args[0], axis)  # type: ignore[call-overload, no-any-return]
+    return dict.fromkeys(node.all_input_nodes, axis) if _dim(node, 1, len(shape_of(node))) != axis else None
 
 
 def _transpose(node: fx.Node, axis: int) -> Operands | None:
     rank = len(shape_of(node))
-    a, b = node.args[1] % rank, node.args[2] % rank  # type: ignore[operator]
+    a, b = _dim(node, 1, rank), _dim(node, 2, rank)
     return {_first(node): {a: b, b: a}.get(axis, axis)}
 
 
 def _permute(node: fx.Node, axis: int) -> Operands | None:
-    order = node.args[1]
-    return {_first(node): order[axis] % len(order)}  # type: ignore[index, arg-type, operator]
+    order: Any = node.args[1]
+    return {_first(node): order[axis] % len(order)}
 
 
 def _unsqueeze(node: fx.Node, axis: int) -> Operands | None:
-    added = node.args[1] % len(shape_of(node))  # type: ignore[operator]
+    added = _dim(node, 1, len(shape_of(node)))
     return None if axis == added else {_first(node): axis - (axis > added)}
 
 
 def _select(node: fx.Node, axis: int) -> Operands | None:
-    removed = node.args[1] % len(shape_of(_first(node)))  # type: ignore[operator]
+    removed = _dim(node, 1, len(shape_of(_first(node))))
     return {_first(node): axis + (axis >= removed)}
 
 
@@ -169,7 +169,7 @@ _RULES: dict[Any, Rule] = {
     aten.split_with_sizes.default: _along_dim(2, 0),
     aten.unbind.int: _unbind,
     aten.slice.Tensor: _along_dim(1, 0),
-    operator.getitem: _getitem,
+    operator.getitem: _same_axis,
     aten.cat.default: _cat,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,

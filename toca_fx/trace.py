@@ -35,9 +35,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
     with preserve_node_meta():
-        graph_module = make_fx(
-            lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True
-        )(*fakes)
+        graph_module = make_fx(lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True)(*fakes)
     for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
@@ -74,7 +72,9 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
     names = []
     for node in captured.graph.find_nodes(op="placeholder"):
         source = getattr(node.meta.get("grapharg"), "source", None)
-        names.append(source.name if source is not None else "")
+        # A method up to some release of PyTorch, a property since.
+        name = getattr(source, "name", "")
+        names.append(name() if callable(name) else name)
     return tuple(names)
 
 

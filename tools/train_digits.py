@@ -162,7 +162,13 @@ def main() -> None:
     samples = digits.sample(denoiser, classes, steps=50)
     agreement = (classifier(samples).argmax(1) == classes).float().mean().item()
     print(f"denoiser: classifier agrees on {agreement:.1%} of 200 samples")
-    result = {"arguments": vars(args), "torch": torch.__version__, "classifier_held_out_accuracy": accuracy, "classifier_agreement": agreement, **figures}
+    result = {
+        "arguments": vars(args),
+        "torch": torch.__version__,
+        "classifier_held_out_accuracy": accuracy,
+        "classifier_agreement": agreement,
+        **figures,
+    }
     target = Path(__file__).parent / "results" / "train_digits.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,150 @@
+"""``toca-fx demo``: the same digits uncached, cached, and with as many fewer DDIM steps as take equal time."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from skimage.metrics import peak_signal_noise_ratio
+from torch import Tensor, nn
+
+import toca_fx
+from toca_fx.demo import digits
+
+Denoiser = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way to generate the digits: images [B, 1, 32, 32], wall time in seconds, classifier agreement 0 to 1."""
+
+    label: str
+    images: Tensor
+    seconds: float
+    agreement: float
+    psnr: float | None
+    flops_ratio: float
+
+    @property
+    def caption(self) -> str:
+        """The figures on one line."""
+        psnr = "" if self.psnr is None else f", PSNR {self.psnr:.1f} dB"
+        return f"{self.seconds:.1f} s{psnr}, {self.agreement:.0%} recognised"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the demo as ``args`` say; writes the picture and prints the table."""
+    policy = toca_fx.load_policy(args.policy)
+    steps = policy.sampler.steps
+    classes = torch.arange(10).repeat_interleave(args.per_class)
+    denoiser, classifier = digits.load_denoiser(), digits.load_classifier()
+    uncached = torch.compile(denoiser, fullgraph=True, dynamic=False)
+    cached = toca_fx.compile(denoiser, policy)
+    console = Console()
+
+    with Progress(console=console) as progress:
+
+        def generate(label: str, model: Denoiser, count: int) -> tuple[Tensor, float]:
+            task = progress.add_task(label, total=count)
+            began = time.perf_counter()
+            images = digits.sample(model, classes, steps=count, seed=args.seed, on_step=lambda: progress.advance(task))
+            return images.clamp(-1, 1), time.perf_counter() - began
+
+        warm_up(progress, uncached, cached, classes, steps)
+        reference, uncached_seconds = generate(f"uncached, {steps} steps", uncached, steps)
+        with toca_fx.session(num_steps=steps) as run:
+            images, cached_seconds = generate(f"{policy.name}, {steps} steps", cached, steps)
+        fewer = max(1, round(steps * cached_seconds / uncached_seconds))
+        fewer_images, fewer_seconds = generate(f"uncached, {fewer} steps", uncached, fewer)
+
+    report = run.report()
+    outcomes = [
+        Outcome(f"uncached, {steps} steps", reference, uncached_seconds, recognised(classifier, reference, classes), None, 1.0),
+        Outcome(
+            f"{policy.name}, {steps} steps",
+            images,
+            cached_seconds,
+            recognised(classifier, images, classes),
+            psnr(reference, images),
+            report.flops_ratio,
+        ),
+        Outcome(
+            f"uncached, {fewer} steps",
+            fewer_images,
+            fewer_seconds,
+            recognised(classifier, fewer_images, classes),
+            psnr(reference, fewer_images),
+            steps / fewer,
+        ),
+    ]
+    console.print(table(outcomes))
+    console.print(str(report), highlight=False)
+    draw(outcomes, args.per_class, args.output)
+    console.print(f"wrote {args.output}")
+    return 0
+
+
+@torch.no_grad()
+def warm_up(progress: Progress, uncached: Denoiser, cached: Denoiser, classes: Tensor, steps: int) -> None:
+    """Compile everything before the clock runs: the uncached model, then a full and a partial step of the cached one."""
+    rows = torch.cat([classes, torch.full_like(classes, digits.NULL_CLASS)])
+    latents = torch.zeros(len(rows), 1, digits.SIZE, digits.SIZE)
+    task = progress.add_task("compiling", total=steps + 1)
+
+    def call(model: Denoiser) -> None:
+        model(latents, timestep=torch.full((len(rows),), 999), class_labels=rows, return_dict=False)
+        progress.advance(task)
+
+    call(uncached)
+    with toca_fx.session(num_steps=steps) as run:
+        while "partial" not in {record.kind for record in run.report().steps} and len(run.report().steps) < steps:
+            call(cached)
+    progress.update(task, completed=steps + 1)
+
+
+@torch.no_grad()
+def recognised(classifier: nn.Module, images: Tensor, classes: Tensor) -> float:
+    """Share of images that the classifier takes for the class that was asked for."""
+    right: Tensor = classifier(images).argmax(1) == classes
+    return right.double().mean().item()
+
+
+def psnr(reference: Tensor, images: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB; the data range is [-1, 1]."""
+    return float(peak_signal_noise_ratio(reference.numpy(), images.numpy(), data_range=2.0))
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """Wall time, ratios, PSNR and agreement of each way."""
+    result = Table()
+    for heading in ("", "wall time", "latency ratio", "FLOPs ratio", "PSNR vs uncached", "recognised"):
+        result.add_column(heading, justify="left" if not heading else "right")
+    for outcome in outcomes:
+        result.add_row(
+            outcome.label,
+            f"{outcome.seconds:.1f} s",
+            f"{outcomes[0].seconds / outcome.seconds:.2f}x",
+            f"{outcome.flops_ratio:.2f}x",
+            "-" if outcome.psnr is None else f"{outcome.psnr:.1f} dB",
+            f"{outcome.agreement:.1%}",
+        )
+    return result
+
+
+def draw(outcomes: list[Outcome], per_class: int, path: str) -> None:
+    """One grid per outcome, side by side: a row per class."""
+    figure, axes = plt.subplots(1, len(outcomes), figsize=(1.15 * per_class * len(outcomes), 12), layout="constrained")
+    for axis, outcome in zip(axes, outcomes, strict=True):
+        grid = outcome.images.reshape(10, per_class, digits.SIZE, digits.SIZE).transpose(1, 2).reshape(10 * digits.SIZE, -1)
+        axis.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set_title(f"{outcome.label}\n{outcome.caption}", fontsize=10)
+        axis.set_axis_off()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
