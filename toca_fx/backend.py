@@ -77,7 +77,7 @@ class Backend:
                 "Sample under torch.no_grad() or torch.inference_mode()"
             )
             return _compiler(self.inner)(captured, inputs)
-        model_class = trace.model_class(captured)
+        model_class = trace.model_class()
         policy = self.policy or default_policy(model_class)
         if policy.model and model_class and model_class not in policy.model:
             log.warning("policy `%s` was written for %s; the model is a %s", policy.name, ", ".join(policy.model), model_class)

@@ -81,12 +81,15 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
     """Lay ``policy`` over the matched sites for ``num_steps`` model calls (default: the policy's own step count).
 
     Raises:
-        PolicyError: a rule matches no site, or explicit step lists meet another step count than they were written for.
+        PolicyError: a rule matches no site; explicit step lists meet another step count than they were written for; the
+            policy asks for what the model does not have (an even batch for shared selections) or this version does not
+            compute (scores from cross-attention).
     """
     total = policy.sampler.steps if num_steps is None else num_steps
     check_rules(policy, matches)
     sites = matches.sites
     policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in sites)
+    _refuse_unavailable(policy, sites, policies)
     if total != policy.sampler.steps:
         _refuse_explicit_steps(policy, policies, total)
     order = range(total) if policy.sampler.order == "ascending" else range(total - 1, -1, -1)
@@ -129,7 +132,7 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
     """
     forced = {*indices[: interval.first], *indices[len(indices) - interval.last :], *interval.extra_full_steps}
     if interval.full_steps is not None:
-        return frozenset({*interval.full_steps, *indices[: interval.first], *forced})
+        return frozenset({*interval.full_steps, *forced})
     full: set[int] = set()
     current, since = 1, 0
     for s in indices:
@@ -209,6 +212,20 @@ def _nearest_miss(rule: Rule, matches: Matches) -> str:
             return f"no path matches `{rule.path}`; the nearest is `{close[0]}`"
     layers = sorted(site.layer for site in typed)
     return f"those that match otherwise have layers {layers[0]} to {layers[-1]}"
+
+
+def _refuse_unavailable(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePolicy]) -> None:
+    problems = []
+    selecting = [(site, own) for site, own in zip(sites, policies, strict=True) if own.action.mode == "partial"]
+    if any(own.scores.cross_attention for _, own in selecting):
+        message = "scores.cross_attention is not computed by this version; set it to 0 and use self_attention, value_norm or key_norm"
+        problems.append(Problem(policy.source, 0, 0, message))
+    odd = [site for site, _ in selecting if policy.guidance.selection == "shared" and site.shape[0] % 2]
+    if odd:
+        message = f"guidance.selection is shared, which needs both halves in one batch; `{odd[0].path}` has a batch of {odd[0].shape[0]}"
+        problems.append(Problem(policy.source, 0, 0, message))
+    if problems:
+        raise PolicyError(problems)
 
 
 def _refuse_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from toca_fx.diagnostics import PolicyError, Problem
 from toca_fx.plan import Plan, StepPlan
 from toca_fx.policy import Policy
 
@@ -103,7 +104,7 @@ class Selector:
     def __init__(self, plan: Plan, policy: Policy, scores: Sequence[Tensor], aspect: tuple[int, int] | None) -> None:
         self._plan, self._scores = plan, dict(zip(plan.scored, scores, strict=True))
         self._shared = policy.guidance.selection == "shared"
-        self._groups = _groups(plan, aspect)
+        self._groups = _groups(plan, aspect, policy.source)
         device = scores[0].device if scores else torch.device("cpu")
         dtype = scores[0].dtype if scores else torch.float32
         self._generator = torch.Generator(device).manual_seed(policy.seed)
@@ -166,11 +167,15 @@ class Selector:
         return torch.sort(score, dim=-1, descending=True, stable=True).indices
 
 
-def _groups(plan: Plan, aspect: tuple[int, int] | None) -> list[_Group]:
+def _groups(plan: Plan, aspect: tuple[int, int] | None, source: str) -> list[_Group]:
     members: dict[tuple[object, ...], list[int]] = {}
     for index in plan.scored:
         site, spatial = plan.sites[index], plan.policies[index].spatial
-        grid = token_grid(site.tokens, aspect) if spatial is not None else None
-        block, bonus = (spatial.grid, spatial.bonus) if spatial is not None and grid is not None else (0, 0.0)
+        grid, block, bonus = None, 0, 0.0
+        if spatial is not None:
+            grid, block, bonus = token_grid(site.tokens, aspect), spatial.grid, spatial.bonus
+            if grid is None:
+                message = f"spatial: the {site.tokens} tokens of `{site.path}` form no grid; switch the bonus off for it by a rule"
+                raise PolicyError([Problem(source, 0, 0, message)])
         members.setdefault((site.shape[0], site.tokens, grid, block, bonus), []).append(index)
     return [_Group(tuple(sites), *key) for key, sites in members.items()]  # type: ignore[arg-type]

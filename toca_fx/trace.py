@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -58,13 +59,14 @@ def clean_path(source: str) -> str:
     return ".".join(token for token in tokens if token not in _PATH_NOISE)
 
 
-def model_class(captured: fx.GraphModule) -> str:
-    """The class name of the captured model: the root of the module stacks, "" if there is none."""
-    for node in captured.graph.nodes:
-        for path, owner in node.meta.get("nn_module_stack", {}).values():
-            if not clean_path(path):
-                return getattr(owner, "__name__", str(owner).rsplit(".", 1)[-1])
-    return ""
+def model_class() -> str:
+    """The class name of the model that Dynamo is capturing right now, "" if it captures no method or nothing at all."""
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return ""
+    owner = frame.f_locals.get("self") if frame is not None else None
+    return type(owner).__name__ if isinstance(owner, torch.nn.Module) else ""
 
 
 def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 200) / max(1, total - 200))))
 
 
-def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[nn.Module, dict[str, float]]:
+def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
     """Train with v-prediction (Salimans & Ho 2022) and return the moving average of the weights."""
     torch.manual_seed(args.seed)
     scheduler = digits.build_scheduler()
@@ -56,12 +56,15 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), foreach=True)
     total, start, loss_average, seconds = args.coarse_steps + args.steps, 0, 1.0, 0.0
+    runs: list[dict[str, object]] = []
     if CHECKPOINT.exists():
         saved = torch.load(CHECKPOINT, weights_only=True)
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, loss_average, seconds = saved["step"], saved["loss"], saved["seconds"]
+        runs = saved["runs"]
+    runs.append({"from_step": start, **vars(args)})
     compiled = torch.compile(model, dynamic=False)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns) as progress:
@@ -100,10 +103,11 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
                         "step": step + 1,
                         "loss": loss_average,
                         "seconds": seconds,
+                        "runs": runs,
                     }
                 )
                 print(f"step {step + 1}: loss {loss_average:.4f}, {seconds:.0f} s", flush=True)
-    return average, {"loss": loss_average, "seconds": seconds}
+    return average, {"loss": loss_average, "seconds": seconds, "runs": runs}
 
 
 def save_checkpoint(state: dict[str, object]) -> None:
@@ -163,8 +167,7 @@ def main() -> None:
     agreement = (classifier(samples).argmax(1) == classes).float().mean().item()
     print(f"denoiser: classifier agrees on {agreement:.1%} of 200 samples")
     result = {
-        "arguments": vars(args),
-        "torch": torch.__version__,
+                "torch": torch.__version__,
         "classifier_held_out_accuracy": accuracy,
         "classifier_agreement": agreement,
         **figures,

@@ -1,0 +1,101 @@
+"""What several test files need: policies as mappings, inputs for a generation, and a record of the chosen tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
+from toca_fx import load_policy
+from toca_fx.plan import StepPlan
+from toca_fx.policy_types import Policy
+from toca_fx.program import Program
+from toca_fx.runtime import Session
+from toca_fx.select import Selector
+
+KINDS = ("diffusers", "original")
+
+
+def tiny(kind: str, **overrides: Any) -> DiTTransformer2DModel | OriginalDiT:
+    """One of the two tiny models, with ``layers`` blocks; same size, other module structure."""
+    layers = overrides.pop("layers", 3)
+    return tiny_dit(num_layers=layers, **overrides) if kind == "diffusers" else tiny_original_dit(depth=layers, **overrides)
+
+
+def make_policy(**sections: Any) -> Policy:
+    """A policy over 12 steps with a full step every third and half of the tokens fresh; ``sections`` replace whole sections."""
+    defaults = {
+        "version": 1,
+        "name": "test",
+        "sampler": {"steps": 12},
+        "N": {"base": 3},
+        "R": {"base": 0.5},
+        "scores": {"self_attention": 1.0, "staleness": 0.25},
+    }
+    return load_policy({**defaults, **sections})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model inputs of one generation: latents [steps, B, C, H, W], timesteps [steps] going down, labels [B]."""
+
+    latents: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for x, t in zip(self.latents, self.timesteps, strict=True):
+            yield x, t.expand(x.shape[0]), self.labels
+
+
+def make_inputs(steps: int = 12, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, side: int = 16) -> Inputs:
+    """Random latents, new ones at every step."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(steps, batch, 4, side, side, generator=generator).to(dtype)
+    labels = torch.randint(0, 11, (batch,), generator=generator)
+    return Inputs(latents, torch.linspace(999, 0, steps).round().long(), labels)
+
+
+def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Call either model with its own argument names; the output image."""
+    if isinstance(model, OriginalDiT):
+        return model(x, t=t, y=y)
+    return model(x, timestep=t, class_labels=y).sample
+
+
+def run_all(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The outputs of all calls, without gradients."""
+    with torch.no_grad():
+        return [call(model, *step).clone() for step in inputs]
+
+
+def programs(run: Session) -> list[Program]:
+    """The programs that a session has run, in order of appearance (from its private records)."""
+    return list(dict.fromkeys(program for program, _ in run._records))
+
+
+Chosen = dict[str, list[list[int]]]
+
+
+def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
+    """A list that grows by (step index s, {site path: per sample the chosen tokens in order}) at every selection."""
+    record: list[tuple[int, Chosen]] = []
+    select = Selector.select
+
+    def recording(self: Selector, step: StepPlan) -> dict[int, Tensor]:
+        chosen = select(self, step)
+        sites = self._plan.sites
+        record.append((step.index, {sites[i].path: (rows % sites[i].tokens).tolist() for i, rows in chosen.items()}))
+        for i, rows in chosen.items():
+            samples = torch.arange(rows.shape[0])[:, None].expand_as(rows)
+            assert torch.equal(rows // sites[i].tokens, samples), "row b must index into sample b"
+        return chosen
+
+    monkeypatch.setattr(Selector, "select", recording)
+    return record
