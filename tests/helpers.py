@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
@@ -18,6 +18,7 @@ from toca_fx.policy_types import Policy
 from toca_fx.program import Program
 from toca_fx.runtime import Session
 from toca_fx.select import Selector
+from toca_fx.trace import to_aten
 
 KINDS = ("diffusers", "original")
 
@@ -99,3 +100,27 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
 
     monkeypatch.setattr(Selector, "select", recording)
     return record
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of ``model`` and the inputs that a backend gets with it."""
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.append((graph, list(inputs)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    ((graph, inputs),) = found
+    return graph, inputs
+
+
+def capture_tiny(kind: str, layers: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, list[Any]]:
+    """One of the tiny models as an ATen graph, and its inputs."""
+    model = tiny(kind, layers=layers).to(dtype)
+    x, t, y = next(iter(make_inputs(1, batch, dtype=dtype)))
+    names = ("t", "y") if kind == "original" else ("timestep", "class_labels")
+    captured, inputs = capture(model, x, **dict(zip(names, (t, y), strict=True)))
+    return to_aten(captured, inputs), inputs

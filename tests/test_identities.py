@@ -88,14 +88,12 @@ def test_equals_the_reference_at_every_step(name: str, kind: str, monkeypatch: p
 def test_the_policies_above_make_a_difference() -> None:
     """Or the comparison would hold for a backend that does nothing."""
     model = tiny("diffusers").double()
-    outputs = []
-    for sections in POLICIES.values():
+    for name, sections in POLICIES.items():
         sampler = ReferenceSampler(model, make_policy(**sections))
-        inputs = make_inputs(sampler.total, batch=4, dtype=torch.float64)
+        inputs = make_inputs(sampler.total, batch=2, dtype=torch.float64)
         with torch.no_grad():
             cached = [sampler.step(*step) for step in inputs]
-        outputs.append(max((a - b).abs().max().item() for a, b in zip(cached, run_all(model, inputs), strict=True)))
-    assert min(outputs) > 1e-2
+        assert max((a - b).abs().max().item() for a, b in zip(cached, run_all(model, inputs), strict=True)) > 1e-2, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,7 +183,7 @@ def test_a_second_generation_equals_a_fresh_compile(kind: str) -> None:
 _SCRIPT = """
 import json, sys, torch, toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 fast = toca_fx.compile(tiny("original", layers=2), make_policy(spatial={"bonus": 0.5}), inner="eager")
 result = {}
 for seed in json.loads(sys.argv[1]):
@@ -198,7 +196,7 @@ print(json.dumps(result))
 def test_two_generations_in_one_process_equal_two_processes() -> None:
     def run(*seeds: int) -> dict[str, Any]:
         command = [sys.executable, "-c", _SCRIPT, json.dumps(seeds)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=None)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         return json.loads(done.stdout)
 
     together = run(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,14 +93,16 @@ class Dispatcher:
         self._timestep = _timestep_position(trace.input_sources(captured), inputs)
         self._lane = _lane(inputs)
         self._programs: dict[tuple[int, ...], Program] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
         # Dynamo guards everything but the sizes it made symbolic, which arrive as integers.
         sizes = tuple(value for value in inputs if isinstance(value, int))
-        program = self._programs.get(sizes)
-        if program is None:
-            program = self._programs[sizes] = Program(self._captured, inputs, self._policy, self._inner)
+        with self._lock:
+            program = self._programs.get(sizes)
+            if program is None:
+                program = self._programs[sizes] = Program(self._captured, inputs, self._policy, self._inner)
         timestep = None if self._timestep is None else inputs[self._timestep]
         return current_session().call(self._lane, program, inputs, timestep)
 

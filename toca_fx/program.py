@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from toca_fx import trace
+from toca_fx.attention import score_dtype
+from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.flops import count_flops
 from toca_fx.match import match
 from toca_fx.plan import Modes, Plan, StepPlan, make_plan
@@ -81,11 +84,20 @@ class CompiledStep:
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
         self.graph = graph
-        self._mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+        # Every K has a symbol of its own that may be 0 or 1: some steps compute no token at all.
+        shapes = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self._mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
         self._source, self._plan = source, plan
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
+        # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
+        module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
         with torch.no_grad():
-            self._run = compiler(graph.module, self._examples(dynamic=True))
+            self._run = compiler(module, self._examples(dynamic=True))
+        if shapes.guards:
+            conditions = ", ".join(str(guard.expr) for guard in shapes.guards)
+            raise UnsupportedModelError(
+                f'the inner backend {inner} compiled a partial step that holds only if {conditions}; use inner="inductor"'
+            )
 
     def __call__(self, inputs: Sequence[Any], caches: dict[int, Tensor], scores: dict[int, Tensor], rows: dict[int, Tensor]) -> Any:
         """Run the step; caches and scores are written in place."""
@@ -152,8 +164,7 @@ def new_cache(output: Tensor) -> Tensor:
 
 def new_score(output: Tensor) -> Tensor:
     """Base scores of a site's tokens, zero: [batch, tokens] in float32 (float64 for a float64 model)."""
-    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    return torch.zeros(output.shape[:2], dtype=dtype, device=output.device)
+    return torch.zeros(output.shape[:2], dtype=score_dtype(output), device=output.device)
 
 
 def _aspect(inputs: Sequence[Any]) -> tuple[int, int] | None:

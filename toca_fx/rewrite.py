@@ -12,7 +12,7 @@ itself, above norm and modulation. K, the number of rows, is the size of an inde
 from __future__ import annotations
 
 import copy
-import operator
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from toca_fx import select, tokenwise
+from toca_fx import tokenwise
+from toca_fx.attention import attention_and_influence, feature_norm
 from toca_fx.plan import Modes, Plan
-from toca_fx.policy import Scores
 
 aten = torch.ops.aten
 
@@ -53,6 +53,8 @@ def rewrite(source: fx.GraphModule, plan: Plan, modes: Modes) -> StepGraph:
 
 
 class _Rewriter:
+    """Turns a copy of the model's graph into one step graph; used once."""
+
     def __init__(self, module: fx.GraphModule, plan: Plan, modes: Modes) -> None:
         self.module, self.graph, self.plan, self.modes = module, module.graph, plan, modes
         self.nodes = {node.name: node for node in self.graph.nodes}
@@ -61,8 +63,14 @@ class _Rewriter:
         self.end = next(iter(self.graph.find_nodes(op="output")))
         self.touched = tuple(i for i, mode in enumerate(modes) if mode in ("full", "partial", "reuse"))
         self.partial = tuple(i for i in self.touched if modes[i] == "partial")
-        self.scored = tuple(i for i in plan.scored_by_attention if modes[i] == "full")
-        self.attentions: dict[int, _AttentionParts] = {}
+        self.scored = tuple(i for i in plan.scored_by_attention if self._is_judged(i))
+        self.anchors = [self.nodes[site.anchor] for site in plan.sites]
+        self.influences: dict[int, fx.Node] = {}
+
+    def _is_judged(self, site: int) -> bool:
+        """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""
+        attention = self.modes[self.plan.sites[site].influence or 0]
+        return attention == "full" or (attention == "compute" and self.modes[site] == "full")
 
     def run(self) -> StepGraph:
         caches = {i: self._placeholder(f"cache_{i}") for i in self.touched}
@@ -73,6 +81,7 @@ class _Rewriter:
         merges: dict[int, tuple[fx.Node, fx.Node]] = {}
         for i in self.touched:
             output = self.nodes[self.plan.sites[i].output]
+            caches[i].meta["val"] = output.meta["val"]
             if self.modes[i] == "full":
                 self._write(caches[i], output)
             elif self.modes[i] == "reuse":
@@ -110,6 +119,7 @@ class _Rewriter:
             scattered = self.graph.call_function(aten.index_put.default, (flat, [rows], output))
         with self.graph.inserting_after(scattered):
             merged = self.graph.call_function(aten.view.default, (scattered, [batch, tokens, channels]))
+        merged.meta["val"] = output.meta["val"]
         output.replace_all_uses_with(merged, delete_user_cb=lambda user: user is not scattered)
         self._write(cache, merged)
         return scattered, output
@@ -130,46 +140,30 @@ class _Rewriter:
         return fresh_nodes
 
     def _base_score(self, index: int) -> fx.Node:
-        """Insert the score of a site's tokens behind the attention that judges them; [B, N]."""
+        """Insert the score of a site's tokens that is known once the attention that judges them has run; [B, N]."""
         site, weights = self.plan.sites[index], self.plan.policies[index].scores
         if site.influence is None:
             raise AssertionError("plan.scored_by_attention lists sites with an attention only")
-        parts = self._attention_parts(site.influence)
-        operands = [operand for operand in parts.tensors if operand is not None]
-        with self.graph.inserting_before(parts.behind):
-            return _inline(self.graph, _score_function(weights, parts.scale, len(operands) == 4), operands)
+        attention = self.anchors[site.influence]
+        terms = [(weights.value_norm, feature_norm, 2), (weights.key_norm, feature_norm, 1)]
+        with self.graph.inserting_before(self.end):
+            nodes = [(weight, _inline(self.graph, function, (attention.args[operand],))) for weight, function, operand in terms if weight]
+        if weights.self_attention:
+            nodes.append((weights.self_attention, self._influence(site.influence)))
+        with self.graph.inserting_before(self.end):
+            scaled = [self.graph.call_function(aten.mul.Tensor, (node, weight)) for weight, node in nodes]
+            return functools.reduce(lambda a, b: self.graph.call_function(aten.add.Tensor, (a, b)), scaled)
 
-    def _attention_parts(self, site: int) -> _AttentionParts:
-        """Query, key, value and, where a fused kernel returns it, the row log-sum-exp of an attention."""
-        if site not in self.attentions:
-            attention = self.nodes[self.plan.sites[site].anchor]
-            query, key, value = _operands(attention)
-            scale = _argument(attention, "scale")
-            logsumexp = self._fuse(attention) if _returns_logsumexp(attention) else None
-            behind = (logsumexp or attention).next
-            self.attentions[site] = _AttentionParts((query, key, value, logsumexp), scale, behind)
-        return self.attentions[site]
-
-    def _fuse(self, attention: fx.Node) -> fx.Node:
-        """Call the CPU kernel that scaled_dot_product_attention would pick, and return its row log-sum-exp [B, H, N]."""
-        keywords = {"scale": _argument(attention, "scale")}
-        kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
-        output, logsumexp = kernel(*(operand.meta["val"] for operand in _operands(attention)), **keywords)
-        with self.graph.inserting_after(attention):
-            fused = self.graph.call_function(kernel, attention.args[:3], keywords)
-        with self.graph.inserting_after(fused):
-            second = self.graph.call_function(operator.getitem, (fused, 1))
-            first = self.graph.call_function(operator.getitem, (fused, 0))
-        first.meta, second.meta = {**attention.meta, "val": output}, {"val": logsumexp}
-        attention.replace_all_uses_with(first)
-        return second
-
-
-@dataclass(frozen=True)
-class _AttentionParts:
-    tensors: tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]
-    scale: float | None
-    behind: fx.Node
+    def _influence(self, site: int) -> fx.Node:
+        """Make an attention return how much each token is attended to; once, however many sites it judges."""
+        if site not in self.influences:
+            attention = self.anchors[site]
+            with self.graph.inserting_before(attention):
+                output, self.influences[site] = _inline(self.graph, attention_and_influence, attention.args, attention.kwargs)
+            attention.replace_all_uses_with(output)
+            if self.nodes[attention.name] is attention:  # the cached output itself, where no projection follows
+                self.nodes[attention.name] = output
+        return self.influences[site]
 
 
 class _Restriction:
@@ -229,56 +223,24 @@ class _Restriction:
         return taken
 
 
-def _score_function(weights: Scores, scale: float | None, fused: bool) -> Callable[..., Tensor]:
-    """The part of a site's score that is known once its attention has run, as a function to trace."""
+def _inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
+    """Trace ``function`` over the fake values of nodes and copy it to the insertion point; returns its output nodes."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg((args, kwargs or {}), nodes.append)
 
-    def base_score(query: Tensor, key: Tensor, value: Tensor, logsumexp: Tensor | None = None) -> Tensor:
-        terms = []
-        if weights.self_attention:
-            terms.append(weights.self_attention * select.influence(query, key, scale, logsumexp if fused else None))
-        if weights.value_norm:
-            terms.append(weights.value_norm * select.feature_norm(value))
-        if weights.key_norm:
-            terms.append(weights.key_norm * select.feature_norm(key))
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    def on_values(*values: Any) -> Any:
+        by_node = dict(zip(nodes, values, strict=True))
+        args_, kwargs_ = fx.node.map_arg((args, kwargs or {}), by_node.__getitem__)
+        return function(*args_, **kwargs_)
 
-    return base_score
-
-
-def _inline(graph: fx.Graph, function: Callable[..., Tensor], operands: Sequence[fx.Node]) -> fx.Node:
-    """Trace ``function`` over the operands' fake values and copy its nodes to the insertion point."""
-    traced = make_fx(function, tracing_mode="fake")(*(operand.meta["val"] for operand in operands))
+    traced = make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*(node.meta["val"] for node in nodes))
     inputs = traced.graph.find_nodes(op="placeholder")
-    result = graph.graph_copy(traced.graph, dict(zip(inputs, operands, strict=True)))
-    if not isinstance(result, fx.Node):
-        raise TypeError(f"expected one tensor, got {result!r}")
-    return result
-
-
-def _returns_logsumexp(attention: fx.Node) -> bool:
-    """Whether the CPU flash kernel computes exactly this attention: no mask, no dropout, equal heads."""
-    query, key, value = (operand.meta["val"] for operand in _operands(attention))
-    plain = all(_argument(attention, name) in (None, False, 0.0) for name in ("attn_mask", "dropout_p", "is_causal"))
-    return bool(query.device.type == "cpu" and plain and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1])
-
-
-def _operands(attention: fx.Node) -> list[fx.Node]:
-    """Query, key and value."""
-    return [operand for operand in attention.args[:3] if isinstance(operand, fx.Node)]
+    return graph.graph_copy(traced.graph, dict(zip(inputs, nodes, strict=True)))
 
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether dead-code elimination has to leave a node that nobody uses: inputs, outputs and writes."""
     return node.op in ("placeholder", "output") or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """The value of a named argument, however it was passed; None if it was left out."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    position = next(i for i, argument in enumerate(schema) if argument.name == name)
-    return node.args[position] if position < len(node.args) else None
 
 
 def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:

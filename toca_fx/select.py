@@ -18,42 +18,6 @@ from toca_fx.diagnostics import PolicyError, Problem
 from toca_fx.plan import Plan, StepPlan
 from toca_fx.policy import Policy
 
-_QUERY_CHUNK = 512
-
-
-def normalize(score: Tensor) -> Tensor:
-    """L2-normalise over tokens: [B, N] -> [B, N]."""
-    length: Tensor = torch.linalg.vector_norm(score, dim=-1, keepdim=True)
-    return score / length.clamp(min=1e-12)
-
-
-def influence(query: Tensor, key: Tensor, scale: float | None, logsumexp: Tensor | None) -> Tensor:
-    """s1: how much each token is attended to. ``query``, ``key`` [B, H, N, D] -> [B, N], L2-normalised.
-
-    s1_j = sum_i mean_h softmax(scale q_i . k_j), as exp(logit - logsumexp) summed over chunks of queries, so that the
-    memory is O(N). ``logsumexp`` [B, H, N] is what a fused attention kernel returns; without it, it is computed.
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    total: Tensor | None = None
-    for start in range(0, query.shape[2], _QUERY_CHUNK):
-        rows = slice(start, start + _QUERY_CHUNK)
-        logits = ((query[:, :, rows] * scale) @ key.transpose(-1, -2)).to(_score_dtype(query))
-        rows_lse = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
-        columns = (logits - rows_lse.unsqueeze(-1)).exp().sum(dim=(1, 2))
-        total = columns if total is None else total + columns
-    if total is None:
-        raise ValueError("attention over no tokens")
-    return normalize(total / query.shape[1])
-
-
-def feature_norm(feature: Tensor) -> Tensor:
-    """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N], L2-normalised over tokens."""
-    return normalize(torch.linalg.vector_norm(feature.to(_score_dtype(feature)), dim=-1).mean(dim=1))
-
-
-def _score_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
 
 def token_grid(tokens: int, aspect: tuple[int, int] | None) -> tuple[int, int] | None:
     """Rows and columns of ``tokens`` in the proportions of the latent image ``aspect`` (height, width), if they fit."""

@@ -1,0 +1,98 @@
+"""Attention that also tells how much each token is attended to (s1 of ToCa, section 3.2), without an N x N map in memory.
+
+    s1_j = sum_i mean_h softmax(scale q_i . k_j),   then L2-normalised over tokens
+
+Three ways, fastest first; all return the attention's output to rounding:
+
+    in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
+                the processor. Both products are those of the attention itself, so s1 costs a sum over the block.
+    fused       CPU otherwise: the fused kernel returns the row log-sum-exp, and a second product gives the columns.
+    recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
+                log-sum-exp computed beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 2**22  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
+_MOST_BLOCKS = 8
+_QUERY_CHUNK = 512
+
+
+def normalize(score: Tensor) -> Tensor:
+    """L2-normalise over tokens: [B, N] -> [B, N]."""
+    length: Tensor = torch.linalg.vector_norm(score, dim=-1, keepdim=True)
+    return score / length.clamp(min=1e-12)
+
+
+def feature_norm(feature: Tensor) -> Tensor:
+    """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N], L2-normalised over tokens."""
+    return normalize(torch.linalg.vector_norm(feature.to(score_dtype(feature)), dim=-1).mean(dim=1))
+
+
+def score_dtype(tensor: Tensor) -> torch.dtype:
+    """Scores of a float64 model are float64, of every other float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def attention_and_influence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys: ([B, H, N, D], [B, M])."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = attn_mask is None and not dropout_p and not is_causal and query.shape[1] == key.shape[1]
+    if plain and query.device.type == "cpu":
+        block = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
+        if query.dtype in (torch.float32, torch.float64) and query.shape[2] <= block * _MOST_BLOCKS:
+            return _in_blocks(query, key, value, factor, block)
+        if query.shape[-1] == value.shape[-1]:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            output, logsumexp = kernel(query, key, value, scale=scale)
+            return output, influence(query, key, factor, logsumexp)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return output, influence(query, key, factor, None, attn_mask)
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, block: int) -> tuple[Tensor, Tensor]:
+    outputs, columns = [], []
+    for rows in torch.split(query, block, dim=2):
+        logits = (rows * scale) @ key.transpose(-1, -2)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        reciprocal = weights.sum(-1, keepdim=True).reciprocal()
+        outputs.append((weights @ value) * reciprocal)
+        columns.append((weights * reciprocal).sum(dim=(1, 2)))
+    # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
+    output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, normalize(torch.stack(columns).sum(0) / query.shape[1])
+
+
+def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """s1 [B, M] by a second product: exp(scale q . k - logsumexp) summed over heads and over chunks of queries.
+
+    ``logsumexp`` [B, H, N] is computed where no kernel returned it; ``mask`` broadcasts to [B, H, N, M], boolean (True
+    takes part) or added to the logits. Memory O(N).
+    """
+    columns = []
+    for start in range(0, query.shape[2], _QUERY_CHUNK):
+        rows = slice(start, start + _QUERY_CHUNK)
+        logits = ((query[:, :, rows] * scale) @ key.transpose(-1, -2)).to(score_dtype(query))
+        if mask is not None:
+            part = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+            logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
+        total = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
+        columns.append((logits - total.unsqueeze(-1)).exp().sum(dim=(1, 2)))
+    return normalize(torch.stack(columns).sum(0) / query.shape[1])
