@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, programs, record_choices, run_all, tiny
@@ -184,23 +185,25 @@ _SCRIPT = """
 import json, sys, torch, toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 torch.set_num_threads(1)
-fast = toca_fx.compile(tiny("original", layers=2), make_policy(spatial={"bonus": 0.5}), inner="eager")
+fast = toca_fx.compile(tiny("original", layers=2).double(), make_policy(spatial={"bonus": 0.5}), inner="eager")
 result = {}
 for seed in json.loads(sys.argv[1]):
     with toca_fx.session():
-        result[seed] = [output.flatten()[::97].tolist() for output in run_all(fast, make_inputs(seed=seed))]
+        result[seed] = [output.flatten()[::97].tolist() for output in run_all(fast, make_inputs(seed=seed, dtype=torch.float64))]
 print(json.dumps(result))
 """
 
 
 def test_two_generations_in_one_process_equal_two_processes() -> None:
-    def run(*seeds: int) -> dict[str, Any]:
+    def run(*seeds: int) -> dict[str, Tensor]:
         command = [sys.executable, "-c", _SCRIPT, json.dumps(seeds)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        return json.loads(done.stdout)
+        return {seed: torch.tensor(values, dtype=torch.float64) for seed, values in json.loads(done.stdout).items()}
 
-    together = run(1, 2)
-    assert together == {**run(1), **run(2)}
+    # Not to the bit: kernels round differently by the alignment of their operands, which differs between processes.
+    together, apart = run(1, 2), {**run(1), **run(2)}
+    assert together.keys() == apart.keys() == {"1", "2"}
+    assert all((together[seed] - apart[seed]).abs().max() <= TOLERANCE for seed in together)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,8 +84,9 @@ class CompiledStep:
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
         self.graph = graph
-        # Every K has a symbol of its own that may be 0 or 1: some steps compute no token at all.
-        shapes = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        # Every K has a symbol of its own. Symbols stand for sizes from 2 up; that the code made for them is right for
+        # 0 and 1 too (some steps compute no token at all) is shown by tests/test_inductor.py, not by the compiler.
+        shapes = ShapeEnv(duck_shape=False)
         self._mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
         self._source, self._plan = source, plan
         compiler = lookup_backend(inner) if isinstance(inner, str) else inner
