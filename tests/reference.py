@@ -117,7 +117,7 @@ class _Site:
     policy: SitePolicy
     full_steps: set[int]
     cache: Tensor | None = None
-    score: Tensor | None = None  # [B, N]: s1 and its alternatives, as of the last full step
+    score: Tensor | None = None  # [B, N]: s1 and its alternatives, as of the attention's last full step
     stale: list[list[int]] = field(default_factory=list)  # per sample and token
 
 
@@ -176,13 +176,17 @@ class ReferenceSampler:
             attention_map = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.shape[3]), dim=3)
             mixed = (attention_map @ value).transpose(1, 2).flatten(2)
             score = _score(mlp.policy, attention_map, key, value)
-            tokens = tokens + gate_msa * self._cached(attention, s, parts.project(block, mixed), score)
+            tokens = tokens + gate_msa * self._cached(attention, s, parts.project(block, mixed))
 
             computed = parts.mlp(block, norm_mlp(tokens) * (1 + scale_mlp) + shift_mlp)
-            tokens = tokens + gate_mlp * self._cached(mlp, s, computed, score)
+            tokens = tokens + gate_mlp * self._cached(mlp, s, computed)
+            # A step's choice is made before the step, so a renewed map serves from the next step on.
+            always = attention.policy.action.mode == "compute"
+            if s in (mlp if always else attention).full_steps:
+                mlp.score = score
         return parts.output(tokens, t, y)
 
-    def _cached(self, site: _Site, s: int, computed: Tensor, score: Tensor) -> Tensor:
+    def _cached(self, site: _Site, s: int, computed: Tensor) -> Tensor:
         """What the site contributes on step s, given what it would compute for all tokens."""
         done = self.done[-1]
         if site.policy.action.mode == "compute":
@@ -190,7 +194,7 @@ class ReferenceSampler:
         batch, count, _ = computed.shape
         done.full[site.path] = s in site.full_steps
         if s in site.full_steps:
-            site.cache, site.score = computed.clone(), score
+            site.cache = computed.clone()
             site.stale = [[0] * count for _ in range(batch)]
             return computed
         assert site.cache is not None, "the first step is full"
@@ -212,10 +216,7 @@ class ReferenceSampler:
         batch, count = site.score.shape
         over = site.policy.scores.staleness_over or site.policy.N.base
         scores = [
-            [
-                float(site.score[sample, token]) + site.policy.scores.staleness / over * site.stale[sample][token]
-                for token in range(count)
-            ]
+            [float(site.score[sample, token]) + site.policy.scores.staleness / over * site.stale[sample][token] for token in range(count)]
             for sample in range(batch)
         ]
         if self.policy.guidance.selection == "shared":
@@ -226,7 +227,7 @@ class ReferenceSampler:
         if site.policy.spatial is not None:
             scores = [bonus_by_hand(row, self.grid, site.policy.spatial.grid, site.policy.spatial.bonus) for row in scores]
         fresh = fresh_count(site.policy, s, self.total, site.layer, len(self.sites) - 1, count)
-        return [sorted(range(count), key=lambda token: (-row[token], token))[:fresh] for row in scores]  # noqa: B023 - used at once
+        return [sorted(range(count), key=lambda token: (-row[token], token))[:fresh] for row in scores]
 
 
 def _score(policy: SitePolicy, attention_map: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -247,9 +248,7 @@ def bonus_by_hand(row: Sequence[float], grid: tuple[int, int], block: int, bonus
     result = list(row)
     for top in range(0, rows, block):
         for left in range(0, columns, block):
-            members = [
-                r * columns + c for r in range(top, min(top + block, rows)) for c in range(left, min(left + block, columns))
-            ]
+            members = [r * columns + c for r in range(top, min(top + block, rows)) for c in range(left, min(left + block, columns))]
             best = max(members, key=lambda token: (row[token], -token))
             result[best] = row[best] * (1 + bonus)
     return result

@@ -68,7 +68,7 @@ def describe(facts: dict[str, Any]) -> dict[str, Any]:
     """What the test needs of the case's description."""
     return {
         **{key: facts[key] for key in ("case", "source", "model", "call", "policy", "notes")},
-        "trimmed": "outputs hold the first in_channels channels; fresh.* are uint8 padded with 255; shared_weights maps a weight to its equal",
+        "trimmed": "outputs: the first in_channels channels; fresh.*: uint8, padded with 255; shared_weights: equal weights, once",
         "layers": [step["layers"] for step in facts["steps"]],
         "K": facts["K"],
     }

@@ -124,10 +124,8 @@ def _authors_run(total: int, base: int, ddim: bool, tokens: int) -> tuple[list[s
         for layer in range(LAYERS):
             full = first or s % threshold == 0
             if layer == 0 and full:
-                if 0.2 * total <= s < 0.4 * total:
-                    threshold = 2
-                else:
-                    threshold = int(np.round(base / (1.4 - 0.8 * s / total)))
+                sensitive = 0.2 * total <= s < 0.4 * total
+                threshold = 2 if sensitive else int(np.round(base / (1.4 - 0.8 * s / total)))
             letters += "F" if full else "P"
             fresh[f"layer_{layer:02d}.mlp"].append(None if full else _authors_count(s / total, layer / 27, ddim, tokens))
         layers.append(letters)

@@ -1,0 +1,171 @@
+"""Attention with s1 against the explicit map: each of the three ways, in chunks and in blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toca_fx import attention
+from toca_fx.attention import attention_and_influence, feature_norm, influence, normalize
+
+HEADS, WIDTH = 3, 8
+
+
+def unit(score: Tensor) -> Tensor:
+    return score / score.square().sum(1, keepdim=True).sqrt()
+
+
+def operands(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, keys: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (tokens, keys or tokens, keys or tokens)
+    query, key, value = (torch.randn(batch, HEADS, size, WIDTH, generator=generator, dtype=torch.float64) for size in sizes)
+    return (2 * query).to(dtype), (2 * key).to(dtype), value.to(dtype)
+
+
+def column_sums(query: Tensor, key: Tensor, scale: float = WIDTH**-0.5, mask: Tensor | None = None) -> Tensor:
+    """s1 from the explicit map, in double precision; ``mask`` is added to the logits."""
+    logits = query.double() @ key.double().transpose(2, 3) * scale
+    return unit(torch.softmax(logits if mask is None else logits + mask, dim=3).mean(dim=1).sum(dim=1))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the ways was taken."""
+    taken: list[str] = []
+    in_blocks, by_product = attention._in_blocks, attention.influence
+
+    def noting_blocks(*args: Any) -> Any:
+        taken.append("in blocks")
+        return in_blocks(*args)
+
+    def noting_product(*args: Any) -> Any:
+        taken.append("recomputed" if args[3] is None else "fused")
+        return by_product(*args)
+
+    monkeypatch.setattr(attention, "_in_blocks", noting_blocks)
+    monkeypatch.setattr(attention, "influence", noting_product)
+    return taken
+
+
+@pytest.mark.parametrize("tokens", [5, 512, 1100])  # 1100: three chunks of queries, the last one short
+@pytest.mark.parametrize("scale", [WIDTH**-0.5, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_influence_is_the_column_sum_of_the_attention_map(tokens: int, scale: float, fused: bool) -> None:
+    query, key, _ = operands(tokens)
+    logits = query @ key.transpose(2, 3) * scale
+    found = influence(query, key, scale, logits.logsumexp(3) if fused else None)
+    assert found.shape == (2, tokens)
+    assert (found - column_sums(query, key, scale)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1100])
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_in_blocks(tokens: int, scale: float | None, kernels: list[str]) -> None:
+    query, key, value = operands(tokens)
+    output, score = attention_and_influence(query, key, value, scale=scale)
+    assert kernels == ["in blocks"]
+    assert (output - F.scaled_dot_product_attention(query, key, value, scale=scale)).abs().max() < 1e-13
+    assert (score - column_sums(query, key, scale or WIDTH**-0.5)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 100])
+def test_the_size_of_a_block_changes_nothing(block: int) -> None:
+    query, key, value = operands(100)
+    whole, expected = attention._in_blocks(query, key, value, 0.3, 100)
+    output, score = attention._in_blocks(query, key, value, 0.3, block)
+    assert (output - whole).abs().max() < 1e-13
+    assert (score - expected).abs().max() < 1e-13
+
+
+def test_large_maps_take_the_fused_kernel(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", 2 * HEADS * 600 * 10)  # ten rows of the map: 60 blocks
+    query, key, value = operands(600, torch.float32)
+    output, score = attention_and_influence(query, key, value)
+    assert kernels == ["fused"]
+    assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-6
+    assert (score - column_sums(query, key)).abs().max() < 1e-6
+
+
+def test_half_precision_takes_the_fused_kernel(kernels: list[str]) -> None:
+    query, key, value = operands(64, torch.bfloat16)
+    output, score = attention_and_influence(query, key, value)
+    assert kernels == ["fused"]
+    assert torch.equal(output, F.scaled_dot_product_attention(query, key, value))
+    assert score.dtype == torch.float32
+    assert (score - column_sums(query, key)).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [6, 600])
+@pytest.mark.parametrize("shape", ["all rows", "one row for all queries", "added"])
+def test_masks(tokens: int, shape: str, kernels: list[str]) -> None:
+    query, key, value = operands(tokens)
+    keep = torch.rand(2, 1, 1 if shape == "one row for all queries" else tokens, tokens, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep[..., 0] = True
+    added = torch.zeros_like(keep, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    output, score = attention_and_influence(query, key, value, added if shape == "added" else keep)
+    assert kernels == ["recomputed"]
+    assert (output - F.scaled_dot_product_attention(query, key, value, keep)).abs().max() < 1e-13
+    assert (score - column_sums(query, key, mask=added)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("tokens", [6, 600])
+def test_causal(tokens: int, kernels: list[str]) -> None:
+    query, key, value = operands(tokens)
+    output, score = attention_and_influence(query, key, value, None, 0.0, True)
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64).triu(1)
+    assert kernels == ["recomputed"]
+    assert (output - F.scaled_dot_product_attention(query, key, value, is_causal=True)).abs().max() < 1e-13
+    assert (score - column_sums(query, key, mask=mask)).abs().max() < 1e-13
+
+
+def test_grouped_heads(kernels: list[str]) -> None:
+    query, key, value = operands(16)
+    output, score = attention_and_influence(query, key[:, :1], value[:, :1], enable_gqa=True)
+    expected = F.scaled_dot_product_attention(query, key[:, :1], value[:, :1], enable_gqa=True)
+    assert kernels == ["recomputed"]
+    assert (output - expected).abs().max() < 1e-13
+    assert (score - column_sums(query, key[:, :1])).abs().max() < 1e-13
+
+
+def test_more_keys_than_queries() -> None:
+    query, key, value = operands(10, keys=25)
+    output, score = attention_and_influence(query, key, value)
+    assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-13
+    assert score.shape == (2, 25)
+    assert (score - column_sums(query, key)).abs().max() < 1e-13
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    query, key, value = operands(32, torch.float32)
+    output, score = attention_and_influence(100 * query, key, value)
+    assert (output - F.scaled_dot_product_attention(100 * query, key, value)).abs().max() < 1e-3
+    assert (score - column_sums(100 * query, key)).abs().max() < 1e-4
+
+
+def test_the_output_lies_in_memory_as_that_of_the_kernels() -> None:
+    query, key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in operands(16))
+    output, _ = attention_and_influence(query, key, value)
+    assert output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("given", "score"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_scores_are_at_least_single_precision(given: torch.dtype, score: torch.dtype) -> None:
+    query, key, value = operands(7, given)
+    assert attention_and_influence(query, key, value)[1].dtype == score
+    assert feature_norm(key).dtype == score
+
+
+def test_feature_norm_by_hand() -> None:
+    feature = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 7.0]]]])  # [1, 2 heads, 2 tokens, 2]
+    assert torch.allclose(feature_norm(feature), unit(torch.tensor([[2.5, 4.0]])))
+
+
+def test_normalize_leaves_zeros_at_zero() -> None:
+    assert torch.equal(normalize(torch.zeros(2, 4)), torch.zeros(2, 4))
+    assert torch.allclose(normalize(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))

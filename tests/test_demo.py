@@ -1,0 +1,58 @@
+"""The digits that ship: weights, quality, and the demo command from end to end."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+import toca_fx
+from toca_fx.demo import digits, run
+
+
+def test_weights_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in digits.WEIGHTS.glob("*.safetensors")) < 8 * 2**20
+
+
+def test_classifier_knows_the_digits() -> None:
+    images, labels = digits.load_images()
+    assert run.recognised(digits.load_classifier(), images, labels) > 0.98
+
+
+def test_samples_show_the_class_that_was_asked_for() -> None:
+    classes = torch.arange(10).repeat(10)
+    samples = digits.sample(digits.load_denoiser(), classes, steps=20, seed=1)
+    assert run.recognised(digits.load_classifier(), samples, classes) >= 0.95
+
+
+def test_cached_samples_are_close_to_uncached_ones() -> None:
+    classes = torch.arange(10)
+    denoiser = digits.load_denoiser()
+    fast = toca_fx.compile(denoiser, "digits", inner="eager")
+    expected = digits.sample(denoiser, classes, steps=50).clamp(-1, 1)
+    with toca_fx.session(num_steps=50) as session:
+        actual = digits.sample(fast, classes, steps=50).clamp(-1, 1)
+    assert session.report().flops_ratio > 1.5
+    assert 20 < run.psnr(expected, actual) < 60
+
+
+def test_a_batch_shows_each_digit_as_it_is_alone() -> None:
+    denoiser = digits.load_denoiser()
+    noise = torch.Generator().manual_seed(0)
+    pair = torch.randn(2, 1, digits.SIZE, digits.SIZE, generator=noise)
+    labels = torch.tensor([3, 7])
+    with torch.no_grad():
+        together = denoiser(pair, timestep=torch.tensor([500, 500]), class_labels=labels, return_dict=False)[0]
+        alone = denoiser(pair[:1], timestep=torch.tensor([500]), class_labels=labels[:1], return_dict=False)[0]
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_demo_command_writes_a_picture_and_prints_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "demo.png"
+    assert run.main(argparse.Namespace(policy="digits", per_class=1, seed=0, output=str(picture))) == 0
+    printed = capsys.readouterr().out
+    for word in ("latency ratio", "FLOPs ratio", "PSNR", "recognised", "uncached, 50 steps", "digits, 50 steps"):
+        assert word in printed
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

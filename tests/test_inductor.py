@@ -1,0 +1,112 @@
+"""The inner compilers: how often they are asked, and that they change nothing. The only file that runs inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import compilation_time_metrics, counters
+
+import toca_fx
+from tests.helpers import make_inputs, make_policy, run_all, tiny
+from toca_fx.policy_types import Policy
+
+STEPS = 50
+TOLERANCE = 1e-4  # of the largest output: sinusoids of timesteps near 1000 lose three digits in single precision
+
+
+class Counting:
+    """A named backend that keeps count of its graphs."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.count += 1
+        return lookup_backend(self.name)(graph, inputs)
+
+
+def pinned(**sections: Any) -> Policy:
+    """Random scores do not depend on activations, so every inner backend gets the same tokens; K rises from 0 by 1 or 2."""
+    ratio = {"base": 0.5, "step_weight": -1.05}
+    return make_policy(**{"sampler": {"steps": STEPS}, "R": ratio, "scores": {"random": 1.0}, "spatial": {"bonus": 0.5}, **sections})
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def compilations() -> tuple[Any, ...]:
+    """What Dynamo, AOTAutograd and inductor have counted so far."""
+    return {name: dict(values) for name, values in counters.items()}, {name: len(times) for name, times in compilation_time_metrics.items()}
+
+
+def test_a_ratio_schedule_compiles_one_graph_per_kind_of_step() -> None:
+    model, policy = tiny("original", layers=2), pinned()
+    inputs, other = make_inputs(STEPS), make_inputs(STEPS, seed=1)
+    inner = Counting("inductor")
+    fast = toca_fx.compile(model, policy, inner=inner)
+    with toca_fx.session() as run:
+        outputs = run_all(fast, inputs)
+    report = run.report().to_dict()
+    assert report["compiled_graphs"] == inner.count == 2
+    computed = report["sites"][1]["computed"]
+    assert {0, 1}.issubset(computed), "steps without a token and with one go through the same graph"
+    assert len(set(computed)) > 20
+
+    before = compilations()
+    with toca_fx.session() as run:
+        others = run_all(fast, other)
+    assert inner.count == 2
+    assert run.report().compiled_graphs == 2
+    assert compilations() == before, "a second generation compiles nothing"
+
+    eager = toca_fx.compile(model, policy, inner="eager")
+    for given, found in ((inputs, outputs), (other, others)):
+        with toca_fx.session():
+            expected = run_all(eager, given)
+        for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert close(a, b), f"call {number}"
+    assert not all(close(a, b) for a, b in zip(outputs, run_all(model, inputs), strict=True))
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.97, 0.0], ids=["no token", "one token", "all tokens"])
+def test_a_constant_number_of_tokens(kept: float) -> None:
+    policy = pinned(sampler={"steps": 6}, R={"base": kept, "layer_weight": -0.5, "layer_span": 2})
+    model, inputs = tiny("original", layers=2), make_inputs(4)
+    outputs = []
+    for inner in ("inductor", "eager"):
+        with toca_fx.session() as run:
+            outputs.append(run_all(toca_fx.compile(model, policy, inner=inner), inputs))
+    partial = [site.computed[1] for site in run.report().sites if site.kind == "mlp"]
+    assert partial == {1.0: [0, 0], 0.97: [0, 1], 0.0: [32, 64]}[kept]
+    assert all(close(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_diffusers_model_with_scores_from_its_attention() -> None:
+    """The choice itself may differ in single precision; full steps, and steps that compute all or nothing, do not."""
+    model, inputs = tiny("diffusers", layers=2), make_inputs(4)
+    policy = make_policy(
+        sampler={"steps": 6}, R={"base": 0.5, "step_weight": -0.99}, rules=[{"match": "mlp", "layers": 1, "R": {"base": 0.0}}]
+    )
+    inner = Counting("inductor")
+    with toca_fx.session() as run:
+        outputs = run_all(toca_fx.compile(model, policy, inner=inner), inputs)
+    expected = run_all(model, inputs)
+    assert inner.count == 2
+    assert [close(a, b) for a, b in zip(outputs, expected, strict=True)] == [True, False, False, True]
+    assert [step.kind for step in run.report().steps] == ["full", "partial", "partial", "full"]
+
+
+def test_aot_eager_equals_eager() -> None:
+    model, inputs = tiny("diffusers", layers=2), make_inputs(STEPS)
+    counting = Counting("aot_eager")
+    outputs = []
+    for compiler in (counting, "eager"):
+        with toca_fx.session():
+            outputs.append(run_all(toca_fx.compile(model, pinned(), inner=compiler), inputs))
+    assert counting.count == 2
+    assert all(close(a, b) for a, b in zip(*outputs, strict=True))

@@ -1,0 +1,248 @@
+"""Schedules, numbers of fresh tokens, modes and rules, without a model."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests import reference
+from tests.helpers import make_policy
+from toca_fx import PolicyError
+from toca_fx.match import Matches, NearMiss, Site
+from toca_fx.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
+from toca_fx.policy_types import Action, Interval, Ratio, Scores, SitePolicy, Window
+
+
+def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Matches:
+    sites = []
+    for layer in range(layers):
+        for kind, name in (("self_attention", "attn"), ("mlp", "mlp")):
+            sites.append(Site(kind, f"{block}.{layer}.{name}", layer, block, f"o{len(sites)}", f"a{len(sites)}", (2, tokens, 8), 2 * layer))
+    return Matches(tuple(sites), ())
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [step.kind for step in plan.steps]
+
+
+def full_indices(plan: Plan) -> list[int]:
+    return [step.index for step in plan.steps if step.kind == "full"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "order", "expected"),
+    [
+        (Interval(3), 10, "ascending", [0, 3, 6, 9]),
+        (Interval(3, first=3), 10, "ascending", [0, 1, 2, 5, 8]),
+        (Interval(4, last=2), 10, "ascending", [0, 4, 8, 9]),
+        (Interval(3, phase="modulo"), 10, "descending", [9, 6, 3, 0]),
+        (Interval(4, phase="modulo"), 10, "descending", [9, 8, 4, 0]),
+        (Interval(3, extra_full_steps=(4,)), 10, "ascending", [0, 3, 4, 7]),
+        (Interval(3, full_steps=(0, 7), last=1), 10, "ascending", [0, 7, 9]),
+        (Interval(4, windows=(Window(0.4, 0.8, 2),)), 10, "ascending", [0, 4, 6, 8]),
+        (Interval(1), 4, "ascending", [0, 1, 2, 3]),
+        (Interval(99), 4, "ascending", [0]),
+        # PixArt and FLUX of the method's section 4, and Open-Sora's cross-attention.
+        (Interval(3, drift=-0.2, phase="modulo"), 20, "ascending", [0, 6, 9, 12, 15, 18]),
+        (Interval(4, first=3), 50, "ascending", [0, 1, 2, *range(6, 50, 4)]),
+        (Interval(6, first=3, phase="modulo"), 30, "ascending", [0, 1, 2, 6, 12, 18, 24]),
+        (Interval(3, first=3, phase="modulo"), 30, "ascending", [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
+    ],
+)
+def test_full_steps(interval: Interval, steps: int, order: str, expected: list[int]) -> None:
+    indices = list(range(steps)) if order == "ascending" else list(range(steps - 1, -1, -1))
+    found = full_steps(interval, indices, steps)
+    assert [s for s in indices if s in found] == expected
+
+
+def test_full_steps_equal_a_walk_through_the_loop() -> None:
+    chance = random.Random(0)
+    for _ in range(300):
+        steps = chance.randint(2, 60)
+        start = chance.choice([0.0, 0.25, 0.5])
+        interval = Interval(
+            base=chance.randint(1, 7),
+            drift=chance.choice([0.0, 0.4, -0.4, 0.25, -0.9]),
+            first=chance.randint(1, 3),
+            last=chance.randint(0, 2),
+            phase=chance.choice(["count", "modulo"]),
+            windows=(Window(start, start + 0.25, chance.randint(1, 4)),) if chance.random() < 0.5 else (),
+            extra_full_steps=tuple(chance.sample(range(steps), k=min(steps, chance.randint(0, 2)))),
+        )
+        order = list(range(steps)) if chance.random() < 0.5 else list(range(steps - 1, -1, -1))
+        assert full_steps(interval, order, steps) == reference.full_steps(interval, order, steps), (interval, steps, order[0])
+
+
+def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
+    return SitePolicy(Interval(3), ratio, Action("partial", weight), Scores(), None)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "weight", "s", "layer", "tokens", "expected"),
+    [
+        (Ratio(0.5), 1.0, 0, 0, 64, 32),
+        (Ratio(0.93), 1.0, 0, 0, 64, 4),  # trunc(4.48)
+        (Ratio(0.93), 1.0, 0, 0, 100, 7),  # 1 - 0.93 is 0.06999... in binary
+        (Ratio(0.7), 1.0, 0, 0, 10, 3),
+        (Ratio(0.93), 2.5, 0, 0, 256, 44),  # trunc(44.8)
+        (Ratio(1.0), 3.0, 0, 0, 64, 0),
+        (Ratio(0.0), 1.0, 0, 0, 64, 64),
+        (Ratio(0.5), 9.0, 0, 0, 64, 64),  # never more than all
+        (Ratio(0.5, step_weight=-2.0), 1.0, 0, 0, 64, 0),  # never less than none
+        (Ratio(0.5, step_weight=0.5), 1.0, 0, 0, 64, 48),
+        (Ratio(0.5, step_weight=0.5), 1.0, 10, 0, 64, 32),
+        (Ratio(0.5, step_weight=0.5), 1.0, 20, 0, 64, 16),
+        (Ratio(0.5, layer_weight=0.5), 1.0, 0, 0, 64, 48),
+        (Ratio(0.5, layer_weight=0.5), 1.0, 0, 4, 64, 16),
+        (Ratio(0.5, layer_weight=0.5, layer_span=8), 1.0, 0, 4, 64, 32),
+    ],
+)
+def test_fresh_tokens(ratio: Ratio, weight: float, s: int, layer: int, tokens: int, expected: int) -> None:
+    assert fresh_tokens(site_policy(ratio, weight), s, 20, layer, 4, tokens) == expected
+
+
+def test_fresh_tokens_equal_the_reference() -> None:
+    chance = random.Random(1)
+    for _ in range(500):
+        ratio = Ratio(
+            round(chance.random(), 2), round(chance.uniform(-2, 2), 1), round(chance.uniform(-1, 1), 1), chance.choice([None, 27])
+        )
+        total, layers, tokens = chance.randint(1, 50), chance.randint(1, 28), chance.choice([16, 64, 256, 1000])
+        s, layer, policy = chance.randrange(total), chance.randrange(layers), site_policy(ratio, chance.choice([1.0, 2.5, 0.6]))
+        expected = reference.fresh_count(policy, s, total, layer, layers - 1, tokens)
+        assert fresh_tokens(policy, s, total, layer, layers - 1, tokens) == expected, (policy, s, total, layer)
+
+
+def test_modes_of_the_default() -> None:
+    plan = make_plan(make_matches(), make_policy())
+    assert kinds(plan) == ["full", "partial", "partial"] * 4
+    assert plan.steps[0] == StepPlan(0, ("full",) * 8, (64,) * 8)
+    assert plan.steps[1] == StepPlan(1, ("reuse", "partial") * 4, (0, 32) * 4)
+    assert plan.cached == tuple(range(8))
+    assert plan.scored == plan.scored_by_attention == (1, 3, 5, 7)
+    assert plan.full_step(5) == StepPlan(5, plan.full_modes, (64,) * 8)
+
+
+def test_an_interval_of_one_caches_nothing() -> None:
+    plan = make_plan(make_matches(), make_policy(N={"base": 1}))
+    assert {mode for step in plan.steps for mode in step.modes} == {"compute"}
+    assert set(kinds(plan)) == {"full"}
+    assert plan.cached == plan.scored == ()
+
+
+def test_a_module_that_never_has_a_fresh_token_is_reused() -> None:
+    plan = make_plan(make_matches(), make_policy(R={"base": 0.5, "layer_weight": -1.0}))
+    assert plan.steps[1].modes == ("reuse", "reuse", *("reuse", "partial") * 3)
+    assert [plan.steps[1].fresh[i] for i in (1, 3, 5, 7)] == [0, 21, 42, 64]
+    assert plan.scored == (3, 5, 7)
+
+
+def test_no_token_on_some_steps_stays_partial() -> None:
+    plan = make_plan(make_matches(), make_policy(R={"base": 0.5, "step_weight": -1.0}))
+    assert {step.modes[1] for step in plan.steps if step.kind == "partial"} == {"partial"}
+    assert [step.fresh[1] for step in plan.steps[1:3]] == [5, 10]
+
+
+def test_scores_without_attention_need_none() -> None:
+    plan = make_plan(make_matches(), make_policy(scores={"staleness": 1.0}))
+    assert (plan.scored, plan.scored_by_attention) == ((1, 3, 5, 7), ())
+
+
+def test_a_policy_for_other_steps() -> None:
+    plan = make_plan(make_matches(), make_policy(N={"base": 3, "drift": 0.4}), 24)
+    assert len(plan.steps) == 24
+    assert full_indices(plan) == sorted(reference.full_steps(Interval(3, 0.4), range(24), 24))
+
+
+def test_descending_steps() -> None:
+    plan = make_plan(make_matches(), make_policy(sampler={"steps": 5, "order": "descending"}, R={"base": 0.5, "step_weight": 1.0}))
+    assert [step.index for step in plan.steps] == [4, 3, 2, 1, 0]
+    assert [step.fresh[1] for step in plan.steps] == [64, 25, 38, 64, 64]  # 32 (2 - 2 s/5), full at s = 4 and 1
+
+
+def test_layers_count_per_list_of_blocks() -> None:
+    long, short = make_matches(4).sites, make_matches(2, block="refiner").sites
+    plan = make_plan(Matches((*long, *short), ()), make_policy(R={"base": 0.5, "layer_weight": 0.5}))
+    fresh = dict(zip((site.path for site in plan.sites), plan.steps[1].fresh, strict=True))
+    assert (fresh["blocks.0.mlp"], fresh["blocks.3.mlp"]) == (fresh["refiner.0.mlp"], fresh["refiner.1.mlp"]) == (48, 16)
+
+
+@pytest.mark.parametrize(
+    ("modes", "kind"),
+    [
+        (("full", "full"), "full"),
+        (("full", "compute"), "full"),
+        (("compute", "compute"), "full"),
+        ((), "full"),
+        (("reuse", "partial"), "partial"),
+        (("compute", "partial"), "partial"),
+        (("full", "reuse"), "mixed"),
+        (("full", "partial", "compute"), "mixed"),
+    ],
+)
+def test_kinds_of_steps(modes: tuple[str, ...], kind: str) -> None:
+    assert StepPlan(0, modes, (0,) * len(modes)).kind == kind
+
+
+def test_rules_in_order() -> None:
+    rules: list[dict[str, Any]] = [
+        {"match": "mlp", "R": {"base": 0.75}},
+        {"match": "mlp", "layers": "2-3", "R": {"base": 0.25}},
+        {"path": "blocks.3.*", "module": "reuse"},
+        {"match": "self_attention", "layers": 1, "module": "compute"},
+    ]
+    step = make_plan(make_matches(), make_policy(rules=rules)).steps[1]
+    assert step.fresh == (0, 16, 64, 16, 0, 48, 0, 0)
+    assert step.modes == ("reuse", "partial", "compute", "partial", "reuse", "partial", "reuse", "reuse")
+
+
+@pytest.mark.parametrize(
+    ("rule", "hint"),
+    [
+        ({"match": "cross_attention", "module": "compute"}, "the model has no cross_attention, only mlp, self_attention"),
+        ({"path": "blocks.1.mpl", "module": "reuse"}, "no path matches `blocks.1.mpl`; the nearest is `blocks.1.mlp`"),
+        ({"match": "mlp", "path": "*.attn", "module": "reuse"}, r"no path matches `\*.attn`"),
+        ({"layers": "7-9", "module": "reuse"}, "those that match otherwise have layers 0 to 3"),
+    ],
+)
+def test_a_rule_that_matches_nothing_names_the_nearest_miss(rule: dict[str, Any], hint: str) -> None:
+    with pytest.raises(PolicyError, match=f"the rule matches none of the 8 sites; {hint}") as raised:
+        make_plan(make_matches(), make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}, rule]))
+    (problem,) = raised.value.problems
+    assert str(problem).startswith("rules[1]: ")
+
+
+def test_a_rule_for_a_model_without_sites_tells_why_there_are_none() -> None:
+    matches = Matches((), (NearMiss("mlp", "head.mlp", "it lies outside the numbered blocks"),))
+    with pytest.raises(PolicyError, match=re.escape("the model has none (head.mlp: it lies outside the numbered blocks)")):
+        make_plan(matches, make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}]))
+
+
+@pytest.mark.parametrize("key", ["full_steps", "extra_full_steps"])
+def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
+    policy = make_policy(N={key: [0, 5], **({"base": 3} if key == "extra_full_steps" else {})})
+    assert 5 in full_indices(make_plan(make_matches(), policy, 12))
+    with pytest.raises(PolicyError, match=r"lists full steps by index, which hold for its 12 steps only; this session has 20"):
+        make_plan(make_matches(), policy, 20)
+
+
+def test_planning_is_pure() -> None:
+    matches, policy = make_matches(), make_policy()
+    assert make_plan(matches, policy) == make_plan(matches, policy)
+    assert hash(make_plan(matches, policy).steps) == hash(make_plan(matches, policy).steps)
+
+
+def test_scores_from_cross_attention_are_refused() -> None:
+    with pytest.raises(PolicyError, match="cross_attention is not computed by this version; set it to 0"):
+        make_plan(make_matches(), make_policy(scores={"cross_attention": 1.0}))
+    make_plan(make_matches(), make_policy(scores={"cross_attention": 1.0}, modules={"mlp": "reuse"}))
+
+
+def test_a_shared_selection_needs_two_halves() -> None:
+    odd = Matches(tuple(replace(site, shape=(3, 64, 8)) for site in make_matches().sites), ())
+    with pytest.raises(PolicyError, match=r"shared, which needs both halves in one batch; `blocks\.0\.mlp` has a batch of 3"):
+        make_plan(odd, make_policy(guidance={"layout": "batched", "selection": "shared"}))
