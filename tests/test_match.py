@@ -180,7 +180,8 @@ def test_attention_without_projections() -> None:
 
     found = matches_of(Blocks(Residual(Bare())))
     assert found.sites == ()
-    assert [(miss.kind, miss.reason) for miss in found.misses] == [("attention", "query or key does not come from a linear projection")]
+    reason = "query or key does not come from a linear projection"
+    assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [("attention", "layers.0.part", reason)]
 
 
 def test_kinds_of_attention() -> None:

@@ -158,6 +158,15 @@ def test_a_new_generation_after_the_last_step(model: nn.Module) -> None:
     assert same(run_all(fast, inputs), expected[0])
 
 
+def test_a_new_generation_after_the_last_step_whatever_the_timestep_says(model: nn.Module) -> None:
+    fast, first, second = fast_twin(model), make_inputs(seed=1), make_inputs(seed=2)
+    first = Inputs(first.latents, torch.arange(24).flip(0)[:12], first.labels)
+    second = Inputs(second.latents, torch.arange(12).flip(0), second.labels)  # goes on falling
+    expected = in_session(fast, second)
+    run_all(fast, first)
+    assert same(run_all(fast, second), expected)
+
+
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_a_new_generation_when_the_timestep_turns_back(model: nn.Module, direction: str) -> None:
     fast, inputs = fast_twin(model), make_inputs()

@@ -1,8 +1,11 @@
 """Train the demo's denoiser and classifier on the UCI digits of scikit-learn.
 
-The shipped weights were made by this command (2 CPU cores; figures of the run in tools/results/train_digits.json):
+The shipped weights were made by this command on 2 CPU cores, in one hour:
 
-    python tools/train_digits.py --coarse-steps 6000 --steps 2500
+    python tools/train_digits.py --coarse-steps 5000 --steps 600
+
+It was not one uninterrupted run: it was started with more steps and continued from its checkpoint with fewer, which bends
+the learning rate's schedule. Every start, with its arguments, is listed under "runs" in tools/results/train_digits.json.
 
 It writes checkpoints/ as it goes and continues from there when started again. The first --coarse-steps are taken
 at 16 x 16 (64 tokens): the position table of the diffusers class spans the same grid there, so the weights carry
@@ -148,8 +151,8 @@ def save_weights(model: nn.Module, name: str) -> None:
 def main() -> None:
     """Train both networks, write the weights into the package and the figures to tools/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coarse-steps", type=int, default=6000, help="steps at 16 x 16")
-    parser.add_argument("--steps", type=int, default=2500, help="steps at 32 x 32, after the coarse ones")
+    parser.add_argument("--coarse-steps", type=int, default=5000, help="steps at 16 x 16")
+    parser.add_argument("--steps", type=int, default=600, help="steps at 32 x 32, after the coarse ones")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
