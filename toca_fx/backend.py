@@ -6,8 +6,7 @@ import copy
 import logging
 import os
 import threading
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import CompileContext
+from torch.utils.weak import WeakIdKeyDictionary
 
 from toca_fx import trace
 from toca_fx.diagnostics import did_you_mean
@@ -91,20 +91,37 @@ class Dispatcher:
     def __init__(self, captured: fx.GraphModule, policy: Policy, inner: Inner, inputs: Sequence[Any]) -> None:
         self._captured, self._policy, self._inner = captured, policy, inner
         self._timestep = _timestep_position(trace.input_sources(captured), inputs)
-        self._lane = _lane(inputs)
-        self._programs: dict[tuple[int, ...], Program] = {}
+        compile_id = CompileContext.current_compile_id()
+        # The place in the code keeps the parts of a broken graph apart; it stays the same across recompilations.
+        self._place = (None if compile_id is None else compile_id.frame_id, policy)
+        self._parameter = next((at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None)
+        # Dynamo guards all but the sizes that it made symbolic. Unused integers are storage offsets of views.
+        nodes = captured.graph.find_nodes(op="placeholder")
+        self._varying = [
+            at
+            for at, value in enumerate(inputs)
+            if (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)) or (isinstance(value, int) and nodes[at].users)
+        ]
+        self._programs: dict[tuple[object, ...], Program] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
-        # Dynamo guards everything but the sizes it made symbolic, which arrive as integers.
-        sizes = tuple(value for value in inputs if isinstance(value, int))
+        values = (inputs[at] for at in self._varying)
+        shapes = tuple((value.shape, value.stride()) if isinstance(value, Tensor) else value for value in values)
         with self._lock:
-            program = self._programs.get(sizes)
+            program = self._programs.get(shapes)
             if program is None:
-                program = self._programs[sizes] = Program(self._captured, inputs, self._policy, self._inner)
+                program = self._programs[shapes] = Program(self._captured, inputs, self._policy, self._inner)
         timestep = None if self._timestep is None else inputs[self._timestep]
-        return current_session().call(self._lane, program, inputs, timestep)
+        return current_session().call(self._lane(inputs), program, inputs, timestep)
+
+    def _lane(self, inputs: Sequence[Any]) -> Lane:
+        """Dynamo shares code between models of one class, so which model it is shows at the call only."""
+        owner = _no_parameters if self._parameter is None else inputs[self._parameter]
+        if owner not in _lanes:
+            _lanes[owner] = {}
+        return _lanes[owner].setdefault(self._place, Lane())
 
 
 def default_policy(model_class: str) -> Policy:
@@ -136,19 +153,9 @@ def _compiler(inner: Inner) -> Any:
         raise ValueError(f"unknown inner backend `{inner}`{did_you_mean(str(inner), known)}; known: {', '.join(known)}") from error
 
 
-_lanes: weakref.WeakValueDictionary[tuple[int | None, int], Lane] = weakref.WeakValueDictionary()
-
-
-def _lane(inputs: Sequence[Any]) -> Lane:
-    """One lane per place in the code (so that the parts of a broken graph do not mix) and per set of parameters."""
-    compile_id = CompileContext.current_compile_id()
-    frame = None if compile_id is None else compile_id.frame_id
-    parameters = (id(value) for value in inputs if isinstance(value, nn.Parameter))
-    key = (frame, next(parameters, 0))
-    lane = _lanes.get(key)
-    if lane is None:
-        lane = _lanes[key] = Lane()
-    return lane
+# By a model's first parameter: lanes go when the model goes. Parameters compare by identity here, not by value.
+_lanes: MutableMapping[Tensor, dict[object, Lane]] = WeakIdKeyDictionary()
+_no_parameters = torch.empty(0)
 
 
 def _timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:

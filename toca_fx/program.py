@@ -72,7 +72,7 @@ class Program:
     @cached_property
     def uncached_flops(self) -> int:
         """FLOPs of one run of the model as it was captured."""
-        inputs = [node.meta["val"] for node in self.aten.graph.find_nodes(op="placeholder")]
+        inputs = [node.meta.get("val") for node in self.aten.graph.find_nodes(op="placeholder")]
         return sum(count_flops(self.aten, inputs).values())
 
 

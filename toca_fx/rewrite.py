@@ -131,7 +131,7 @@ class _Rewriter:
         fresh_nodes: dict[int, frozenset[str]] = {}
         for site, (scattered, output) in merges.items():
             restrict = _Restriction(self.graph, rows[site], scattered, needed, self.plan.sites[site].shape[0])
-            fresh = restrict(output, 1)
+            fresh = restrict(output, 0, 1)
             if fresh is None:
                 raise AssertionError(f"{output} is [batch, tokens, channels] and can be gathered itself")
             scattered.args = (scattered.args[0], [rows[site]], fresh)
@@ -169,29 +169,37 @@ class _Rewriter:
 class _Restriction:
     """Copies of nodes that work on the fresh tokens only. ``rows`` [B, K] index the flattened [B * N] tokens.
 
-    Restricted values keep their rank, with K in the place of N, so that every other operand still broadcasts.
+    Restricted values keep their rank and their batch axis, with K in the place of N, so that every other operand still
+    broadcasts. Both axes are followed operator by operator: an axis of the right size alone proves nothing.
     """
 
     def __init__(self, graph: fx.Graph, rows: fx.Node, before: fx.Node, needed: set[fx.Node], batch: int) -> None:
         self._graph, self._rows, self._before, self._needed, self._batch = graph, rows, before, needed, batch
-        self._done: dict[tuple[fx.Node, int], fx.Node | None] = {}
+        self._done: dict[tuple[fx.Node, int, int], fx.Node | None] = {}
         self.created: list[fx.Node] = []
         self.gathered: list[fx.Node] = []
 
-    def __call__(self, node: fx.Node, axis: int) -> fx.Node | None:
-        """``node`` restricted along ``axis``; None if that is impossible, so that its user has to be gathered."""
-        if (node, axis) not in self._done:
-            restricted = None if node in self._needed else self._recompute(node, axis)
-            self._done[node, axis] = restricted if restricted is not None else self._gather(node, axis)
-        return self._done[node, axis]
+    def __call__(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node | None:
+        """``node`` restricted along ``axis``; None for a list of tensors that cannot be, so that its user has to be."""
+        key = (node, batch_axis, axis)
+        if key not in self._done:
+            restricted = None if node in self._needed else self._recompute(node, batch_axis, axis)
+            if restricted is None and isinstance(node.meta.get("val"), Tensor):
+                restricted = self._gather(node, batch_axis, axis)
+            self._done[key] = restricted
+        return self._done[key]
 
-    def _recompute(self, node: fx.Node, axis: int) -> fx.Node | None:
+    def _recompute(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node | None:
         operands = tokenwise.token_operands(node, axis)
-        if operands is None:
+        batch_axes = tokenwise.batch_operands(node, batch_axis, self._batch)
+        if operands is None or batch_axes is None:
             return None
         replaced: dict[fx.Node, fx.Node] = {}
         for operand, operand_axis in operands.items():
-            restricted = self(operand, operand_axis)
+            if operand in batch_axes:
+                restricted = self(operand, batch_axes[operand], operand_axis)
+            else:
+                restricted = self._gather_shared(operand, operand_axis, batch_axis, axis, rank=len(tokenwise.shape_of(node)))
             if restricted is None:
                 return None
             replaced[operand] = restricted
@@ -204,23 +212,48 @@ class _Restriction:
         self.created.append(copied)
         return copied
 
-    def _gather(self, node: fx.Node, axis: int) -> fx.Node | None:
-        """Take the fresh tokens out of a whole tensor; None if it has no [batch, tokens] layout."""
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or (value.dim() > 1 and axis and value.shape[0] not in (1, self._batch)):
-            return None
-        call, tokens = self._graph.call_function, value.shape[axis]
+    def _gather(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node:
+        """Take the fresh tokens of every sample out of a whole tensor."""
+        shape = tokenwise.shape_of(node)
+        front = _to_front(len(shape), batch_axis, axis)
         with self._graph.inserting_before(self._before):
-            whole, at = (call(aten.unsqueeze.default, (node, 0)), 1) if axis == 0 else (node, axis)
-            whole = call(aten.transpose.int, (whole, 1, at)) if at != 1 else whole
-            shape = list(value.shape) if axis else [1, *value.shape]
-            shape[1], shape[at] = shape[at], shape[1]
-            rows = self._rows if shape[0] == self._batch else call(aten.remainder.Scalar, (self._rows, tokens))
-            flat = call(aten.reshape.default, (whole, [shape[0] * tokens, *shape[2:]]))
-            taken = call(aten.index.Tensor, (flat, [rows]))
-            taken = call(aten.transpose.int, (taken, 1, at)) if at != 1 else taken
+            whole = self._permute(node, front)
+            flat = self._graph.call_function(
+                aten.reshape.default, (whole, [shape[batch_axis] * shape[axis], *(shape[i] for i in front[2:])])
+            )
+            taken = self._graph.call_function(aten.index.Tensor, (flat, [self._rows]))
+            taken = self._permute(taken, _inverse(front))
         self.gathered.append(node)
         return taken
+
+    def _gather_shared(self, node: fx.Node, node_axis: int, batch_axis: int, axis: int, rank: int) -> fx.Node:
+        """Take the fresh tokens out of a tensor that all samples share, such as a table of positions.
+
+        Its user broadcasts it to ``rank`` axes; the result has them all, with the samples along ``batch_axis``.
+        """
+        shape = tokenwise.shape_of(node)
+        padded = [1] * (rank - len(shape)) + list(shape)
+        front = _to_front(rank, batch_axis, axis)
+        with self._graph.inserting_before(self._before):
+            whole = self._permute(self._graph.call_function(aten.reshape.default, (node, padded)), front)
+            table = self._graph.call_function(aten.select.int, (whole, 0, 0))
+            tokens = self._graph.call_function(aten.remainder.Scalar, (self._rows, shape[node_axis]))
+            taken = self._graph.call_function(aten.index.Tensor, (table, [tokens]))
+            taken = self._permute(taken, _inverse(front))
+        self.gathered.append(node)
+        return taken
+
+    def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return node if order == sorted(order) else self._graph.call_function(aten.permute.default, (node, order))
+
+
+def _to_front(rank: int, *axes: int) -> list[int]:
+    """The order of axes that puts ``axes`` first."""
+    return [*axes, *(axis for axis in range(rank) if axis not in axes)]
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:

@@ -147,7 +147,7 @@ class Session:
             )
         if current is not None and now is not None and now == current.timestep:
             self.warn(
-                f"two calls in a row had timestep {now:g}; if they are guidance branches, set `guidance: {{layout: "
+                "two calls in a row had the same timestep; if they are guidance branches, set `guidance: {layout: "
                 "separate}` in the policy or wrap them in toca_fx.branch(name), or they share one cache"
             )
         if current is None:

@@ -39,6 +39,24 @@ def token_operands(node: fx.Node, axis: int) -> Operands | None:
     return rule(node, axis) if rule is not None else None
 
 
+def batch_operands(node: fx.Node, axis: int, batch: int) -> Operands | None:
+    """Like ``token_operands`` for the batch axis, except that a batch of one counts and that operands may lack it.
+
+    None if the operator mixes samples or has no rule. An operand that broadcasts over the samples is left out.
+    """
+    if node.op != "call_function":
+        return None
+    rule = _RULES.get(node.target)
+    if rule is not None:
+        return rule(node, axis)
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return None
+    rank = len(shape_of(node))
+    operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+    aligned = {operand: axis - rank + len(shape_of(operand)) for operand in operands}
+    return {operand: at for operand, at in aligned.items() if at >= 0 and shape_of(operand)[at] == batch}
+
+
 def has_sizes(node: fx.Node) -> bool:
     """Whether the operator spells out its output's sizes, the number of tokens among them."""
     return node.target in (aten.view.default, aten.reshape.default, aten.expand.default)

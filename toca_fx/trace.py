@@ -19,6 +19,8 @@ from torch.fx.traceback import preserve_node_meta
 
 from toca_fx.diagnostics import UnsupportedModelError
 
+aten = torch.ops.aten
+
 # "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']" -> blocks.0.attn
 _PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
 _PATH_NOISE = frozenset({"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"})
@@ -41,16 +43,44 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
         node.meta["path"] = stack[-1] if stack else ""
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise UnsupportedModelError(
-                f"the model writes to a tensor in place ({node.target}, in module {node.meta['path'] or '(top level)'}); "
-                "write it without the trailing underscore, or exclude the module from compilation"
-            )
-        if node.target is torch.ops.aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        if _is_mutable(node):
+            _make_functional(node)
+        elif node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     graph_module.recompile()
     return graph_module
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    """Whether the node writes to one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _make_functional(node: fx.Node) -> None:
+    """Turn ``x.op_(...)`` into ``op(x, ...)`` where nobody else sees x's memory; refuse it everywhere else."""
+    target: Any = node.target
+    mutated = node.args[0]
+    functional = getattr(getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None), target._overloadname, None)
+    if functional is None or functional is target or not isinstance(mutated, fx.Node) or not _owns_memory(mutated):
+        raise UnsupportedModelError(
+            f"the model writes to a tensor in place ({target}, in module {node.meta['path'] or '(top level)'}) and others "
+            "see that memory; write it without the trailing underscore, or exclude the module from compilation"
+        )
+    order = {user: position for position, user in enumerate(node.graph.nodes)}
+    mutated.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
+    node.target = functional
+
+
+def _owns_memory(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of its own and no view of it exists."""
+    makers = [node, *node.users]
+    return all(
+        isinstance(maker.target, torch._ops.OpOverload)
+        and (_is_mutable(maker) or all(result.alias_info is None for result in maker.target._schema.returns))
+        for maker in makers
+        if maker is node or maker.op == "call_function"
+    )
 
 
 def clean_path(source: str) -> str:
