@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
 from toca_fx.plan import StepPlan
-from toca_fx.policy_types import Policy
+from toca_fx.policy.types import Policy
 from toca_fx.program import Program
 from toca_fx.runtime import Session
 from toca_fx.select import Selector

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.models import OriginalDiT
-from toca_fx.policy_types import Interval, Policy, SitePolicy
+from toca_fx.policy.types import Interval, Policy, SitePolicy
 
 Choice = Mapping[str, Sequence[Sequence[int]]]  # site path -> per sample the chosen tokens
 

@@ -115,7 +115,8 @@ def test_validate_does_not_import_torch() -> None:
 def test_a_closed_pipe_is_no_traceback() -> None:
     command = f'"{sys.executable}" -m toca_fx validate --format json {" ".join(INVALID * 6)} | true'
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception" not in result.stderr
 
 
 def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from tests.helpers import make_policy
 from toca_fx import PolicyError
 from toca_fx.match import Matches, NearMiss, Site
 from toca_fx.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
-from toca_fx.policy_types import Action, Interval, Ratio, Scores, SitePolicy, Window
+from toca_fx.policy.types import Action, Interval, Ratio, Scores, SitePolicy, Window
 
 
 def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Matches:

@@ -30,9 +30,9 @@ from toca_fx.policy import (
     shipped_policies,
     validate_file,
 )
-from toca_fx.policy_file import parse_text
-from toca_fx.policy_scalar import read_plain
-from toca_fx.policy_schema import load_schema
+from toca_fx.policy.parse import parse_text
+from toca_fx.policy.scalar import read_plain
+from toca_fx.policy.schema import load_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = Path(__file__).parent / "policies"
@@ -77,8 +77,8 @@ def test_reference_policies_hold_the_authors_numbers(
     assert policy.sampler == Sampler(steps, "descending")
     assert policy.guidance == Guidance("batched", "independent")
     window = Window(0.2, 0.4, 2)
-    assert policy.N == Interval(base, drift=0.4, first=1, last=0, phase="modulo", windows=(window,))
-    assert policy.R == Ratio(0.93, step_weight, layer_weight, layer_span=27)
+    assert Interval(base, drift=0.4, first=1, last=0, phase="modulo", windows=(window,)) == policy.N
+    assert Ratio(0.93, step_weight, layer_weight, layer_span=27) == policy.R
     assert dict(policy.modules)["mlp"] == Action("partial", 2.5)
     assert dict(policy.modules)["self_attention"] == Action("reuse")
     assert policy.scores == Scores(self_attention=1.0, staleness=0.25, staleness_over=base)
@@ -123,12 +123,14 @@ def test_defaults() -> None:
 
 def test_whole_numbers_become_the_declared_types() -> None:
     policy = load_policy({**SMALLEST, "sampler": {"steps": 20.0}, "spatial": {"bonus": 1}})
-    assert isinstance(policy.sampler.steps, int) and isinstance(policy.R.base, float)
-    assert policy.spatial == Spatial(1.0, 2) and isinstance(policy.spatial.bonus, float)
+    assert isinstance(policy.sampler.steps, int)
+    assert isinstance(policy.R.base, float)
+    assert policy.spatial == Spatial(1.0, 2)
+    assert isinstance(policy.spatial.bonus, float)
 
 
 def test_mean_interval_of_a_step_list_is_the_base() -> None:
-    assert load_policy(POLICIES / "valid" / "step-list.yaml").N == Interval(3, full_steps=(0, 6, 9, 12, 15, 18))
+    assert Interval(3, full_steps=(0, 6, 9, 12, 15, 18)) == load_policy(POLICIES / "valid" / "step-list.yaml").N
 
 
 def test_unknown_name_lists_what_there_is() -> None:
@@ -140,7 +142,7 @@ def test_unknown_name_lists_what_there_is() -> None:
 
 
 def test_missing_file_is_unreadable() -> None:
-    with pytest.raises(UnreadablePolicyError, match="nowhere.yaml: cannot be read: no such file"):
+    with pytest.raises(UnreadablePolicyError, match=r"nowhere\.yaml: cannot be read: no such file"):
         load_policy("nowhere.yaml")
 
 
@@ -191,17 +193,18 @@ def test_rules_are_merged_key_by_key_and_later_rules_win() -> None:
         }
     )
     path = "transformer.single_blocks.1"
-    assert policy.for_site("mlp", path, 1).R == Ratio(0.8, 0.5)
+    assert Ratio(0.8, 0.5) == policy.for_site("mlp", path, 1).R
     assert policy.for_site("mlp", path, 1).spatial == Spatial(0.6, 4)
-    assert policy.for_site("mlp", path, 2).R == Ratio(0.7, 0.5)
-    assert policy.for_site("mlp", path, 2).N == Interval(2)
-    assert policy.for_site("mlp", "blocks.2", 2).R == Ratio(0.7, 0.5)
+    assert Ratio(0.7, 0.5) == policy.for_site("mlp", path, 2).R
+    assert Interval(2) == policy.for_site("mlp", path, 2).N
+    assert Ratio(0.7, 0.5) == policy.for_site("mlp", "blocks.2", 2).R
     assert (policy.for_site("mlp", path, 3).action, policy.for_site("mlp", path, 3).spatial) == (Action("compute"), None)
 
 
 def test_a_rule_without_a_layer_number_matches_no_range() -> None:
     rule = Rule("mlp", "*.ff", (0, 3), (), "rules[0]")
-    assert rule.applies("mlp", "blocks.0.ff", 0) and rule.applies("mlp", "blocks.3.ff", 3)
+    assert rule.applies("mlp", "blocks.0.ff", 0)
+    assert rule.applies("mlp", "blocks.3.ff", 3)
     assert not rule.applies("mlp", "blocks.4.ff", 4)
     assert not rule.applies("mlp", "blocks.0.ff", None)
     assert not rule.applies("mlp", "blocks.0.FF", 0)
@@ -244,7 +247,8 @@ def test_plain_words(text: str, value: object) -> None:
 )
 def test_words_that_are_traps(text: str) -> None:
     complaint = read_plain(text).complaint
-    assert complaint and f"`{text}`" in complaint
+    assert complaint
+    assert f"`{text}`" in complaint
 
 
 def test_nearest() -> None:
@@ -332,7 +336,8 @@ def test_damaged_policies_never_raise_anything_else(seed: int, tmp_path: Path) -
 def test_nothing_is_constructed_from_tags(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     document = parse_text(f'name: !!python/object/apply:os.mkdir ["{marker}"]\n', "x.yaml")
-    assert document.problems and not marker.exists()
+    assert document.problems
+    assert not marker.exists()
 
 
 # Schema and reference

@@ -12,7 +12,7 @@ from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
 from toca_fx.match import Matches, Site
 from toca_fx.plan import Plan, make_plan
-from toca_fx.policy_types import Policy
+from toca_fx.policy.types import Policy
 from toca_fx.select import Selector, spatial_bonus, token_grid
 
 

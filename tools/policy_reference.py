@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
-from toca_fx.policy_schema import describe_range, load_schema
+from toca_fx.policy.schema import describe_range, load_schema
 
 Schema = dict[str, Any]
 

@@ -170,7 +170,7 @@ def main() -> None:
     agreement = (classifier(samples).argmax(1) == classes).float().mean().item()
     print(f"denoiser: classifier agrees on {agreement:.1%} of 200 samples")
     result = {
-                "torch": torch.__version__,
+        "torch": torch.__version__,
         "classifier_held_out_accuracy": accuracy,
         "classifier_agreement": agreement,
         **figures,

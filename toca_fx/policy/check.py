@@ -7,11 +7,11 @@ from itertools import combinations
 from typing import Any
 
 from toca_fx.diagnostics import Problem
-from toca_fx.policy_build import build
-from toca_fx.policy_document import Document, Path
-from toca_fx.policy_rules import Note, check_rules, reads_scores
-from toca_fx.policy_schema import check_schema
-from toca_fx.policy_types import Interval, Policy, Window
+from toca_fx.policy.build import build
+from toca_fx.policy.document import Document, Path
+from toca_fx.policy.rules import Note, check_rules, reads_scores
+from toca_fx.policy.schema import check_schema
+from toca_fx.policy.types import Interval, Policy, Window
 
 _REPLACED = ("base", "drift", "phase", "windows")  # what `N.full_steps` takes the place of
 

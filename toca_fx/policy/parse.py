@@ -12,8 +12,8 @@ import stat
 import yaml
 
 from toca_fx.diagnostics import Problem, UnreadablePolicyError, quote
-from toca_fx.policy_document import MAX_DEPTH, MAX_VALUES, ONE_SCREEN, Document, Path, Position
-from toca_fx.policy_scalar import read_plain
+from toca_fx.policy.document import MAX_DEPTH, MAX_VALUES, ONE_SCREEN, Document, Path, Position
+from toca_fx.policy.scalar import read_plain
 
 MAX_BYTES = 128 * 1024
 

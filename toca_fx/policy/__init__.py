@@ -1,4 +1,4 @@
-"""Policies: how they are found, loaded and checked. The dataclasses are in `policy_types` and are re-exported here."""
+"""Policies: how they are found, loaded and checked. The dataclasses are in `policy/types.py` and are re-exported here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
-from toca_fx.policy_check import check
-from toca_fx.policy_document import Document, from_mapping
-from toca_fx.policy_file import parse_text, read_text
-from toca_fx.policy_types import (
+from toca_fx.policy.check import check
+from toca_fx.policy.document import Document, from_mapping
+from toca_fx.policy.parse import parse_text, read_text
+from toca_fx.policy.types import (
     MODULE_TYPES,
     Action,
     Guidance,
@@ -78,7 +78,7 @@ def validate_file(file: str | os.PathLike[str]) -> tuple[Problem, ...]:
 
 def shipped_policies() -> dict[str, Path]:
     """The policies that come with toca_fx, by name (`dit-xl-2`, `reference/dit-xl-2-ddim50`)."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     # In a wheel they lie inside the package; in a clone, beside it.
     folder = next((folder for folder in (here / "policies", here.parent / "policies") if folder.is_dir()), here)
     files = sorted(folder.rglob("*.yaml")) if folder != here else []

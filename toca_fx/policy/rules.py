@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from toca_fx.diagnostics import Severity
-from toca_fx.policy_document import Path
-from toca_fx.policy_types import MODULE_TYPES, Action, Policy, Rule, SitePolicy
+from toca_fx.policy.document import Path
+from toca_fx.policy.types import MODULE_TYPES, Action, Policy, Rule, SitePolicy
 
 _REPLACED_BY_FULL_STEPS = {"N.base", "N.drift", "N.phase", "N.windows"}
 _SPATIAL = {"spatial.bonus", "spatial.grid"}

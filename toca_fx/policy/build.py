@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from toca_fx.policy_types import (
+from toca_fx.policy.types import (
     MODULE_TYPES,
     Action,
     Guidance,

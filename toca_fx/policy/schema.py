@@ -17,7 +17,7 @@ from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
 
 from toca_fx.diagnostics import Problem, any_of, did_you_mean, nearest, quote
-from toca_fx.policy_document import Document, Path
+from toca_fx.policy.document import Document, Path
 
 Schema = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _schema_text() -> str:
-    return (FilePath(__file__).parent / "policy.schema.json").read_text(encoding="utf-8")
+    return (FilePath(__file__).parents[1] / "policy.schema.json").read_text(encoding="utf-8")
 
 
 def load_schema() -> Schema:
