@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(table(outcomes))
     console.print(str(report), highlight=False)
     draw(outcomes, args.per_class, args.output)
-    console.print(f"wrote {args.output}")
+    console.print(f"wrote {args.output}", soft_wrap=True)
     return 0
 
 
@@ -113,19 +113,15 @@ def psnr(reference: Tensor, images: Tensor) -> float:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """Wall time, ratios, PSNR and agreement of each way."""
-    result = Table()
-    for heading in ("", "wall time", "latency ratio", "FLOPs ratio", "PSNR vs uncached", "recognised"):
-        result.add_column(heading, justify="left" if not heading else "right")
-    for outcome in outcomes:
-        result.add_row(
-            outcome.label,
-            f"{outcome.seconds:.1f} s",
-            f"{outcomes[0].seconds / outcome.seconds:.2f}x",
-            f"{outcome.flops_ratio:.2f}x",
-            "-" if outcome.psnr is None else f"{outcome.psnr:.1f} dB",
-            f"{outcome.agreement:.1%}",
-        )
+    """A column per way: wall time, ratios, PSNR and agreement."""
+    result = Table("", *(outcome.label.replace(", ", "\n") for outcome in outcomes))
+    for column in result.columns[1:]:
+        column.justify = "right"
+    result.add_row("wall time", *(f"{outcome.seconds:.1f} s" for outcome in outcomes))
+    result.add_row("latency ratio", *(f"{outcomes[0].seconds / outcome.seconds:.2f}x" for outcome in outcomes))
+    result.add_row("FLOPs ratio", *(f"{outcome.flops_ratio:.2f}x" for outcome in outcomes))
+    result.add_row("PSNR vs uncached", *("-" if outcome.psnr is None else f"{outcome.psnr:.1f} dB" for outcome in outcomes))
+    result.add_row("recognised", *(f"{outcome.agreement:.1%}" for outcome in outcomes))
     return result
 
 
@@ -133,8 +129,10 @@ def draw(outcomes: list[Outcome], per_class: int, path: str) -> None:
     """One grid per outcome, side by side: a row per class."""
     figure, axes = plt.subplots(1, len(outcomes), figsize=(1.15 * per_class * len(outcomes), 12), layout="constrained")
     for axis, outcome in zip(axes, outcomes, strict=True):
-        grid = outcome.images.reshape(10, per_class, digits.SIZE, digits.SIZE).transpose(1, 2).reshape(10 * digits.SIZE, -1)
-        axis.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        framed = torch.nn.functional.pad(outcome.images, (2, 2, 2, 2), value=-0.5)
+        side = framed.shape[-1]
+        grid = framed.reshape(10, per_class, side, side).transpose(1, 2).reshape(10 * side, per_class * side)
+        axis.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(f"{outcome.label}\n{outcome.caption}", fontsize=10)
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
