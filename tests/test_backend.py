@@ -300,3 +300,40 @@ def test_a_policy_for_this_model_is_not(model: nn.Module, caplog: pytest.LogCapt
     with torch.no_grad():
         call(toca, *next(iter(make_inputs(1))))
     assert not [message for message in caplog.messages if "was written for" in message]
+
+
+# Numbers that change from call to call
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("original", layers=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, scale: int) -> Tensor:
+        return self.inner(x, t, y) * scale
+
+
+def test_an_integer_argument_that_changes_is_never_frozen() -> None:
+    model = Scaled().eval()
+    fast = toca_fx.compile(model, make_policy(N={"base": 1}), inner="eager")
+    with torch.no_grad():
+        for scale, (x, t, y) in enumerate(make_inputs(5), start=1):
+            torch.testing.assert_close(fast(x, t, y, scale), model(x, t, y, scale))
+
+
+def test_a_model_in_training_mode_samples_without_gradients() -> None:
+    fast = toca_fx.compile(tiny("diffusers", layers=2).train(), make_policy(), inner="eager")
+    assert kinds(fast) == ["full", "partial", "partial", "full"]
+
+
+@pytest.mark.parametrize("inner", [5, None, ["eager"]])
+def test_an_inner_backend_is_a_name_or_a_callable(model: nn.Module, inner: Any) -> None:
+    with pytest.raises(TypeError, match="inner="):
+        toca_fx.compile(model, make_policy(), inner=inner)
+
+
+@pytest.mark.parametrize("policy", [5, [], b"dit-xl-2", object()])
+def test_a_policy_is_a_name_a_path_a_mapping_or_a_policy(model: nn.Module, policy: Any) -> None:
+    with pytest.raises(TypeError, match="policy="):
+        toca_fx.compile(model, policy, inner="eager")

@@ -232,3 +232,80 @@ def test_matching_changes_nothing() -> None:
     first = match(aten.graph)
     assert [(node.format_node(), dict(node.meta)) for node in aten.graph.nodes] == before
     assert match(aten.graph) == first
+
+
+# Attentions that cannot judge tokens
+
+
+class Windows(nn.Module):
+    """Attention within windows of four tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SelfAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x.reshape(-1, 4, x.shape[-1])).reshape(x.shape)
+
+
+class Flat(nn.Module):
+    """Attention with one head and no axis for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+@pytest.mark.parametrize(("attention", "judges"), [(SelfAttention, True), (Windows, False), (Flat, False)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_only_a_map_over_the_site_s_own_tokens_judges_them(attention: type[nn.Module], judges: bool, batch: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.mlp = attention(), GatedMlp(fused=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attn(x)
+            return x + self.mlp(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    captured, inputs = capture(Net(), torch.randn(batch, 16, WIDTH))
+    sites = {site.kind: site for site in match(to_aten(captured, inputs).graph).sites}
+    assert sites["self_attention"].judges is judges
+    assert (sites["mlp"].influence is not None) is judges
+
+
+class LowRank(nn.Module):
+    """A linear with a low-rank path beside it, as LoRA adapters add it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * self.up(self.down(x))
+
+
+def test_low_rank_projections_leave_self_attention_what_it_is() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([SelfAttention()])
+            self.blocks[0].q = LowRank()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.blocks[0](x)
+
+    captured, inputs = capture(Net(), torch.randn(2, 16, WIDTH))
+    (site,) = match(to_aten(captured, inputs).graph).sites
+    assert site.kind == "self_attention"

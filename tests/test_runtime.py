@@ -24,9 +24,9 @@ DEFAULT = ["full", "partial", "partial"] * 4
 
 @pytest.fixture(autouse=True)
 def _fresh_implicit_session() -> Iterator[None]:
-    token = runtime._implicit.set(None)
+    runtime._implicit.clear()
     yield
-    runtime._implicit.reset(token)
+    runtime._implicit.clear()
 
 
 @pytest.fixture
@@ -380,6 +380,34 @@ def test_tasks_have_sessions_of_their_own(model: nn.Module) -> None:
         assert same(outputs, alone)
 
 
+def test_tasks_have_implicit_sessions_of_their_own(model: nn.Module) -> None:
+    fast = fast_twin(model)
+    inputs = [make_inputs(seed=seed) for seed in range(2)]
+    expected = [in_session(fast, each) for each in inputs]
+
+    async def generate(own: Inputs) -> list[Tensor]:
+        outputs = []
+        for step in own:
+            with torch.no_grad():
+                outputs.append(call(fast, *step))
+            await asyncio.sleep(0)
+        return outputs
+
+    async def together() -> list[list[Tensor]]:
+        with torch.no_grad():
+            call(fast, *next(iter(inputs[0])))  # the parent has an implicit session of its own, which nobody inherits
+        return await asyncio.gather(*(generate(each) for each in inputs))
+
+    for outputs, alone in zip(asyncio.run(together()), expected, strict=True):
+        assert same(outputs, alone)
+
+
+@pytest.mark.parametrize("name", ["", None, ["cond"], 3])
+def test_a_branch_wants_a_name(name: Any) -> None:
+    with pytest.raises(ValueError, match="non-empty name"), toca_fx.branch(name):
+        pass
+
+
 def test_models_in_one_session_have_clocks_of_their_own() -> None:
     models = [tiny("diffusers", layers=2, seed=seed) for seed in range(2)]
     fast = [fast_twin(model) for model in models]
@@ -454,6 +482,36 @@ def test_two_calls_with_one_timestep_are_warned_of(model: nn.Module, caplog: pyt
     assert "two calls in a row" in warning
     assert "toca_fx.branch(name)" in warning
     assert warning in caplog.messages
+
+
+def test_a_failed_call_does_not_swap_the_branches(model: nn.Module) -> None:
+    fast = fast_twin(model, guidance={"layout": "separate"})
+    cond, uncond = list(make_inputs(6, seed=0)), list(make_inputs(6, seed=1))
+    outputs: list[list[Tensor]] = []
+    for fails in (False, True):
+        outputs.append([])
+        with toca_fx.session(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            for number, (one, other) in enumerate(zip(cond, uncond, strict=True)):
+                if fails and number == 3:  # a full step: its result does not depend on the lost caches
+                    patch.setattr(runtime.Generation, "next_step", _fail)
+                    with pytest.raises(MemoryError):
+                        call(fast, *one)
+                    patch.undo()
+                outputs[-1] += [call(fast, *one), call(fast, *other)]
+    assert same(*outputs)
+
+
+def _fail(_: runtime.Generation) -> None:
+    raise MemoryError
+
+
+def test_generations_of_one_call_do_not_mix(model: nn.Module) -> None:
+    fast = fast_twin(model)
+    latents = make_inputs(4).latents
+    for number in range(4):
+        step = (latents[number], torch.full((2,), 999), torch.tensor([1, 2]))
+        with torch.no_grad():
+            assert uncached(model, step, call(fast, *step)), f"generation {number}"
 
 
 # Numbers of steps

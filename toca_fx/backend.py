@@ -24,6 +24,8 @@ from toca_fx.runtime import Lane, current_session
 
 log = logging.getLogger(__name__)
 
+_MANY_PROGRAMS = 8
+
 Model = TypeVar("Model")
 
 
@@ -53,8 +55,10 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
     return module
 
 
-def toca(captured: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+def toca(captured: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Any:
     """``torch.compile(model, backend="toca", options={"policy": ..., "inner": ...})``; both options may be left out."""
+    if mode is not None:
+        raise ValueError(f"backend toca has no mode `{mode}`; name the compiler by options={{'inner': ...}}")
     options = dict(options or {})
     policy, inner = options.pop("policy", None), options.pop("inner", "inductor")
     if options:
@@ -95,12 +99,12 @@ class Dispatcher:
         # The place in the code keeps the parts of a broken graph apart; it stays the same across recompilations.
         self._place = (None if compile_id is None else compile_id.frame_id, policy)
         self._parameter = next((at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None)
-        # Dynamo guards all but the sizes that it made symbolic. Unused integers are storage offsets of views.
+        # Dynamo guards all but the numbers that it made symbolic. Those unused are storage offsets of views.
         nodes = captured.graph.find_nodes(op="placeholder")
         self._varying = [
             at
             for at, value in enumerate(inputs)
-            if (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)) or (isinstance(value, int) and nodes[at].users)
+            if (nodes[at].users if not isinstance(value, Tensor) else not isinstance(value, nn.Parameter))
         ]
         self._programs: dict[tuple[object, ...], Program] = {}
         self._lock = threading.Lock()
@@ -113,6 +117,12 @@ class Dispatcher:
             program = self._programs.get(shapes)
             if program is None:
                 program = self._programs[shapes] = Program(self._captured, inputs, self._policy, self._inner)
+                if len(self._programs) == _MANY_PROGRAMS:
+                    log.warning(
+                        "the model has been compiled for %d different shapes or numbers; a Python number that changes from "
+                        "step to step (a timestep?) has to be passed as a tensor, or nothing is ever cached",
+                        _MANY_PROGRAMS,
+                    )
         timestep = None if self._timestep is None else inputs[self._timestep]
         return current_session().call(self._lane(inputs), program, inputs, timestep)
 
@@ -146,6 +156,8 @@ def _checked_inner(inner: Inner) -> Inner:
 def _compiler(inner: Inner) -> Any:
     if callable(inner):
         return inner
+    if not isinstance(inner, str):
+        raise TypeError(f"inner={inner!r}: expected the name of a torch.compile backend, or a callable")
     try:
         return lookup_backend(inner)
     except Exception as error:

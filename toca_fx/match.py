@@ -59,9 +59,10 @@ _BETWEEN_LINEARS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_
 class Site:
     """One matched module. Nodes are named, not referenced, so that a site is plain data.
 
-    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the attention operator, or
-    the first linear of an MLP. ``influence`` is the index, among the sites, of the attention whose map scores this
-    site's tokens (the nearest one before it in the same block).
+    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the attention operator, or the
+    first linear of an MLP. ``judges`` tells that an attention's operands are [batch, heads, tokens, width], so that its map
+    can score the tokens of its output (it cannot in windows, say). ``influence`` is the index, among the sites, of the
+    attention whose map scores this site's tokens: the nearest that judges, before it in the same block.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Site:
     anchor: str
     shape: tuple[int, int, int]
     influence: int | None = None
+    judges: bool = False
 
     @property
     def tokens(self) -> int:
@@ -119,11 +121,16 @@ def _attention(anchor: fx.Node, flow: nx.DiGraph) -> Site | NearMiss | None:
     query, key = (set(_source_linears(anchor.args[position])) for position in (0, 1))
     if not query or not key:
         return NearMiss("attention", anchor.meta["path"], "query or key does not come from a linear projection")
-    query_inputs, key_inputs = ({linear.args[0] for linear in linears} for linears in (query, key))
+    query_inputs, key_inputs = ({_projected(linear) for linear in linears} for linears in (query, key))
     kind = "self_attention" if len(query_inputs) == 1 else "joint_attention"
     if query_inputs != key_inputs:
         kind = "cross_attention"
-    return _site(kind, anchor, anchor.meta["stack"], query, _module_output(anchor, projections=1), flow)
+    found = _site(kind, anchor, anchor.meta["stack"], query, _module_output(anchor, projections=1), flow)
+    if isinstance(found, Site) and kind != "cross_attention":
+        batch, tokens, _ = found.shape
+        shapes = [operand.meta["val"].shape for operand in anchor.args[:2] if isinstance(operand, fx.Node)]
+        return replace(found, judges=all(len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens) for shape in shapes))
+    return found
 
 
 def _mlp(last: fx.Node, flow: nx.DiGraph) -> Site | NearMiss | None:
@@ -167,6 +174,14 @@ def _source_linears(value: object) -> Iterator[fx.Node]:
             yield node
         else:
             pending.extend(node.all_input_nodes)
+
+
+def _projected(linear: fx.Node) -> object:
+    """What a projection reads; of a low-rank pair (LoRA), what the first of the two reads."""
+    source = linear.args[0]
+    while isinstance(source, fx.Node) and source.target is aten.linear.default:
+        source = source.args[0]
+    return source
 
 
 def _before_activation(value: object) -> tuple[list[fx.Node], bool]:
@@ -249,7 +264,7 @@ def _with_influence(sites: list[Site]) -> Iterator[Site]:
             (
                 earlier
                 for earlier in range(index, -1, -1)
-                if sites[earlier].kind in ("self_attention", "joint_attention")
+                if sites[earlier].judges
                 and (sites[earlier].block, sites[earlier].layer) == (site.block, site.layer)
                 and sites[earlier].shape[:2] == site.shape[:2]
             ),

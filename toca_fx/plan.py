@@ -14,7 +14,7 @@ import difflib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toca_fx.diagnostics import PolicyError, Problem
@@ -51,6 +51,7 @@ class Plan:
     sites: tuple[Site, ...]
     policies: tuple[SitePolicy, ...]
     steps: tuple[StepPlan, ...]
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def full_modes(self) -> Modes:
@@ -104,7 +105,15 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
     steps = tuple(
         StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns)) for at, s in enumerate(indices)
     )
-    return Plan(sites, policies, steps)
+    plan = Plan(sites, policies, steps)
+    unjudged = [sites[i].path for i in plan.scored if policies[i].scores.needs_attention and sites[i].influence is None]
+    if not unjudged:
+        return plan
+    message = (
+        f"no self-attention of the same block and tokens judges `{unjudged[0]}` (and {len(unjudged) - 1} more sites): the "
+        "scores self_attention, value_norm and key_norm count as 0 there"
+    )
+    return replace(plan, warnings=(message,))
 
 
 def _site_column(

@@ -7,7 +7,9 @@ always full, so nothing is read before it was written.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -38,6 +40,7 @@ class Generation:
         self.program, self.position = program, position
         self.plan = program.plan(num_steps)
         self.fresh_caches = True
+        self.ambiguous = False
         self.timestep: float | None = None
         self.direction = 0.0
         # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated outside of it.
@@ -71,9 +74,9 @@ class Generation:
         self.timestep = timestep
 
     def next_step(self) -> StepPlan:
-        """What this call does: as planned, but full on fresh caches and past the last step."""
+        """What this call does: as planned, but full on fresh caches, past the last step, and where branches may be mixed."""
         step = self.plan.steps[min(self.position, len(self.plan.steps) - 1)]
-        return self.plan.full_step(step.index) if self.fresh_caches or self.finished else step
+        return self.plan.full_step(step.index) if self.fresh_caches or self.finished or self.ambiguous else step
 
     def run(self, inputs: Sequence[Any], branch: str) -> tuple[Any, StepRecord]:
         """Run one step. If it fails, the caches count as lost: the next step is full."""
@@ -118,26 +121,33 @@ class Session:
         branch = _branch.get()
         if not branch and program.policy.guidance.layout == "separate":
             branch = "first" if track.calls % 2 == 0 else "second"
-        track.calls += 1
-        generation = self._generation(track, branch, program, timestep)
+        now = self._read(timestep, track.generations.get(branch))
+        generation = self._generation(track, branch, program, now)
         try:
             outputs, record = generation.run(inputs, branch)
         except BaseException:
             if self._implicit:
                 del track.generations[branch]
             raise
+        track.calls += 1
+        if now is not None:
+            generation.observe(now)
         if not self._implicit:
             self._records.append((program, record))
         return outputs
 
-    def _generation(self, track: _Track, branch: str, program: Program, timestep: Tensor | None) -> Generation:
+    def _generation(self, track: _Track, branch: str, program: Program, now: float | None) -> Generation:
         current = track.generations.get(branch)
         position = 0
         if current is not None and current.program is not program:
             # Other shapes, dtype or device: nothing of the old caches fits. An explicit session's clock goes on.
-            position = 0 if self._implicit else current.position
+            if not self._implicit:
+                position = current.position
+                self.warn(
+                    "the inputs changed their shape, dtype or gradient mode in the middle of a generation, and the caches were "
+                    "dropped; if two kinds of calls alternate, wrap one of them in toca_fx.branch(name)"
+                )
             current = None
-        now = self._read(timestep, current)
         if current is not None and self._implicit and (current.finished or (now is not None and current.runs_backwards(now))):
             current = None
         if current is not None and current.finished:
@@ -146,21 +156,24 @@ class Session:
                 "are full steps. Give session(num_steps=...) the number of model calls"
             )
         if current is not None and now is not None and now == current.timestep:
+            # Guidance branches, or generations of one call each. A session's clock is the caller's word; here is none.
+            current.ambiguous = self._implicit
+            consequence = "nothing is cached from here on" if self._implicit else "they share caches and clock"
             self.warn(
-                "two calls in a row had the same timestep; if they are guidance branches, set `guidance: {layout: "
-                "separate}` in the policy or wrap them in toca_fx.branch(name), or they share one cache"
+                f"two calls in a row had the same timestep, and {consequence}; if they are guidance branches, set `guidance: "
+                "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
             )
         if current is None:
             current = track.generations[branch] = Generation(program, self.num_steps, position)
             self._cache_bytes = sum(g.nbytes for t in self._tracks.values() for g in t.generations.values())
+            for warning in current.plan.warnings:
+                self.warn(warning)
             steps = program.policy.sampler.steps
             if len(current.plan.steps) != steps:
                 self.warn(
                     f"policy `{program.policy.name}` was tuned for {steps} steps and runs {len(current.plan.steps)}: "
                     "its slopes and windows are stretched over them"
                 )
-        if now is not None:
-            current.observe(now)
         return current
 
     def _read(self, timestep: Tensor | None, current: Generation | None) -> float | None:
@@ -201,7 +214,8 @@ class Session:
 
 
 _session: ContextVar[Session | None] = ContextVar("toca_fx_session", default=None)
-_implicit: ContextVar[Session | None] = ContextVar("toca_fx_implicit_session", default=None)
+# By task or thread, not in a context variable: those are inherited, and tasks would share their parent's session.
+_implicit: weakref.WeakKeyDictionary[object, Session] = weakref.WeakKeyDictionary()
 _branch: ContextVar[str] = ContextVar("toca_fx_branch", default="")
 
 
@@ -211,7 +225,7 @@ def session(num_steps: int | None = None) -> Iterator[Session]:
 
     ``num_steps`` is the number of model calls of the sampling run (per guidance branch); by default the policy's
     ``sampler.steps``. Sessions nest, and each thread or asyncio task sees only its own. Calls beyond ``num_steps`` are
-    full steps, with a warning.
+    full steps, with a warning. Twins of one model compiled with one policy count as one model.
 
     Raises:
         ValueError: ``num_steps`` is not a positive integer.
@@ -229,7 +243,13 @@ def session(num_steps: int | None = None) -> Iterator[Session]:
 
 @contextmanager
 def branch(name: str) -> Iterator[None]:
-    """Keep the state of guidance branches apart that are called one after the other, e.g. "cond" and "uncond"."""
+    """Keep the state of guidance branches apart that are called one after the other, e.g. "cond" and "uncond".
+
+    Raises:
+        ValueError: ``name`` is not a non-empty string.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'branch({name!r}): expected a non-empty name, such as "uncond"')
     token = _branch.set(name)
     try:
         yield
@@ -239,8 +259,13 @@ def branch(name: str) -> Iterator[None]:
 
 def current_session() -> Session:
     """The innermost open session of this thread or task, else its implicit one."""
-    run = _session.get() or _implicit.get()
-    if run is None:
-        run = Session(implicit=True)
-        _implicit.set(run)
-    return run
+    run = _session.get()
+    if run is not None:
+        return run
+    try:
+        owner: object = asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no event loop runs here
+        owner = threading.current_thread()
+    if owner not in _implicit:
+        _implicit[owner] = Session(implicit=True)
+    return _implicit[owner]

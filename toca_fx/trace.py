@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
@@ -37,15 +37,24 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
-    with preserve_node_meta():
-        graph_module = make_fx(lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True)(*fakes)
+    retrace = make_fx(lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True)
+    try:
+        with preserve_node_meta():
+            graph_module = retrace(*fakes)
+    except DataDependentOutputException as error:
+        raise UnsupportedModelError(
+            f"the graph reads a number out of a tensor ({error.func}): a Python float changes from call to call, or the model "
+            "was compiled with dynamic=True. Pass floats as tensors, and leave dynamic out"
+        ) from error
     for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
         node.meta["path"] = stack[-1] if stack else ""
-        if _is_mutable(node):
+        nothing = node.target is aten.detach_.default
+        nothing |= node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+        if _is_mutable(node) and not nothing:
             _make_functional(node)
-        elif node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+        elif nothing:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     graph_module.recompile()
@@ -116,8 +125,7 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
     Raises:
         UnsupportedModelError: the outputs differ by more than rounding.
     """
-    with torch.no_grad():
-        expected, actual = captured(*inputs), aten(*inputs)
+    expected, actual = (_run_seeded(module, inputs) for module in (captured, aten))
     for left, right in zip(_tensors(expected), _tensors(actual), strict=True):
         scale = left.abs().amax().item() if left.numel() else 0.0
         if not torch.allclose(left, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
@@ -126,6 +134,13 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
                 f"the canonical graph differs from the captured one by {error:.1e} (outputs up to {scale:.1e}); the "
                 "model probably writes through .data or an alias, which cannot be followed"
             )
+
+
+def _run_seeded(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run with the same random numbers each time (dropped labels in training mode, say), leaving the caller's alone."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return module(*inputs)
 
 
 def _tensors(value: Any) -> list[Tensor]:

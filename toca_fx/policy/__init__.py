@@ -55,12 +55,14 @@ def load_policy(source: PolicySource) -> Policy:
     """Load a policy: a shipped name, the path of a file, a mapping in the form of the YAML, or a Policy as it is.
 
     A shipped name comes before a file of the same name in the current directory (write `./name` for that one).
-    Raises PolicyError with every problem, positioned. Warnings are logged.
+    Raises PolicyError with every problem, positioned, and TypeError for anything else. Warnings are logged.
     """
     if isinstance(source, Policy):
         return source
     if isinstance(source, Mapping):
         policy, problems = check(from_mapping(source))
+    elif not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"policy={source!r}: expected a shipped name, a path, a mapping or a Policy")
     else:
         policy, problems = _check_file(_locate(source))
     for problem in problems:
