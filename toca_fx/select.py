@@ -2,7 +2,7 @@
 
     S = w_self s1 + w_value |v| + w_key |k|  +  w_stale n / N0   (+ w_random u),   then the spatial bonus
 
-The first group is known when a full step has run; ``base_score`` puts it into the full-step graph. Everything else is
+The first group is known when a full step has run; ``rewrite`` puts it into the full-step graph. Everything else is
 known before a partial step starts, so ``Selector`` chooses for all sites in one batched call ahead of the blocks.
 """
 
