@@ -9,6 +9,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -359,38 +360,19 @@ def test_threads_have_implicit_sessions_of_their_own(model: nn.Module) -> None:
         assert same([call(fast, *list(inputs)[5])], [expected[5]]), "the first thread's generation goes on"
 
 
-def test_tasks_have_sessions_of_their_own(model: nn.Module) -> None:
+@pytest.mark.parametrize("explicit", [True, False])
+def test_tasks_have_sessions_of_their_own(model: nn.Module, explicit: bool) -> None:
     fast = fast_twin(model)
     inputs = [make_inputs(seed=seed) for seed in range(3)]
     expected = [in_session(fast, each) for each in inputs]
 
     async def generate(own: Inputs) -> list[Tensor]:
         outputs = []
-        with toca_fx.session():
+        with toca_fx.session() if explicit else nullcontext():
             for step in own:
                 with torch.no_grad():
                     outputs.append(call(fast, *step))
                 await asyncio.sleep(0)
-        return outputs
-
-    async def together() -> list[list[Tensor]]:
-        return await asyncio.gather(*(generate(each) for each in inputs))
-
-    for outputs, alone in zip(asyncio.run(together()), expected, strict=True):
-        assert same(outputs, alone)
-
-
-def test_tasks_have_implicit_sessions_of_their_own(model: nn.Module) -> None:
-    fast = fast_twin(model)
-    inputs = [make_inputs(seed=seed) for seed in range(2)]
-    expected = [in_session(fast, each) for each in inputs]
-
-    async def generate(own: Inputs) -> list[Tensor]:
-        outputs = []
-        for step in own:
-            with torch.no_grad():
-                outputs.append(call(fast, *step))
-            await asyncio.sleep(0)
         return outputs
 
     async def together() -> list[list[Tensor]]:

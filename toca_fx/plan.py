@@ -197,7 +197,7 @@ def _layer_spans(sites: Sequence[Site]) -> dict[str, int]:
 def check_rules(policy: Policy, matches: Matches) -> None:
     """Raise PolicyError naming every rule that matches no site, with what came nearest."""
     problems = [
-        Problem(rule.position, 0, 0, f"the rule matches none of the {len(matches.sites)} sites; {_nearest_miss(rule, matches)}")
+        Problem.at(rule.position, f"the rule matches none of the {len(matches.sites)} sites; {_nearest_miss(rule, matches)}")
         for rule in policy.rules
         if not any(rule.applies(site.kind, site.path, site.layer) for site in matches.sites)
     ]
@@ -228,11 +228,11 @@ def _refuse_unavailable(policy: Policy, sites: Sequence[Site], policies: Sequenc
     selecting = [(site, own) for site, own in zip(sites, policies, strict=True) if own.action.mode == "partial"]
     if any(own.scores.cross_attention for _, own in selecting):
         message = "scores.cross_attention is not computed by this version; set it to 0 and use self_attention, value_norm or key_norm"
-        problems.append(Problem(policy.source, 0, 0, message))
+        problems.append(Problem.at(policy.source, message))
     odd = [site for site, _ in selecting if policy.guidance.selection == "shared" and site.shape[0] % 2]
     if odd:
         message = f"guidance.selection is shared, which needs both halves in one batch; `{odd[0].path}` has a batch of {odd[0].shape[0]}"
-        problems.append(Problem(policy.source, 0, 0, message))
+        problems.append(Problem.at(policy.source, message))
     if problems:
         raise PolicyError(problems)
 
@@ -243,4 +243,4 @@ def _refuse_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total
             f"policy `{policy.name}` lists full steps by index, which hold for its {policy.sampler.steps} steps only; "
             f"this session has {total}. Use base, drift and windows instead, or run {policy.sampler.steps} steps"
         )
-        raise PolicyError([Problem(policy.source, 0, 0, message)])
+        raise PolicyError([Problem.at(policy.source, message)])

@@ -140,6 +140,6 @@ def _groups(plan: Plan, aspect: tuple[int, int] | None, source: str) -> list[_Gr
             grid, block, bonus = token_grid(site.tokens, aspect), spatial.grid, spatial.bonus
             if grid is None:
                 message = f"spatial: the {site.tokens} tokens of `{site.path}` form no grid; switch the bonus off for it by a rule"
-                raise PolicyError([Problem(source, 0, 0, message)])
+                raise PolicyError([Problem.at(source, message)])
         members.setdefault((site.shape[0], site.tokens, grid, block, bonus), []).append(index)
     return [_Group(tuple(sites), *key) for key, sites in members.items()]  # type: ignore[arg-type]
