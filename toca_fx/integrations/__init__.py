@@ -1,0 +1,1 @@
+"""Model libraries that toca_fx ships example models for; nothing else in the package names their classes."""

@@ -1,0 +1,94 @@
+"""Models in the size they are released in, for counting work on the device "meta" and for the benchmark."""
+
+from __future__ import annotations
+
+import torch
+
+from toca_fx.integrations.diffusers.example import Draw, Example, grid
+
+
+def _dit_xl_2(side: int) -> Example:
+    """DiT-XL/2 on latents of ``side`` x ``side``."""
+    return Example(
+        "DiTTransformer2DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "sample_size": side,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_zero",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+        },
+        lambda d: {"hidden_states": d.normal(4, side, side), "timestep": d.full(500), "class_labels": d.whole(1000)},
+    )
+
+
+def pixart_alpha_256(text: int = 27) -> Example:
+    """PixArt-alpha XL/2 at 256 x 256 pixels with ``text`` caption tokens, none of them padding."""
+    return Example(
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "cross_attention_dim": 1152,
+            "sample_size": 32,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": 4096,
+            "use_additional_conditions": False,
+        },
+        lambda d: {
+            "hidden_states": d.normal(4, 32, 32),
+            "encoder_hidden_states": d.normal(text, 4096),
+            "timestep": d.full(500),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    )
+
+
+def _flux_dev_1024(d: Draw) -> dict[str, object]:
+    return {
+        "hidden_states": d.normal(64 * 64, 64),
+        "encoder_hidden_states": d.normal(512, 4096),
+        "pooled_projections": d.normal(768),
+        "timestep": d.full(0.5),
+        "img_ids": grid(1, 64, 64),
+        "txt_ids": torch.zeros(512, 3),
+        "guidance": d.full(3.5),
+    }
+
+
+PRESETS = {
+    "dit-xl-2-256": _dit_xl_2(32),
+    "dit-xl-2-512": _dit_xl_2(64),
+    "pixart-alpha-256": pixart_alpha_256(),
+    "flux-dev-1024": Example(
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+            "axes_dims_rope": (16, 56, 56),
+        },
+        _flux_dev_1024,
+        batch=1,
+    ),
+}
+"""Examples in real size by name; flux-dev is distilled from guidance, so one image is a batch of 1."""

@@ -1,0 +1,111 @@
+"""The README's table of diffusers transformers: what toca_fx finds in each, tiny and with random weights.
+
+python -m tools.coverage_table [CLASS ...]     prints the rows; with no class it renews the table in README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from toca_fx.coverage import coverage
+from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples
+from toca_fx.match import match
+from toca_fx.trace import to_aten, verify
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- coverage: written by python -m tools.coverage_table -->", "<!-- end of coverage -->"
+SUPPORTED_SHARE = 0.95
+KINDS = ("self_attention", "cross_attention", "joint_attention")
+
+# Classes that Dynamo cannot capture in one graph (fullgraph=True), as of diffusers 0.42 and torch 2.13.
+_SIZES = "not captured: a tensor's values decide on shapes (boolean indexing, nonzero or split by mask sums)"
+_BRANCH = "not captured: a tensor's values decide on the way through the code"
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": "not captured: builds its masks with torch.vmap",
+    "GlmImageTransformer2DModel": _SIZES,
+    "HiDreamImageTransformer2DModel": _SIZES + " in its mixture of experts",
+    "HunyuanImageTransformer2DModel": _SIZES,
+    "HunyuanVideo15Transformer3DModel": _BRANCH,
+    "HunyuanVideoFramepackTransformer3DModel": _BRANCH,
+    "Kandinsky6SRTransformer3DModel": "not captured: builds its masks with torch.vmap",
+    "Lumina2Transformer2DModel": _SIZES,
+    "MochiTransformer3DModel": _SIZES,
+    "NucleusMoEImageTransformer2DModel": _SIZES + " in its mixture of experts",
+    "OmniGenTransformer2DModel": _BRANCH,
+    "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
+}
+# Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is cached, the rest is computed.
+PARTLY: dict[str, str] = {
+    "BriaFibo2Transformer2DModel": "the rest was not looked into",
+    "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
+    "LongCatAudioDiTTransformer": "a numbered text encoder of convolutions",
+    "SanaTransformer2DModel": "linear attention is no softmax attention",
+    "SanaVideoTransformer3DModel": "linear attention is no softmax attention",
+    "SanaWMTransformer3DModel": "linear attention; a stream [batch, frames, tokens, channels]",
+}
+
+
+def main(names: Sequence[str]) -> int:
+    """Print rows, or renew the README; returns the exit status."""
+    rows = [_row_or_reason(name) for name in names or examples()]
+    supported = sum("%" in row for row in rows) - len(PARTLY)
+    print(f"{supported} classes of {len(rows)} with at least {SUPPORTED_SHARE:.0%}")
+    rows += [f"| {name} | | | | | | not built: {why} |" for name, why in sorted(UNSUPPORTED.items())] if not names else []
+    table = "\n".join(["| class | self | cross | joint | MLP | block FLOPs in sites | |", "|---|---|---|---|---|---|---|", *rows])
+    if names:
+        print(table)
+        return 0
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8", newline="\n")
+    return 0
+
+
+def _row_or_reason(name: str) -> str:
+    try:
+        return row(name)
+    except Exception as error:  # whatever a model does to Dynamo: the table says so
+        print(f"{name}: {error}", file=sys.stderr)
+        return f"| {name} | | | | | | {type(error).__name__}: {str(error).splitlines()[0]} |"
+
+
+def row(name: str) -> str:
+    """One line of the table."""
+    if name in REFUSED:
+        return f"| {name} | | | | | | {REFUSED[name]} |"
+    model, inputs = build(examples()[name])
+    captured, flat = _capture(model, inputs)
+    module = to_aten(captured, flat)
+    verify(captured, module, flat)
+    matches = match(module.graph)
+    found = coverage(module, matches)
+    sites = " | ".join(str(found.found.get(kind, 0)) for kind in KINDS)
+    attentions = "" if found.attentions[0] == found.attentions[1] else f"{found.attentions[0]} of {found.attentions[1]} attentions; "
+    notes = attentions + PARTLY.get(name, "")
+    print(name, f"{found.share:.3f}", flush=True)
+    return f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
+
+
+def _capture(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of one call, and its inputs."""
+    seen: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(graph: fx.GraphModule, flat: Sequence[Any]) -> Any:
+        seen.append((graph, list(flat)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(**inputs)  # some make tables of positions at their first call, in ways that Dynamo does not follow
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return seen[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
