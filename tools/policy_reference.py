@@ -29,9 +29,10 @@ _INTRODUCTION = """\
 
 # Policies
 
-A policy says what is computed and what is reused on each step of the sampling loop. To write one, copy `default.yaml`
-and change three numbers; `toca-fx validate FILE` reports everything that is wrong with it, with line and column. Editors
-that understand the modeline on the first line (yaml-language-server) complete the keys and show these descriptions.
+A policy says what is computed and what is reused on each step of the sampling loop. To write one, copy
+`default-image.yaml` or `default-video.yaml` and change three numbers; `toca-fx validate FILE` reports everything that is
+wrong with it, with line and column. Editors that understand the modeline on the first line (yaml-language-server) complete
+the keys and show these descriptions.
 
 - `*.yaml`: what we recommend; loaded by name, as in `toca_fx.compile(model, "dit-xl-2")`
 - `reference/*.yaml`: the authors' runs to the digit, for comparison; loaded as `"reference/dit-xl-2-ddim50"`
@@ -86,7 +87,7 @@ def _nested(root: Schema, name: str, inner: Schema) -> Iterator[str]:
     """Sections for mappings that stand nowhere else, such as the windows of N; rules refer to the top-level sections."""
     for key, value in inner["properties"].items():
         nested = _object_of(root, value)
-        if nested is not None and key not in root["properties"] and key not in ("mlp", "module"):
+        if nested is not None and key not in root["properties"]:
             yield _section(f"`{name}.{key}`", value, nested)
 
 

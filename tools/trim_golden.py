@@ -1,18 +1,19 @@
-"""Cut the reference vectors of DiT with DDIM-50 down to what tests/conformance needs (below 3 MB).
+"""Cut the reference vectors down to what tests/conformance needs (at most 14 MB for the four cases together).
 
-python tools/trim_golden.py GOLDEN_FOLDER [--out tests/conformance]
+python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/conformance]
 
-The full vectors hold the outputs of the authors' ToCa code on a small random model of the real depth. Kept are: the
-weights, equal tensors once (diffusers repeats the timestep and class embedders in each block); the latents; of the
-outputs the noise prediction of both rows at every step (the learned variances, the other half of the channels, come
-from the same tokens through the same linear); the chosen tokens of four layers; K and full/partial of all layers.
+GOLDEN_FOLDER holds a folder per case, with the outputs of the authors' ToCa code on a small random model of the real
+depth. Kept are: the weights, equal tensors once (diffusers repeats DiT's timestep and class embedders in each block);
+the inputs; the outputs at every step, without the channels that the same linear makes of the same tokens; the chosen
+tokens, for guidance halves that share them once; K and full/partial of all layers. What else a case keeps is in CASES.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,113 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-CASE = "dit_ddim50"
-LAYERS = (0, 1, 13, 27)
-LIMIT = 3_000_000  # bytes
 NOTHING = 255  # pads the lists of chosen tokens
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of one case, and the most bytes that its files may have.
+
+    Of the outputs the first ``channels`` along ``channel_axis``; of the chosen tokens those of ``layers`` (None: all), for
+    the first ``rows`` of the batch (None: all). ``modes`` names what is full or partial, and takes it from the facts.
+    """
+
+    limit: int
+    channels: int
+    channel_axis: int
+    modes: str
+    read_modes: Callable[[Facts], Any]
+    trimmed: str
+    layers: tuple[str, ...] | None = None
+    rows: int | None = None
+
+
+def letters_of_layers(facts: Facts) -> list[str]:
+    """Per call a letter for each layer."""
+    return [step["layers"] for step in facts["steps"]]
+
+
+def letters_of_modules(facts: Facts) -> dict[str, str]:
+    """Per type of module a letter for each call."""
+    return {module: "".join(step["modules"][module] for step in facts["steps"]) for module in facts["steps"][0]["modules"]}
+
+
+def letters_of_calls(facts: Facts) -> str:
+    """A letter for each call."""
+    return "".join(step["type"] for step in facts["steps"])
+
+
+CASES = {
+    "dit_ddim50": Cut(
+        limit=3_000_000,
+        channels=4,
+        channel_axis=2,
+        modes="layers",
+        read_modes=letters_of_layers,
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255; shared_weights: equal weights, once",
+        layers=("layer_00", "layer_01", "layer_13", "layer_27"),
+    ),
+    "pixart_dpm20": Cut(
+        limit=2_400_000,
+        channels=4,
+        channel_axis=2,
+        modes="layers",
+        read_modes=letters_of_layers,
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, row 0 (row 1 is equal)",
+        rows=1,
+    ),
+    "opensora_rflow30": Cut(
+        limit=4_700_000,
+        channels=4,
+        channel_axis=2,
+        modes="modules",
+        read_modes=letters_of_modules,
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, row 0 (row 1 is equal)",
+        rows=1,
+    ),
+    "flux_t4": Cut(
+        limit=3_900_000,
+        channels=8,
+        channel_axis=3,
+        modes="calls",
+        read_modes=letters_of_calls,
+        trimmed="outputs: the first 8 of 16 channels; fresh.*: uint8, padded with 255",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the trimmed case; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Trim the DiT reference vectors for tests/conformance.")
-    parser.add_argument("golden", type=Path, help="folder that holds dit_ddim50.json and dit_ddim50.safetensors")
+    """Write the trimmed cases; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Trim the reference vectors for tests/conformance.")
+    parser.add_argument("golden", type=Path, help="folder with a folder per case that holds CASE.json and CASE.safetensors")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "tests" / "conformance")
     arguments = parser.parse_args(argv)
-    facts = json.loads((arguments.golden / f"{CASE}.json").read_text(encoding="utf-8"))
-    tensors, shared = trim(load_file(arguments.golden / f"{CASE}.safetensors"), facts["model"]["kwargs"]["in_channels"])
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    files = arguments.out / f"{CASE}.safetensors", arguments.out / f"{CASE}.json"
+    too_large = False
+    for case in arguments.cases or CASES:
+        size = write(case, arguments.golden / case, arguments.out)
+        print(f"{case}: {size} bytes of at most {CASES[case].limit}")
+        too_large |= size > CASES[case].limit
+    return int(too_large)
+
+
+def write(case: str, golden: Path, out: Path) -> int:
+    """Trim one case; returns the bytes of its two files."""
+    cut = CASES[case]
+    facts = json.loads((golden / f"{case}.json").read_text(encoding="utf-8"))
+    tensors, shared = trim(load_file(golden / f"{case}.safetensors"), cut)
+    files = out / f"{case}.safetensors", out / f"{case}.json"
     save_file(tensors, files[0])
-    files[1].write_text(render({**describe(facts), "shared_weights": shared}), encoding="utf-8", newline="\n")
-    size = sum(file.stat().st_size for file in files)
-    print(f"{size} bytes in {arguments.out}")
-    return 0 if size < LIMIT else 1
+    files[1].write_text(render({**describe(facts, cut), "shared_weights": shared}), encoding="utf-8", newline="\n")
+    return sum(file.stat().st_size for file in files)
 
 
-def trim(full: dict[str, Tensor], noise_channels: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors to keep, and per weight that equals a kept one the name of that one."""
     kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -55,26 +139,29 @@ def trim(full: dict[str, Tensor], noise_channels: int) -> tuple[dict[str, Tensor
         else:
             first_with[content] = name
             kept[name] = full[name].clone()
-    for name in ("inputs.hidden_states", "inputs.timestep", "inputs.class_labels"):
-        kept[name] = full[name].clone()
-    kept["outputs"] = full["outputs"][:, :, :noise_channels].contiguous()
-    for layer in LAYERS:
-        name = f"fresh.layer_{layer:02d}.mlp"
-        kept[name] = torch.where(full[name] < 0, NOTHING, full[name]).to(torch.uint8)
+    for name, tensor in full.items():
+        if name.startswith("inputs.") and name != "inputs.step":
+            kept[name] = tensor.clone()
+    kept["outputs"] = full["outputs"].narrow(cut.channel_axis, 0, cut.channels).contiguous()
+    for name, tensor in full.items():
+        if name.startswith("fresh.") and (cut.layers is None or name.split(".")[1] in cut.layers):
+            kept[name] = torch.where(tensor < 0, NOTHING, tensor).to(torch.uint8)[:, : cut.rows].contiguous()
+            if cut.rows is not None and not all(torch.equal(tensor[:, :1], row) for row in tensor.split(1, dim=1)):
+                raise ValueError(f"{name}: the rows differ")
     return kept, shared
 
 
-def describe(facts: dict[str, Any]) -> dict[str, Any]:
+def describe(facts: Facts, cut: Cut) -> Facts:
     """What the test needs of the case's description."""
     return {
         **{key: facts[key] for key in ("case", "source", "model", "call", "policy", "notes")},
-        "trimmed": "outputs: the first in_channels channels; fresh.*: uint8, padded with 255; shared_weights: equal weights, once",
-        "layers": [step["layers"] for step in facts["steps"]],
+        "trimmed": cut.trimmed,
+        cut.modes: cut.read_modes(facts),
         "K": facts["K"],
     }
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: Facts) -> str:
     """JSON with one line per entry of the outer mapping and of the mappings in it, so that changes can be read."""
     lines = []
     for key, value in data.items():
