@@ -128,3 +128,97 @@ def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert done.value.code == 0
     assert "toca-fx 0.1.0" in capsys.readouterr().out
+
+
+# explain
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+class Model(nn.Module):
+    def __init__(self, broken=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.broken = broken
+
+    def forward(self, x):
+        if self.broken:
+            torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+def make(batch=2):
+    return Model(), {"x": torch.randn(batch, 9, 8)}
+
+def broken():
+    return Model(broken=True), {"x": torch.randn(2, 9, 8)}
+
+def nothing():
+    return Model(), 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    file = tmp_path / "factory.py"
+    file.write_text(FACTORY, encoding="utf-8")
+    return str(file)
+
+
+def test_explain_a_function(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{factory}:make", "--policy", "default-image", "--steps", "10"]) == 0
+    page = capsys.readouterr().out
+    assert "steps      10: " in page
+    assert "blocks.0-1.mlp  mlp              9 tokens" in page
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["explain", "factory:make", "--batch", "4", "--format", "json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["policy"] == "default-image"
+    assert [site["path"] for site in data["sites"]] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert data["flops"]["uncached"] == 50 * 2 * (2 * 4 * 9 * 8 * 16) * 2
+
+
+def test_explain_an_example_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "DiTTransformer2DModel", "--batch", "1", "--policy", "default-image"]) == 0
+    assert "transformer_blocks.0-1.ff " in capsys.readouterr().out
+
+
+def test_explain_unknown_names(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["DiTTransformer2DModl"], "unknown model `DiTTransformer2DModl`; did you mean `DiTTransformer2DModel`?"),
+        (["dit-xl-2-265"], "did you mean `dit-xl-2-256`?"),
+        (["PriorTransformer"], "there is no example of `PriorTransformer`: denoises one embedding vector"),
+        ([f"{factory}:mak"], "has no function `mak`; did you mean `make`?"),
+        (["nowhere.py:make"], "there is no file `nowhere.py`"),
+        (["no.such.module:make"], "there is no module `no.such.module`"),
+        ([f"{factory}:nothing"], "expected the function to return (module, mapping of keyword arguments), got (Model, int)"),
+        ([f"{factory}:make", "--policy", "defalt-image"], "did you mean `default-image`?"),
+    ):
+        assert main(["explain", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_explain_problems(factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{factory}:make", "--policy", str(POLICIES / "invalid" / "duplicates.yaml")]) == 1
+    assert ":7:1: duplicate key `R`" in capsys.readouterr().err
+    file = tmp_path / "policy.yaml"
+    text = "version: 1\nname: x\nsampler: {steps: 4}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n"
+    file.write_text(f"{text}rules:\n  - {{path: nowhere, module: compute}}\n", encoding="utf-8")
+    assert main(["explain", f"{factory}:make", "--policy", str(file)]) == 1
+    assert f"{file}:8:5: the rule matches none of the 2 sites" in capsys.readouterr().err
+    assert main(["explain", f"{factory}:broken"]) == 1
+    assert "the model cannot be captured as one graph" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        main(["explain", f"{factory}:make", "--steps", "0"])
+    assert error.value.code == 2

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toca_fx.backend import compile as compile
     from toca_fx.diagnostics import PolicyError as PolicyError
+    from toca_fx.diagnostics import UnsupportedModelError as UnsupportedModelError
+    from toca_fx.dry_run import explain as explain
+    from toca_fx.explanation import Explanation as Explanation
+    from toca_fx.patterns import register_attention as register_attention
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
     from toca_fx.report import Report as Report
@@ -21,15 +25,32 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "toca_fx.backend",
+    "explain": "toca_fx.dry_run",
+    "Explanation": "toca_fx.explanation",
+    "register_attention": "toca_fx.patterns",
     "session": "toca_fx.runtime",
     "branch": "toca_fx.runtime",
     "Report": "toca_fx.report",
     "load_policy": "toca_fx.policy",
     "Policy": "toca_fx.policy",
     "PolicyError": "toca_fx.diagnostics",
+    "UnsupportedModelError": "toca_fx.diagnostics",
 }
 
-__all__ = ["Policy", "PolicyError", "Report", "__version__", "branch", "compile", "load_policy", "session"]
+__all__ = [
+    "Explanation",
+    "Policy",
+    "PolicyError",
+    "Report",
+    "UnsupportedModelError",
+    "__version__",
+    "branch",
+    "compile",
+    "explain",
+    "load_policy",
+    "register_attention",
+    "session",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_validate(subparsers)
+    add_explain(subparsers)
     add_bench(subparsers)
     add_demo(subparsers)
     return parser
@@ -109,6 +110,40 @@ def _report_text(checked: Sequence[_Checked]) -> str:
     errors, warnings = (sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning"))
     found = " and ".join(count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number)
     return "\n".join([*lines, f"{count(len(checked), 'file')} checked: {found or 'no problems'}"])
+
+
+def add_explain(subparsers: Subparsers) -> None:
+    """`explain MODEL`: what a policy would do with a model; runs nothing. Exit status 0, 1 problems, 2 unknown names."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="show what a policy would do with a model",
+        description="Show the sites of a model, what a policy does with each, what was not matched, FLOPs and cache bytes. Runs nothing.",
+        epilog="exit status: 0 explained, 1 the policy or the model has problems, 2 no such model or policy",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a model class or a preset of toca_fx.integrations.diffusers, or module:function or file.py:function, "
+        "a function that returns a module and the keyword arguments of one call",
+    )
+    parser.add_argument("--policy", help="shipped name or path (default: the one that compile would pick)")
+    parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the policy's)")
+    parser.add_argument("--batch", type=_positive, help="samples (default: 2); a function gets it as batch=, if given")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to report (default: text)")
+    parser.set_defaults(run=_explain)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text}")
+    return number
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from toca_fx import explain_command
+
+    return explain_command.main(arguments)
 
 
 def add_bench(subparsers: Subparsers) -> None:

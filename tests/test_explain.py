@@ -1,0 +1,279 @@
+"""toca_fx.explain: what it says is what a session then does; nothing runs; problems are short errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_fx
+from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
+from tests.models import OriginalDiT, tiny_dit
+from toca_fx.explanation import Explanation
+from toca_fx.integrations import diffusers as integration
+
+PARTIAL = {"self_attention": "reuse", "cross_attention": {"weight": 0.5}, "joint_attention": "reuse", "mlp": {"weight": 1.0}}
+
+
+@pytest.fixture(autouse=True)
+def _no_policy_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOCA_POLICY", raising=False)
+
+
+def explain_tiny(kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any) -> Explanation:
+    model = tiny(kind, layers=layers)
+    x, t, y = next(iter(make_inputs(1)))
+    names = ("t", "y") if isinstance(model, OriginalDiT) else ("timestep", "class_labels")
+    return toca_fx.explain(model, policy, x, **dict(zip(names, (t, y), strict=True)), **options)
+
+
+@torch.library.custom_op("toca_test::attention", mutates_args=())
+def custom_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    raise AssertionError("the model was run")
+
+
+@custom_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+class Block(nn.Module):
+    """A residual attention by an operator that toca_fx does not know, and an MLP."""
+
+    def __init__(self, linear_attention: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.linear_attention = linear_attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        attended = q.relu() @ (k.relu().mT @ v) if self.linear_attention else custom_attention(q, k, v)
+        x = x + self.out(attended)
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    def __init__(self, linear_attention: bool = False, broken: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(linear_attention) for _ in range(2))
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return x
+
+
+# What it says is what happens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_does_what_was_explained(kind: str) -> None:
+    policy = make_policy(modules=PARTIAL, R={"base": 0.5, "layer_weight": 0.4})
+    told = explain_tiny(kind, policy)
+    with toca_fx.session() as run:
+        run_all(toca_fx.compile(tiny(kind), policy, inner="eager"), make_inputs())
+    report = run.report()
+    assert (told.flops_done, told.flops_uncached) == (report.flops_done, report.flops_uncached)
+    assert 0 < told.cache_bytes <= report.cache_bytes  # the report counts the selector's step counters too
+    assert told.steps == tuple((step.index, step.kind) for step in report.steps)
+    assert [(s.path, s.kind, s.layer, s.tokens, s.computed) for s in told.sites] == [
+        (s.path, s.kind, s.layer, s.tokens, s.computed) for s in report.sites
+    ]
+
+
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "FluxTransformer2DModel"])
+def test_models_on_the_meta_device(name: str) -> None:
+    model, inputs = integration.build(integration.examples()[name], device="meta")
+    told = toca_fx.explain(model, make_policy(modules=PARTIAL), num_steps=6, **inputs)
+    assert told.model == name
+    assert len(told.steps) == 6
+    assert {site.kind for site in told.sites} >= {"mlp", "self_attention"}
+    assert 0 < told.flops_done < told.flops_uncached
+    assert told.cache_bytes > 0
+
+
+def test_the_device_makes_no_difference() -> None:
+    example = integration.examples()["DiTTransformer2DModel"]
+    pages = []
+    for device in ("cpu", "meta"):
+        model, inputs = integration.build(example, device=device)
+        # Not by attention: s1 is computed in another way, at other cost, on each kind of device.
+        pages.append(toca_fx.explain(model, make_policy(scores={"staleness": 1.0}), **inputs).to_dict())
+    assert pages[0] == pages[1]
+
+
+def test_a_model_that_is_compiled_already() -> None:
+    model, policy = tiny("diffusers", layers=1), make_policy()
+    x, t, y = next(iter(make_inputs(1)))
+    plain = toca_fx.explain(model, policy, x, timestep=t, class_labels=y)
+    for compiled in (toca_fx.compile(model, policy, inner="eager"), torch.compile(model, backend="eager")):
+        assert toca_fx.explain(compiled, policy, x, timestep=t, class_labels=y) == plain
+
+
+# Nothing runs, nothing stays
+
+
+def test_nothing_runs() -> None:
+    told = toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 16))
+    assert [site.path for site in told.sites] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_nothing_runs_with_dynamo_off() -> None:
+    with torch.compiler.set_stance("force_eager"), pytest.raises(toca_fx.UnsupportedModelError, match="switched off"):
+        toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 16))
+
+
+def test_a_compiled_model_is_not_recompiled() -> None:
+    model, compiled = tiny_dit(num_layers=1), []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    fast = torch.compile(model, backend=counting)
+    with torch.no_grad():
+        for batch in (2, 3):
+            x, t, y = next(iter(make_inputs(1, batch=batch)))
+            toca_fx.explain(model, make_policy(), x, timestep=t, class_labels=y)
+        for _ in range(2):
+            x, t, y = next(iter(make_inputs(1)))
+            call(fast, x, t, y) if isinstance(fast, OriginalDiT) else fast(x, timestep=t, class_labels=y)
+            toca_fx.explain(model, make_policy(), x, timestep=t, class_labels=y)
+    assert len(compiled) == 1
+    assert not any(
+        isinstance(node.meta["example_value"], torch.SymInt) for graph in compiled for node in graph.graph.find_nodes(op="placeholder")
+    )
+
+
+# Which policy
+
+
+def test_the_policy_that_names_the_model() -> None:
+    assert explain_tiny("diffusers", layers=1).policy == "dit-xl-2"
+    assert explain_tiny("original", layers=1).policy == "default-image"
+
+
+def test_latents_of_five_axes_are_a_video() -> None:
+    class Video(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(2).mT)
+
+    assert toca_fx.explain(Video(), None, torch.randn(2, 16, 2, 3, 4)).policy == "default-video"
+    assert toca_fx.explain(Video(), None, torch.randn(2, 16, 3, 4)).policy == "default-image"
+
+
+def test_a_policy_for_another_model() -> None:
+    told = explain_tiny(policy=make_policy(model=["Another"]), layers=1)
+    assert told.warnings == ("policy `test` was written for Another; the model is a DiTTransformer2DModel",)
+    assert "warning: policy `test` was written for Another" in str(told)
+
+
+# The page
+
+
+def test_rows_of_a_block_list_are_joined() -> None:
+    page = str(explain_tiny(policy=make_policy(R={"base": 0.5, "layer_weight": 0.5}))).splitlines()
+    rows = [line for line in page if line.startswith("transformer_blocks.")]
+    assert rows == [
+        "transformer_blocks.0-2.attn1  self_attention   64 tokens  full on 4, reused on 8 of 12 steps",
+        "transformer_blocks.0-2.ff     mlp              64 tokens  full on 4, 16 to 48 of 64 tokens on 8 of 12 steps",
+    ]
+    assert page[page.index(rows[1]) + 1].strip() == "chosen by self_attention: 1 (of transformer_blocks.*.attn1), staleness: 0.25"
+
+
+def test_who_says_that_a_site_is_computed() -> None:
+    rules = [{"match": "mlp", "layers": 1, "module": "compute"}]
+    told = explain_tiny(policy=make_policy(modules={"self_attention": "compute"}, rules=rules))
+    page = str(told)
+    assert "computed on every step: modules.self_attention says compute" in page
+    assert "transformer_blocks.1.ff" in page
+    assert "computed on every step: rule rules[0] says compute" in page
+    assert "transformer_blocks.0,2.ff" in page
+    assert told.suggestions == (
+        '- {match: self_attention, path: "transformer_blocks.*.attn1", module: reuse}',
+        '- {match: mlp, path: "transformer_blocks.*.ff", layers: 1, module: {weight: 1.0}}',
+    )
+
+
+def test_suggested_rules_do_what_they_say() -> None:
+    import yaml
+
+    sections: dict[str, Any] = {"modules": {"self_attention": "compute", "mlp": "compute"}}
+    before = explain_tiny(policy=make_policy(**sections), layers=2)
+    assert before.cache_bytes == 0
+    rules = yaml.safe_load("\n".join(before.suggestions))
+    after = explain_tiny(policy=make_policy(**sections, rules=rules), layers=2)
+    assert {site.action for site in after.sites} == {"reuse", "partial"}
+    assert after.suggestions == ()
+
+
+def test_full_steps_only_and_shares_below_one_token() -> None:
+    assert "computed on every step: every step is full" in str(explain_tiny(policy=make_policy(N={"base": 1}), layers=1))
+    page = str(explain_tiny(policy=make_policy(R={"base": 0.999}), layers=1))
+    assert "reused on 8 of 12 steps: its share is less than one token" in page
+
+
+def test_json_holds_every_site() -> None:
+    told = explain_tiny()
+    data = json.loads(json.dumps(told.to_dict()))
+    assert data == told.to_dict()
+    assert [site["path"] for site in data["sites"]] == [site.path for site in told.sites]
+    assert len(data["sites"]) == 6
+    mlp = data["sites"][3]
+    assert (mlp["path"], mlp["influence"], mlp["entropy"]) == ("transformer_blocks.1.ff", "transformer_blocks.1.attn1", None)
+    assert data["flops"]["ratio"] == pytest.approx(data["flops"]["uncached"] / data["flops"]["done"])
+
+
+# What was not matched
+
+
+def test_an_unknown_attention_operator() -> None:
+    told = toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 16))
+    assert {miss.advice for miss in told.skipped} == {"if this is an attention: toca_fx.register_attention(torch.ops.toca_test.attention)"}
+    assert "\n  blocks.0-1  module: no softmax attention" in str(told)
+
+
+def test_linear_attention() -> None:
+    told = toca_fx.explain(Model(linear_attention=True), make_policy(), torch.randn(2, 9, 16))
+    assert [(miss.path, miss.advice) for miss in told.skipped] == [("blocks.0", ""), ("blocks.1", "")]
+    assert "aten.matmul.default" in told.skipped[0].reason
+    assert str(told).count("module: ") == 1
+
+
+def test_no_sites_at_all() -> None:
+    told = toca_fx.explain(nn.Linear(4, 4), make_policy(), torch.randn(2, 4))
+    assert (told.sites, told.cache_bytes, told.flops_ratio) == ((), 0, 1.0)
+    assert "no sites: the model would run uncached" in str(told)
+
+
+# Errors
+
+
+def test_a_graph_break_is_a_short_error() -> None:
+    with pytest.raises(toca_fx.UnsupportedModelError, match=r"cannot be captured as one graph: .*graph_break") as error:
+        toca_fx.explain(Model(broken=True), make_policy(), torch.randn(2, 9, 16))
+    assert "\n" not in str(error.value)
+
+
+def test_inputs_that_do_not_fit() -> None:
+    with pytest.raises(toca_fx.UnsupportedModelError, match="cannot be captured"):
+        toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 15))
+
+
+def test_policy_errors_pass_through() -> None:
+    with pytest.raises(toca_fx.PolicyError, match="matches none of the 2 sites"):
+        explain_tiny(policy=make_policy(rules=[{"path": "nowhere.*", "module": "compute"}]), layers=1)
+    with pytest.raises(toca_fx.PolicyError, match="no shipped policy"):
+        explain_tiny(policy="nonsense", layers=1)
+
+
+def test_something_that_is_no_module() -> None:
+    with pytest.raises(TypeError, match="pass the transformer"):
+        toca_fx.explain(object(), make_policy())  # type: ignore[arg-type]

@@ -1,0 +1,163 @@
+"""``toca_fx.explain``: capture, match and plan a model without running it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from toca_fx import buffers, trace
+from toca_fx.backend import call_inputs, default_policy, written_for_another
+from toca_fx.buffers import Buffers
+from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.explanation import Explanation, SiteExplanation, Skipped
+from toca_fx.match import NearMiss, match
+from toca_fx.plan import Modes, Plan, make_plan
+from toca_fx.policy import Policy, PolicySource, load_policy
+from toca_fx.program import CountedStep, aspect_of, graph_flops, step_graph
+
+_PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
+
+
+def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, num_steps: int | None = None, **kwargs: Any) -> Explanation:
+    """What ``policy`` would do with ``model``: its sites, what each does over a run, what was skipped, FLOPs and cache bytes.
+
+    ``args`` and ``kwargs`` are the inputs of one call. Nothing is run and no memory is taken for results, so that model and
+    inputs may be on the device "meta". ``policy`` is as in ``compile``; ``num_steps`` is the policy's own if None.
+
+    Raises:
+        PolicyError: the policy has problems, or does not fit the model.
+        UnsupportedModelError: the model cannot be captured as one graph.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; of a diffusers pipeline, pass the transformer")
+    given = None if policy is None else load_policy(policy)
+    module = copy.copy(getattr(model, "_orig_mod", model))
+    module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
+    captured, inputs = _capture(module, args, kwargs)
+    aten = trace.to_aten(captured, inputs)
+    name = type(module).__name__
+    chosen = given or default_policy(name, call_inputs(captured, inputs))
+    matches = match(aten.graph)
+    plan = make_plan(matches, chosen, num_steps)
+    mismatch = written_for_another(chosen, name)
+    return Explanation(
+        model=name,
+        policy=chosen.name,
+        steps=tuple((step.index, step.kind) for step in plan.steps),
+        sites=_sites(plan, chosen),
+        skipped=tuple(_skipped(miss, aten.graph) for miss in matches.misses),
+        flops_done=_flops(aten, plan, chosen, aspect_of(inputs)),
+        flops_uncached=graph_flops(aten) * len(plan.steps),
+        cache_bytes=_cache_bytes(aten, plan),
+        warnings=(*([mismatch] if mismatch else []), *plan.warnings),
+    )
+
+
+class _Captured(Exception):  # noqa: N818 - no error
+    """Ends a capture before anything runs."""
+
+
+def _entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What Dynamo captures; as ``self``, so that the names of parameters are those in a compiled forward."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise UnsupportedModelError("Dynamo is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)")
+    return self(*args, **kwargs)
+
+
+def _capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of one call and its flat inputs; the model is not run.
+
+    Dynamo keeps what it compiled, and the shapes it saw, with the code it captured: here that is code of our own, made
+    anew each time, and with ``dynamic=False`` no shape is remembered. The model's own code is inlined and stays untouched.
+    """
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.append((graph, list(inputs)))
+        raise _Captured
+
+    entry = FunctionType(_entry.__code__.replace(), globals(), "entry")
+    try:
+        with torch.no_grad():
+            torch.compile(entry, backend=stop, fullgraph=True, dynamic=False)(model, *args, **kwargs)
+    except BackendCompilerFailed as error:
+        if not found:
+            raise UnsupportedModelError(_reason(error)) from error
+    except TorchDynamoException as error:
+        raise UnsupportedModelError(_reason(error)) from error
+    if not found:
+        raise UnsupportedModelError("the model computes nothing with tensors")
+    return found[0]
+
+
+def _reason(error: Exception) -> str:
+    """Dynamo's first line and its explanation, without hints and stack traces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines[1:] if line.startswith("Explanation:")]
+    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *told[:1]])
+
+
+def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:
+    def path(index: int | None) -> str | None:
+        return None if index is None else plan.sites[index].path
+
+    return tuple(
+        SiteExplanation(
+            path=site.path,
+            kind=site.kind,
+            layer=site.layer,
+            tokens=site.tokens,
+            action=own.action.mode,
+            says=_says(policy, site.kind, site.path, site.layer),
+            modes=tuple(step.modes[i] for step in plan.steps),
+            computed=tuple(step.fresh[i] for step in plan.steps),
+            influence=path(site.influence),
+            entropy=path(site.entropy),
+            scores=tuple((name, weight) for name, weight in vars(own.scores).items() if weight and name != "staleness_over"),
+        )
+        for i, (site, own) in enumerate(zip(plan.sites, plan.policies, strict=True))
+    )
+
+
+def _says(policy: Policy, kind: str, path: str, layer: int) -> str:
+    """Which entry of the policy decides what happens to a module: its last matching rule, or ``modules``."""
+    for rule in reversed(policy.rules):
+        if rule.applies(kind, path, layer) and any(key == "module" for key, _ in rule.overrides):
+            return f"rule {rule.position}"
+    return f"modules.{kind}"
+
+
+def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
+    """A near miss, with the call that would make its attention known if it is an operator of somebody else's."""
+    foreign: dict[str, None] = {}
+    for node in graph.nodes:
+        target, path = node.target, node.meta.get("path", "")
+        inside = path == miss.path or path.startswith(f"{miss.path}.")
+        if inside and isinstance(target, torch._ops.OpOverload) and target.namespace not in _PYTORCH:
+            foreign[f"torch.ops.{target.namespace}.{target._opname}"] = None
+    advice = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
+    return Skipped(miss.kind, miss.path, miss.reason, f"if this is an attention: {advice}" if advice else "")
+
+
+def _flops(aten: fx.GraphModule, plan: Plan, policy: Policy, aspect: tuple[int, int] | None) -> int:
+    """FLOPs of all steps, scoring included."""
+    counted: dict[Modes, CountedStep] = {}
+    for step in plan.steps:
+        if step.modes not in counted:
+            counted[step.modes] = CountedStep(step_graph(aten, plan, step.modes, policy, aspect), aten, plan)
+    return sum(counted[step.modes].flops(step) for step in plan.steps)
+
+
+def _cache_bytes(aten: fx.GraphModule, plan: Plan) -> int:
+    """Bytes that a generation keeps."""
+    made = Buffers(aten, plan)
+    with FakeTensorMode():
+        return sum(made.new(name).nbytes for name in buffers.kept(plan))

@@ -1,0 +1,115 @@
+"""`toca-fx explain`: find the model that is named, explain it, print."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from toca_fx.diagnostics import PolicyError, UnsupportedModelError, did_you_mean
+from toca_fx.dry_run import explain
+from toca_fx.policy import load_policy
+
+DONE, PROBLEMS, UNKNOWN = 0, 1, 2
+
+
+class UnknownModelError(LookupError):
+    """No model goes by that name; the message says what does."""
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    try:
+        policy = None if arguments.policy is None else load_policy(arguments.policy)
+    except PolicyError as error:
+        print(error, file=sys.stderr)
+        # Without a position: no such name, or no text to look at.
+        return UNKNOWN if any(problem.line == 0 for problem in error.problems) else PROBLEMS
+    try:
+        model, inputs = _model(arguments.model, arguments.batch)
+    except UnknownModelError as error:
+        print(error.args[0], file=sys.stderr)
+        return UNKNOWN
+    try:
+        explanation = explain(model, policy, num_steps=arguments.steps, **inputs)
+    except (PolicyError, UnsupportedModelError) as error:
+        print(error, file=sys.stderr)
+        return PROBLEMS
+    print(json.dumps(explanation.to_dict(), indent=2) if arguments.format == "json" else explanation)
+    return DONE
+
+
+def _model(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model called ``name`` and the keyword arguments of one call."""
+    if ":" not in name:
+        return _of_diffusers(name, batch or 2)
+    made = _function(name)(**({} if batch is None else {"batch": batch}))
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)):
+        raise UnknownModelError(f"{name}: expected the function to return (module, mapping of keyword arguments), got {_shown(made)}")
+    return made[0], dict(made[1])
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(item).__name__ for item in value)})"
+    return type(value).__name__
+
+
+def _of_diffusers(name: str, batch: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny example by its class, or a preset in real size without weights."""
+    try:
+        from toca_fx.integrations import diffusers
+    except ModuleNotFoundError as error:
+        raise UnknownModelError(f"example models need the package {error.name}: pip install 'toca-fx[diffusers]'") from error
+    if name in diffusers.PRESETS:
+        return diffusers.build(diffusers.PRESETS[name], batch=batch, device="meta")
+    examples = diffusers.examples()
+    if name in examples:
+        return diffusers.build(examples[name], batch=batch)
+    if name in diffusers.UNSUPPORTED:
+        raise UnknownModelError(f"there is no example of `{name}`: {diffusers.UNSUPPORTED[name]}")
+    close = did_you_mean(name, (*diffusers.PRESETS, *examples))
+    raise UnknownModelError(
+        f"unknown model `{name}`{close} (presets: {', '.join(diffusers.PRESETS)}; else a transformer class of diffusers, "
+        "module:function or file.py:function)"
+    )
+
+
+def _function(name: str) -> Callable[..., object]:
+    """What ``module:function`` or ``file.py:function`` names."""
+    place, _, attribute = name.rpartition(":")
+    module = _file(place) if place.endswith(".py") else _module(place)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise UnknownModelError(f"{place} has no function `{attribute}`{did_you_mean(attribute, known)}")
+    found: Callable[..., object] = function
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as with `python -m`
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and something that it imports is not
+        raise UnknownModelError(f"there is no module `{name}` (looked in the current folder and on sys.path)") from error
+
+
+def _file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("toca_fx_explained", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise UnknownModelError(f"there is no file `{path}`")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
