@@ -29,7 +29,7 @@ def operands(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, ke
 def column_sums(query: Tensor, key: Tensor, scale: float = WIDTH**-0.5, mask: Tensor | None = None) -> Tensor:
     """s1 from the explicit map, in double precision; ``mask`` is added to the logits."""
     logits = query.double() @ key.double().transpose(2, 3) * scale
-    return unit(torch.softmax(logits if mask is None else logits + mask, dim=3).mean(dim=1).sum(dim=1))
+    return torch.softmax(logits if mask is None else logits + mask, dim=3).mean(dim=1).sum(dim=1)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_large_maps_take_the_fused_kernel(kernels: list[str], monkeypatch: pytes
     output, score = attention_and_influence(query, key, value)
     assert kernels == ["fused"]
     assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-6
-    assert (score - column_sums(query, key)).abs().max() < 1e-6
+    assert (unit(score) - unit(column_sums(query, key))).abs().max() < 1e-6
 
 
 def test_half_precision_takes_the_fused_kernel(kernels: list[str]) -> None:
@@ -96,7 +96,7 @@ def test_half_precision_takes_the_fused_kernel(kernels: list[str]) -> None:
     assert kernels == ["fused"]
     assert torch.equal(output, F.scaled_dot_product_attention(query, key, value))
     assert score.dtype == torch.float32
-    assert (score - column_sums(query, key)).abs().max() < 5e-3
+    assert (unit(score) - unit(column_sums(query, key))).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("tokens", [6, 600])
@@ -163,9 +163,51 @@ def test_scores_are_at_least_single_precision(given: torch.dtype, score: torch.d
 
 def test_feature_norm_by_hand() -> None:
     feature = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 7.0]]]])  # [1, 2 heads, 2 tokens, 2]
-    assert torch.allclose(feature_norm(feature), unit(torch.tensor([[2.5, 4.0]])))
+    assert torch.allclose(feature_norm(feature), torch.tensor([[2.5, 4.0]]))
 
 
 def test_normalize_leaves_zeros_at_zero() -> None:
     assert torch.equal(normalize(torch.zeros(2, 4)), torch.zeros(2, 4))
     assert torch.allclose(normalize(torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 0.8]]))
+
+
+# Entropies
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_entropy_of_each_query_by_the_formula(share: float, masked: bool) -> None:
+    query, key, value = operands(6, keys=9)
+    keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    keep[0, ..., 5:] = not masked
+    mask = keep if masked else None
+    logits = (query @ key.transpose(2, 3) * WIDTH**-0.5).masked_fill(~keep, -torch.inf)
+    weights = torch.softmax(logits, dim=3)
+    mean = share * weights.mean(dim=1)
+    expected = -(mean * torch.log(mean + 1e-7)).sum(dim=2)
+    output, found = attention.attention_and_entropy(query, key, value, mask, share=share)
+    assert (output - F.scaled_dot_product_attention(query, key, value, mask)).abs().max() < 1e-13
+    for score in (found, attention.entropy(query, key, WIDTH**-0.5, mask, share), attention.map_entropy(weights, share)):
+        assert (score - expected).abs().max() < 1e-13
+
+
+def test_entropy_of_grouped_heads_and_of_maps_too_large_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = operands(6, keys=9)
+    few = (query, key[:, :1], value[:, :1])
+    output, expected = attention.attention_and_entropy(*few, enable_gqa=True)
+    assert (output - F.scaled_dot_product_attention(*few, enable_gqa=True)).abs().max() < 1e-13
+    monkeypatch.setattr(attention, "_MAP_ELEMENTS", 1)
+    again, found = attention.attention_and_entropy(*few, enable_gqa=True)
+    assert (again - output).abs().max() < 1e-13
+    assert (found - expected).abs().max() < 1e-13
+
+
+def test_halves_of_a_guidance_batch_sum_to_the_maps_side_by_side() -> None:
+    query, key, _ = operands(6, keys=9)
+    weights = torch.softmax(query @ key.transpose(2, 3), dim=3)
+    both = 0.5 * torch.cat([weights[0].mean(0), weights[1].mean(0)], dim=-1)
+    assert (attention.map_entropy(weights, 0.5).sum(0) + (both * (both + 1e-7).log()).sum(-1)).abs().max() < 1e-13
+
+
+def test_a_segment_is_normalised_among_its_own_tokens() -> None:
+    assert torch.allclose(attention.of_segment(torch.tensor([[9.0, 3.0, 4.0, 9.0]]), 1, 2), torch.tensor([[0.6, 0.8]]))

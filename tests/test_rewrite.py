@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.helpers import KINDS, capture, capture_tiny, make_policy
+from toca_fx.buffers import site_of
 from toca_fx.match import match
 from toca_fx.plan import Plan, StepPlan, make_plan
 from toca_fx.rewrite import StepGraph, rewrite
@@ -74,17 +75,26 @@ def behind_views(node: Any) -> fx.Node:
     return node
 
 
+def sites_with(graph: StepGraph, role: str) -> tuple[int, ...]:
+    """The sites that have a buffer of this role in the graph."""
+    return tuple(sorted(site_of(name) for name in graph.names if name.split(":")[0] == role))
+
+
 def buffers(plan: Plan, graph: StepGraph) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    caches = {i: torch.randn(plan.sites[i].shape, generator=generator, dtype=torch.float64) for i in graph.caches}
-    return caches, {i: torch.zeros(plan.sites[i].shape[:2], dtype=torch.float64) for i in graph.scores}
+    caches = {i: torch.randn(plan.sites[i].shape, generator=generator, dtype=torch.float64) for i in sites_with(graph, "cache")}
+    return caches, {i: torch.zeros(plan.sites[i].shape[:2], dtype=torch.float64) for i in sites_with(graph, "score")}
 
 
 def run(
     graphs: Graphs, graph: StepGraph, caches: dict[int, Tensor], scores: dict[int, Tensor], rows: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     with torch.no_grad():
-        return list(graph.module(*(graphs.inputs[i] for i in graph.kept), *caches.values(), *scores.values(), *rows))
+        chosen = dict(zip(sites_with(graph, "rows"), rows, strict=True))
+        tensors = {"cache": caches, "score": scores, "rows": chosen}
+        return list(
+            graph.module(*(graphs.inputs[i] for i in graph.kept), *(tensors[name.split(":")[0]][site_of(name)] for name in graph.names))
+        )
 
 
 def all_rows() -> Tensor:
@@ -121,7 +131,7 @@ def test_operators_of_a_full_step(graphs: Graphs) -> None:
     assert operators[aten.copy_.default] == 2 * LAYERS + LAYERS  # caches and scores
     assert not operators[aten.index_put.default] + operators[aten.index.Tensor] + operators[aten.softmax.int]
     assert graph.kept == tuple(range(len(graphs.inputs)))
-    assert (graph.caches, graph.scores, graph.rows) == (tuple(range(2 * LAYERS)), (1, 3, 5), ())
+    assert {*graph.names} == {*(f"cache:{i}" for i in range(2 * LAYERS)), "score:1", "score:3", "score:5"}
 
 
 def test_every_attention_map_is_computed_once(graphs: Graphs) -> None:
@@ -182,7 +192,7 @@ def test_operators_of_a_partial_step(graphs: Graphs, kind: str) -> None:
     assert operators[aten.matmul.default] == count(graphs.source.graph)[aten.matmul.default]
     assert operators[aten.layer_norm.default] == LAYERS + 1  # those of the MLPs and of the output
     assert operators[aten.copy_.default] == operators[aten.index_put.default] == operators[aten.index.Tensor] == LAYERS
-    assert (graph.caches, graph.scores, graph.rows) == (tuple(range(2 * LAYERS)), (), (1, 3, 5))
+    assert {*graph.names} == {*(f"cache:{i}" for i in range(2 * LAYERS)), "rows:1", "rows:3", "rows:5"}
 
 
 def test_a_partial_step_drops_the_weights_that_it_does_not_need(graphs: Graphs, kind: str) -> None:
@@ -224,7 +234,7 @@ def test_all_tokens_fresh_recompute_the_caches(graphs: Graphs) -> None:
     full, partial = graphs.graph("full"), graphs.graph("partial")
     caches, scores = buffers(graphs.plan, full)
     expected = run(graphs, full, caches, scores)
-    for i in partial.rows:
+    for i in sites_with(partial, "rows"):
         caches[i].fill_(7.0)
     outputs = run(graphs, partial, caches, {}, [all_rows()] * LAYERS)
     for output, other in zip(outputs, expected, strict=True):
@@ -240,13 +250,13 @@ def test_only_the_fresh_rows_change(graphs: Graphs, fresh: int) -> None:
     run(graphs, graph, caches, {}, [rows] * LAYERS)
     for i, cache in caches.items():
         changed = (cache != before[i]).flatten(0, 1).any(dim=1).nonzero().flatten().tolist()
-        assert changed == (sorted(rows.flatten().tolist()) if i in graph.rows else [])
+        assert changed == (sorted(rows.flatten().tolist()) if i in sites_with(graph, "rows") else [])
 
 
 def test_fresh_nodes_are_the_mlp_on_the_fresh_tokens(graphs: Graphs) -> None:
     graph = graphs.graph("partial")
     nodes = {node.name: node for node in graph.module.graph.nodes}
-    assert graph.fresh_nodes.keys() == set(graph.rows)
+    assert graph.fresh_nodes.keys() == set(sites_with(graph, "rows"))
     for names in graph.fresh_nodes.values():
         targets = Counter(nodes[name].target for name in names)
         assert (targets[aten.linear.default], targets[aten.layer_norm.default], targets[aten.gelu.default]) == (2, 1, 1)
@@ -268,7 +278,7 @@ def test_computed_attention_stays(graphs: Graphs) -> None:
     operators = count(graph.module.graph)
     assert operators[aten.linear.default] == count(graphs.source.graph)[aten.linear.default]
     assert operators[aten.scaled_dot_product_attention.default] == LAYERS
-    assert graph.caches == graph.rows == (1, 3, 5)
+    assert sites_with(graph, "cache") == sites_with(graph, "rows") == (1, 3, 5)
 
 
 def test_a_mixed_step(graphs: Graphs) -> None:
@@ -278,7 +288,7 @@ def test_a_mixed_step(graphs: Graphs) -> None:
     assert graph.modes == ("full", "full", "reuse", "partial", "reuse", "partial")
     assert operators[aten.index_put.default] == 2
     assert operators[aten.copy_.default] == 2 + 1 + 2  # caches of the first block, its score, two MLPs
-    assert graph.scores == (1,)
+    assert sites_with(graph, "score") == (1,)
 
 
 def test_a_graph_without_sites_to_cache_is_the_source(graphs: Graphs) -> None:
@@ -286,7 +296,7 @@ def test_a_graph_without_sites_to_cache_is_the_source(graphs: Graphs) -> None:
     graph = rewrite(graphs.source, plan, plan.full_modes)
     assert count(graph.module.graph) == count(graphs.source.graph)
     assert graph.kept == tuple(range(len(graphs.inputs)))
-    assert not graph.caches + graph.scores + graph.rows
+    assert graph.names == ()
 
 
 # Where the gather stops: operators that mix tokens or have no rule, operands that carry the token axis
@@ -372,7 +382,7 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: s
     source = to_aten(captured, inputs)
     plan = make_plan(match(source.graph), make_policy(scores={"staleness": 1.0}))
     graph = rewrite(source, plan, plan.steps[1].modes)
-    assert graph.rows == (0,)
+    assert {*graph.names} == {"cache:0", "rows:0"}
     cache = torch.randn(batch, 6, 8, dtype=torch.float64)
     tokens = torch.tensor([[5, 0, 3], [1, 2, 4], [4, 3, 2]])[:batch]
     expected = cache.clone()
@@ -380,6 +390,6 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: s
         for token in tokens[sample].tolist():
             expected[sample, token] = (model(x) - x)[sample, token]
     rows = tokens + 6 * torch.arange(batch)[:, None]
-    (output,) = graph.module(*(inputs[i] for i in graph.kept), cache, rows)
+    (output,) = graph.module(*(inputs[i] for i in graph.kept), *({"cache:0": cache, "rows:0": rows}[name] for name in graph.names))
     assert (output - x - expected).abs().max() < 1e-12
     assert (cache - expected).abs().max() < 1e-12

@@ -130,9 +130,9 @@ def test_the_caches_go_with_the_session(model: nn.Module) -> None:
     with toca_fx.session() as run, torch.no_grad():
         run_all(fast, make_inputs(2))
         (track,) = run._tracks.values()
-        caches = [weakref.ref(cache) for generation in track.generations.values() for cache in generation.caches.values()]
+        caches = [weakref.ref(cache) for generation in track.generations.values() for cache in generation.buffers.values()]
         del track
-        assert len(caches) == 4
+        assert len(caches) == 4 + 2 + 2  # outputs; of the MLPs also scores and which tokens were picked
         assert all(cache() is not None for cache in caches)
     gc.collect()
     assert not any(cache() is not None for cache in caches)
@@ -599,11 +599,11 @@ def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
         run_all(fast, make_inputs(2, batch=batch, dtype=dtype))
         (track,) = run._tracks.values()
         (generation,) = track.generations.values()
-        tensors = [*generation.caches.values(), *generation.scores.values(), *generation.selector._stale]
+        tensors = [*generation.buffers.values(), *generation.selector._stale]
         allocated = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     score = 8 if dtype == torch.float64 else 4
     features = 2 * layers * batch * tokens * channels * dtype.itemsize
-    assert run.report().cache_bytes == allocated == features + 2 * layers * batch * tokens * score
+    assert run.report().cache_bytes == allocated == features + layers * batch * tokens * (2 * score + 1)
 
 
 def test_cache_bytes_of_two_branches(model: nn.Module) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers import make_policy
 from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
+from toca_fx.attention import normalize
+from toca_fx.buffers import site_of
 from toca_fx.match import Matches, Site
-from toca_fx.plan import Plan, make_plan
+from toca_fx.plan import Plan, StepPlan, make_plan
 from toca_fx.policy.types import Policy
-from toca_fx.select import Selector, spatial_bonus, token_grid
+from toca_fx.select import Selector, ranked, spatial_bonus, token_grid
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 6), (5, 7), (3, 3), (1, 9)])
@@ -58,6 +62,27 @@ def plan_for(policy: Policy, tokens: int = 8, batch: int = 2, layers: int = 1) -
     return make_plan(Matches(tuple(sites), ()), policy)
 
 
+def selector_for(
+    plan: Plan,
+    policy: Policy,
+    scores: Sequence[Tensor],
+    aspect: tuple[int, int] | None = None,
+    entropies: Mapping[int, Tensor] | None = None,
+) -> Selector:
+    """A selector over buffers in which the scored sites have ``scores``."""
+    made = {f"score:{i}": score for i, score in zip(plan.scored, scores, strict=True)}
+    made |= {f"picked:{i}": torch.zeros(plan.sites[i].shape[:2], dtype=torch.bool) for i in plan.scored}
+    made |= {f"entropy:{i}": entropy for i, entropy in (entropies or {}).items()}
+    return Selector(plan, policy, made, aspect)
+
+
+def choose(selector: Selector, step: StepPlan) -> dict[int, Tensor]:
+    """The rows of each partial site, as they are given to a step, which then has run."""
+    given = selector.select(step)
+    selector.advance()
+    return {site_of(name): rows for name, rows in given.items() if name.startswith("rows:")}
+
+
 def run_partial_steps(plan: Plan, selector: Selector, site: int = 1) -> list[list[list[int]] | None]:
     """Tokens of ``site`` per step and sample; None for full steps."""
     chosen: list[list[list[int]] | None] = []
@@ -66,14 +91,14 @@ def run_partial_steps(plan: Plan, selector: Selector, site: int = 1) -> list[lis
             selector.full()
             chosen.append(None)
         else:
-            chosen.append((selector.select(step)[site] % plan.sites[site].tokens).tolist())
+            chosen.append((choose(selector, step)[site] % plan.sites[site].tokens).tolist())
     return chosen
 
 
 def test_equal_scores_go_to_the_lower_index_and_staleness_goes_round() -> None:
     policy = make_policy(scores={"staleness": 1.0}, R={"base": 0.625}, N={"base": 5}, sampler={"steps": 10})
     plan = plan_for(policy)  # K = 3 of 8
-    chosen = run_partial_steps(plan, Selector(plan, policy, [torch.zeros(2, 8)], None))
+    chosen = run_partial_steps(plan, selector_for(plan, policy, [torch.zeros(2, 8)]))
     # After each round the untouched tokens are the stalest; ties by index; the full step starts over.
     round_robin = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
     assert chosen == [None, *([tokens, tokens] for tokens in round_robin)] * 2
@@ -83,7 +108,7 @@ def test_many_equal_scores_stay_in_order() -> None:
     policy = make_policy(R={"base": 0.0})
     plan = plan_for(policy, tokens=4096, batch=1)
     (step, *_) = [step for step in plan.steps if step.kind == "partial"]
-    selected = Selector(plan, policy, [torch.zeros(1, 4096)], None).select(step)[1]
+    selected = choose(selector_for(plan, policy, [torch.zeros(1, 4096)]), step)[1]
     assert torch.equal(selected, torch.arange(4096)[None])
 
 
@@ -93,7 +118,7 @@ def test_counters_against_a_count_by_hand() -> None:
     plan = plan_for(policy, tokens=16, batch=3)
     base = torch.rand(3, 16)
     before = base.clone()
-    chosen = run_partial_steps(plan, Selector(plan, policy, [base], None))
+    chosen = run_partial_steps(plan, selector_for(plan, policy, [base]))
     assert torch.equal(base, before), "the base scores are read, never written"
     missed = [[0] * 16 for _ in range(3)]
     for tokens in chosen:
@@ -112,7 +137,7 @@ def test_rows_index_the_flattened_batch() -> None:
     plan = plan_for(policy, tokens=8, batch=3)
     step = next(step for step in plan.steps if step.kind == "partial")
     base = torch.stack([torch.arange(8.0), -torch.arange(8.0), torch.tensor([0.0, 9, 0, 9, 0, 9, 0, 9])])
-    rows = Selector(plan, policy, [base], None).select(step)[1]
+    rows = choose(selector_for(plan, policy, [base]), step)[1]
     assert rows.dtype == torch.int64
     assert rows.is_contiguous()
     assert rows.tolist() == [[7, 6, 5, 4], [8, 9, 10, 11], [17, 19, 21, 23]]
@@ -124,9 +149,9 @@ def test_a_site_that_is_full_on_a_mixed_step_starts_counting_anew() -> None:
     )
     plan = plan_for(policy, layers=2)
     assert [step.kind for step in plan.steps[:4]] == ["full", "partial", "mixed", "partial"]
-    selector = Selector(plan, policy, [torch.zeros(2, 8)] * 2, None)
+    selector = selector_for(plan, policy, [torch.zeros(2, 8)] * 2)
     selector.full()
-    first, mixed, after = (selector.select(step) for step in plan.steps[1:4])
+    first, mixed, after = (choose(selector, step) for step in plan.steps[1:4])
     tokens = {
         name: {site: (rows[0] % 8).tolist() for site, rows in step.items()} for name, step in zip("abc", (first, mixed, after), strict=True)
     }
@@ -138,11 +163,11 @@ def test_no_token_is_an_empty_choice() -> None:
     plan = plan_for(policy, tokens=8, layers=2)  # K = 0 in the first layer, trunc(0.2 * 8) in the last
     step = next(step for step in plan.steps if step.kind == "partial")
     scores = [torch.rand(2, 8)] * len(plan.scored)
-    chosen = Selector(plan, policy, scores, None).select(step)
+    chosen = choose(selector_for(plan, policy, scores), step)
     assert {site: tuple(rows.shape) for site, rows in chosen.items()} == {3: (2, 1)}
     policy = make_policy(R={"base": 0.5, "step_weight": -1.0})
     plan = plan_for(policy, tokens=8)
-    rows = Selector(plan, policy, [torch.rand(2, 8)], None).select(plan.steps[1])[1]
+    rows = choose(selector_for(plan, policy, [torch.rand(2, 8)]), plan.steps[1])[1]
     assert tuple(rows.shape) == (2, 0)
 
 
@@ -152,7 +177,7 @@ def test_a_shared_selection_is_that_of_the_mean_and_the_same_in_both_halves() ->
     plan = plan_for(policy, tokens=16, batch=4)
     step = next(step for step in plan.steps if step.kind == "partial")
     base = torch.rand(4, 16)
-    tokens = (Selector(plan, policy, [base], None).select(step)[1] % 16).tolist()
+    tokens = (choose(selector_for(plan, policy, [base]), step)[1] % 16).tolist()
     for sample in range(2):
         mean = ((base[sample] + base[sample + 2]) / 2).tolist()
         raised = bonus_by_hand(mean, (4, 4), 2, 0.5)
@@ -166,7 +191,7 @@ def test_random_scores_give_a_sample_the_same_tokens_in_any_batch() -> None:
     for batch in (1, 3):
         plan = plan_for(policy, tokens=32, batch=batch)
         step = next(step for step in plan.steps if step.kind == "partial")
-        chosen.append(Selector(plan, policy, [torch.zeros(batch, 32)], None).select(step)[1][0].tolist())
+        chosen.append(choose(selector_for(plan, policy, [torch.zeros(batch, 32)]), step)[1][0].tolist())
     assert chosen[0] == chosen[1]
     assert chosen[0] != sorted(chosen[0])
 
@@ -174,12 +199,38 @@ def test_random_scores_give_a_sample_the_same_tokens_in_any_batch() -> None:
 def test_bytes_of_the_counters() -> None:
     policy = make_policy()
     plan = plan_for(policy, tokens=16, batch=2, layers=3)
-    assert Selector(plan, policy, [torch.zeros(2, 16)] * 3, None).nbytes() == 3 * 2 * 16 * 4
+    assert selector_for(plan, policy, [torch.zeros(2, 16)] * 3).nbytes() == 3 * 2 * 16 * 4
 
 
 def test_tokens_that_form_no_grid_have_no_spatial_bonus() -> None:
     policy = make_policy(spatial={"bonus": 0.4})
     with pytest.raises(PolicyError, match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; switch the bonus off for it by a rule"):
-        Selector(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
+        selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
     policy = make_policy(spatial={"bonus": 0.4}, rules=[{"match": "mlp", "spatial": "off"}])
-    Selector(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
+    selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_entropy_joins_the_score_by_hand(shared: bool) -> None:
+    torch.manual_seed(0)
+    known, entropy = torch.rand(4, 16, dtype=torch.float64), torch.rand(4, 16, dtype=torch.float64)
+    spatial = ((4, 4), 2, 0.5)
+    found = ranked(known, entropy, 0.7, shared, spatial).tolist()
+    for sample in range(4):
+        other = (sample + 2) % 4
+        base = (known[sample] + known[other]) / 2 if shared else known[sample]
+        disorder = entropy[sample] + entropy[other] if shared else entropy[sample]
+        score = base + 0.7 * normalize(1 + disorder)
+        raised = bonus_by_hand(score.tolist(), (4, 4), 2, 0.5)
+        assert found[sample] == sorted(range(16), key=lambda token: -raised[token])
+
+
+def test_a_sample_selects_by_its_cross_attention_as_of_its_last_run() -> None:
+    policy = make_policy(scores={"cross_attention": 1.0}, R={"base": 0.5})
+    kinds = ("cross_attention", "mlp")
+    sites = tuple(Site(kind, f"blocks.0.{kind}", 0, "blocks", f"out{i}", f"in{i}", (1, 8, 4), entropy=0) for i, kind in enumerate(kinds))
+    plan = make_plan(Matches(sites, ()), make_policy(scores={"cross_attention": 1.0}, modules={"cross_attention": "reuse"}))
+    step = next(step for step in plan.steps if step.kind == "partial")
+    assert plan.inside(step.modes) == ()
+    selector = selector_for(plan, policy, [torch.zeros(1, 8)], entropies={0: torch.arange(8.0)[None]})
+    assert choose(selector, step)[1].tolist() == [[7, 6, 5, 4]]

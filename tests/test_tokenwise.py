@@ -43,6 +43,13 @@ def joined(target: Any, *rest: Any, **keywords: Any) -> Callable[..., fx.Node]:
     return lambda call, *inputs: call(target, list(inputs), *rest, **keywords)
 
 
+def packed(call: Callable[..., fx.Node], x: fx.Node, scales: fx.Node) -> fx.Node:
+    """A linear layer over 8-bit weights, in single precision."""
+    x, scales = (call(aten.to.dtype, operand, torch.float32) for operand in (x, scales))
+    weight = call(torch.full, (5, 4), 3, dtype=torch.int8)
+    return call(aten._weight_int8pack_mm.default, x, weight, scales)
+
+
 X = ((2, 6, 4),)
 CASES = [
     Case("linear", ((2, 6, 4), (5, 4), (5,)), op(aten.linear.default), (0, 1)),
@@ -102,9 +109,51 @@ CASES = [
     Case("where", ((2, 6, 4), (6, 1), (1, 1, 4)), lambda call, x, y, z: call(aten.where.self, call(aten.gt.Scalar, x, 0), y, z), (0, 1, 2)),
     Case("addcmul", ((2, 6, 4), (2, 1, 4), (6, 4)), op(aten.addcmul.default), (0, 1, 2)),
     Case("pointwise along an axis of 1", ((2, 1, 4), (2, 1, 4)), op(aten.add.Tensor), (0, 2)),
-    Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), ()),
-    Case("attention", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default), ()),
-    Case("mean", X, op(aten.mean.dim, [2]), ()),
+    Case("mm", ((6, 4), (4, 5)), op(aten.mm.default), (0,)),
+    Case("addmm", ((5,), (6, 4), (4, 5)), op(aten.addmm.default), (0,)),
+    Case("addmm, a bias of two axes", ((6, 5), (6, 4), (4, 5)), op(aten.addmm.default), ()),
+    Case("packed weight", ((6, 4), (5,)), packed, (0,)),
+    Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), (0, 1)),
+    Case("matmul, one weight", ((2, 6, 4), (4, 5)), op(aten.matmul.default), (0, 1)),
+    Case("matmul, a wider batch on the right", ((6, 4), (2, 4, 5)), op(aten.matmul.default), ()),
+    Case("matmul, heads broadcast", ((2, 3, 6, 4), (2, 1, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
+    Case("matmul, a batch on the left", ((2, 3, 6, 4), (3, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
+    Case("bmm", ((2, 6, 4), (2, 4, 5)), op(aten.bmm.default), (0, 1)),
+    Case("conv1d, kernel 1", ((2, 4, 6), (5, 4, 1), (5,)), op(aten.conv1d.default), (0, 2)),
+    Case("conv2d, kernel 1", ((2, 4, 6, 3), (5, 4, 1, 1), (5,)), op(aten.conv2d.default), (0, 2, 3)),
+    Case("conv3d, kernel 1", ((2, 4, 2, 6, 3), (5, 4, 1, 1, 1)), op(aten.conv3d.default), (0, 2, 3, 4)),
+    Case("conv2d, kernel 3", ((2, 4, 6, 6), (5, 4, 3, 3)), op(aten.conv2d.default, None, [1, 1], [1, 1]), ()),
+    Case("conv1d, kernel 1, stride 2", ((2, 4, 6), (5, 4, 1)), op(aten.conv1d.default, None, [2]), ()),
+    Case("attention", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
+    Case("attention, masked", (*(((2, 3, 6, 4),) * 3), (2, 1, 6, 6)), op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
+    Case("attention, one mask", (*(((2, 3, 6, 4),) * 3), (1, 1, 1, 6)), op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
+    Case("attention, causal", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default, None, 0.0, True), ()),
+    Case("_softmax", X, op(aten._softmax.default, -1, False), (0, 1)),
+    Case("glu", X, op(aten.glu.default), (0, 1)),
+    Case("mean", X, op(aten.mean.dim, [2]), (0, 1)),
+    Case("mean, kept", X, op(aten.mean.dim, [-1], True), (0, 1)),
+    Case("mean over the first", X, op(aten.mean.dim, [0]), (0, 1)),
+    Case("sum over two", ((2, 3, 6, 4),), op(aten.sum.dim_IntList, [1, -1]), (0, 1)),
+    Case("amax, kept", X, op(aten.amax.default, [1], True), (0, 2)),
+    Case("vector norm", X, op(aten.linalg_vector_norm.default, 2, [-1], True), (0, 1)),
+    Case("narrow", X, op(aten.narrow.default, 2, 1, 2), (0, 1)),
+    Case("repeat_interleave", X, op(aten.repeat_interleave.self_int, 2, 1), (0, 2)),
+    Case("repeat_interleave of everything", X, op(aten.repeat_interleave.self_int, 2), ()),
+    Case("stack, first", ((2, 6, 4), (2, 6, 4)), joined(aten.stack.default), (1, 2, 3)),
+    Case("stack, last", ((2, 6, 4), (2, 6, 4)), joined(aten.stack.default, -1), (0, 1, 2)),
+    Case("mT", X, op(aten.mT.default), (0, 1, 2)),
+    Case("squeeze", ((2, 1, 6),), op(aten.squeeze.dim, 1), (0, 1)),
+    Case("flatten", ((2, 6, 2, 2),), op(aten.flatten.using_ints, 2), (0, 1)),
+    Case("unflatten", X, op(aten.unflatten.int, 2, [2, 2]), (0, 1)),
+    Case("unsafe view", X, op(aten._unsafe_view.default, [2, 6, 2, 2]), (0, 1)),
+    Case("to, a layout", X, op(aten.to.dtype_layout, dtype=torch.float64), (0, 1, 2)),
+    Case("to, a device", X, op(aten.to.device, torch.device("cpu"), torch.float64), (0, 1, 2)),
+    Case("_to_copy", X, op(aten._to_copy.default), (0, 1, 2)),
+    Case("type_as", ((2, 6, 4), (1,)), op(aten.type_as.default), (0, 1, 2)),
+    Case("alias", X, op(aten.alias.default), (0, 1, 2)),
+    Case("detach", X, op(aten.detach.default), (0, 1, 2)),
+    Case("select_scatter", ((2, 6, 4), (2, 4)), op(aten.select_scatter.default, 1, 2), (0, 2)),
+    Case("slice_scatter", ((2, 6, 4), (2, 6, 2)), op(aten.slice_scatter.default, -1, 1, 3), (0, 1)),
     Case("cumsum", X, op(aten.cumsum.default, 1), ()),
     Case("flip", X, op(aten.flip.default, [1]), ()),
 ]
@@ -132,7 +181,7 @@ class Evaluator:
         """The value of ``node`` at ``kept`` along ``axis``, computed from operands restricted likewise."""
         if node.op == "placeholder":
             return node.meta["val"].index_select(axis, kept)
-        operands = tokenwise.token_operands(node, axis)
+        operands = tokenwise.axis_operands(node, axis)
         assert operands is not None
         values = {operand: self.restricted(operand, operand_axis, kept) for operand, operand_axis in operands.items()}
         args, kwargs = node.args, node.kwargs
@@ -146,7 +195,7 @@ def provable(node: fx.Node, axis: int) -> bool:
     """Whether the rules lead from ``axis`` of ``node`` to the inputs."""
     if node.op == "placeholder":
         return True
-    operands = tokenwise.token_operands(node, axis)
+    operands = tokenwise.axis_operands(node, axis)
     return operands is not None and all(provable(*operand) for operand in operands.items())
 
 
@@ -169,19 +218,21 @@ def test_the_table_is_covered() -> None:
         evaluator = Evaluator(case.shapes)
         case.build(evaluator.call, *evaluator.inputs)
         tried |= {node.target for node in evaluator.graph.nodes}
-    assert set(tokenwise._RULES) <= tried
+    # One rule serves both packed products; that with 4 bits runs on accelerators only.
+    assert set(tokenwise._RULES) - tried == {aten._weight_int4pack_mm.default}
+    assert tokenwise._RULES[aten._weight_int4pack_mm.default] is tokenwise._RULES[aten._weight_int8pack_mm.default]
 
 
 def test_a_placeholder_has_no_operands() -> None:
-    assert tokenwise.token_operands(Evaluator(X).inputs[0], 1) is None
+    assert tokenwise.axis_operands(Evaluator(X).inputs[0], 1) is None
 
 
 def test_an_operand_shared_by_every_token_is_left_as_it_is() -> None:
     evaluator = Evaluator(((2, 6, 4), (2, 1, 4), (4,)))
     x, shift, scale = evaluator.inputs
-    assert tokenwise.token_operands(evaluator.call(aten.add.Tensor, x, shift), 1) == {x: 1}
-    assert tokenwise.token_operands(evaluator.call(aten.mul.Tensor, scale, x), 1) == {x: 1}
-    assert tokenwise.token_operands(evaluator.call(aten.add.Tensor, x, shift), 0) == {x: 0, shift: 0}
+    assert tokenwise.axis_operands(evaluator.call(aten.add.Tensor, x, shift), 1) == {x: 1}
+    assert tokenwise.axis_operands(evaluator.call(aten.mul.Tensor, scale, x), 1) == {x: 1}
+    assert tokenwise.axis_operands(evaluator.call(aten.add.Tensor, x, shift), 0) == {x: 0, shift: 0}
 
 
 def test_a_list_has_no_shape() -> None:

@@ -1,14 +1,18 @@
-"""Attention that also tells how much each token is attended to (s1 of ToCa, section 3.2), without an N x N map in memory.
+"""What an attention tells about its tokens (ToCa, section 3.2): s1 without an N x N map in memory, and s2.
 
-    s1_j = sum_i mean_h softmax(scale q_i . k_j),   then L2-normalised over tokens
+    influence  s1_j = sum_i c_ij                     how much token j is attended to; self- and joint attention
+    entropy    H_i = - sum_k c_ik ln(c_ik + 1e-7)    how undecided token i is about the text; cross-attention
 
-Three ways, fastest first; all return the attention's output to rounding:
+with the head-mean map c_ij = mean_h softmax(scale q_i . k_j). Both are normalised when tokens are chosen: L2 over the tokens of
+one stream, s2 as 1 + H. For s1 there are three ways, fastest first; all return the attention's output to rounding:
 
     in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
                 the processor. Both products are those of the attention itself, so s1 costs a sum over the block.
     fused       CPU otherwise: the fused kernel returns the row log-sum-exp, and a second product gives the columns.
     recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
                 log-sum-exp computed beside it.
+
+The map of a cross-attention is small: it is computed, and the output from it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**22  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
 _MOST_BLOCKS = 8
 _QUERY_CHUNK = 512
+_MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
 
 
 def normalize(score: Tensor) -> Tensor:
@@ -28,9 +33,82 @@ def normalize(score: Tensor) -> Tensor:
     return score / length.clamp(min=1e-12)
 
 
+def of_segment(values: Tensor, start: int, count: int) -> Tensor:
+    """The scores of one stream's tokens out of those of all keys: [B, M] -> [B, count], L2-normalised among themselves."""
+    return normalize(values[:, start : start + count])
+
+
 def feature_norm(feature: Tensor) -> Tensor:
-    """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N], L2-normalised over tokens."""
-    return normalize(torch.linalg.vector_norm(feature.to(score_dtype(feature)), dim=-1).mean(dim=1))
+    """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N]."""
+    norm: Tensor = torch.linalg.vector_norm(feature.to(score_dtype(feature)), dim=-1).mean(dim=1)
+    return norm
+
+
+def map_influence(weights: Tensor) -> Tensor:
+    """s1 of a map that is there: [B, H, N, M] -> [B, M]."""
+    return weights.to(score_dtype(weights)).mean(dim=1).sum(dim=1)
+
+
+def map_entropy(weights: Tensor, share: float) -> Tensor:
+    """H of a map that is there, scaled by ``share`` before the logarithm: [B, H, N, M] -> [B, N]."""
+    return _entropy(weights.to(score_dtype(weights)).mean(dim=1), share)
+
+
+def _entropy(mean: Tensor, share: float) -> Tensor:
+    mean = mean * share if share != 1 else mean
+    return -(mean * (mean + 1e-7).log()).sum(dim=-1)
+
+
+def attention_and_entropy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    share: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and H of the N queries: ([B, H, N, D], [B, N]).
+
+    ``share`` scales the map before the logarithm: 0.5 for a half of a guidance batch, whose two halves' entropies then sum
+    to that of the concatenated maps.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    groups = query.shape[1] // key.shape[1]
+    many = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAP_ELEMENTS
+    if many or dropout_p or is_causal:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return output, entropy(query, key, factor, attn_mask, share)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = _softmax((query * factor) @ key.transpose(-1, -2), attn_mask)
+    # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
+    output = (weights.to(value.dtype) @ value).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, map_entropy(weights, share)
+
+
+def entropy(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, share: float = 1.0) -> Tensor:
+    """H [B, N] of a cross-attention, head by head: the memory of one head's map."""
+    total: Tensor | None = None
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    for head in range(heads):
+        own = slice(head, head + 1)
+        part = mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, own]
+        weights = _softmax((query[:, own] * scale) @ key[:, head // groups : head // groups + 1].transpose(-1, -2), part)
+        total = weights if total is None else total + weights
+    if total is None:
+        raise ValueError("an attention without heads")
+    return _entropy(total.squeeze(1) / heads, share)
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    logits = logits.to(score_dtype(logits))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
 
 
 def score_dtype(tensor: Tensor) -> torch.dtype:
@@ -49,7 +127,7 @@ def attention_and_influence(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys: ([B, H, N, D], [B, M])."""
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not normalised: ([B, H, N, D], [B, M])."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     plain = attn_mask is None and not dropout_p and not is_causal and query.shape[1] == key.shape[1]
     if plain and query.device.type == "cpu":
@@ -77,10 +155,10 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, block: i
         columns.append((weights * reciprocal).sum(dim=(1, 2)))
     # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
     output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous().transpose(1, 2)
-    return output, normalize(torch.stack(columns).sum(0) / query.shape[1])
+    return output, torch.stack(columns).sum(0) / query.shape[1]
 
 
-def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None, mask: Tensor | None = None) -> Tensor:
+def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """s1 [B, M] by a second product: exp(scale q . k - logsumexp) summed over heads and over chunks of queries.
 
     ``logsumexp`` [B, H, N] is computed where no kernel returned it; ``mask`` broadcasts to [B, H, N, M], boolean (True
@@ -95,4 +173,4 @@ def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
             logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
         total = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
         columns.append((logits - total.unsqueeze(-1)).exp().sum(dim=(1, 2)))
-    return normalize(torch.stack(columns).sum(0) / query.shape[1])
+    return torch.stack(columns).sum(0) / query.shape[1]

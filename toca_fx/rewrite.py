@@ -5,8 +5,9 @@
     reuse     out = cache                                      (the module and its projections are dead code)
     compute   unchanged
 
-``x[rows]`` is taken as far up as ``tokenwise`` proves that operators act per token, at best from the residual stream
-itself, above norm and modulation. K, the number of rows, is the size of an index tensor: one graph serves every K.
+Whatever else a site remembers from step to step is treated as its output is: the keys and values of an attention whose queries are
+computed for fresh tokens only, and the entropies of a cross-attention. K, the number of rows, is the size of an index
+tensor: one graph serves every K.
 """
 
 from __future__ import annotations
@@ -21,74 +22,85 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from toca_fx import tokenwise
-from toca_fx.attention import attention_and_influence, feature_norm
+from toca_fx import attention as scoring
+from toca_fx.patterns import Attention, aten, attention_at, attention_scale
 from toca_fx.plan import Modes, Plan
+from toca_fx.restrict import Restriction
+from toca_fx.select import Spatial, ranked
+from toca_fx.tokenwise import Tokens
 
-aten = torch.ops.aten
+SpatialOf = Callable[[int], Spatial | None]
 
 
 @dataclass(frozen=True)
 class StepGraph:
     """A rewritten graph and how to call it.
 
-    Inputs, in order: the captured graph's inputs at positions ``kept``, then the caches of sites ``caches``, the score
-    buffers of sites ``scores``, the row indices of sites ``rows``. ``fresh_nodes[i]`` names the nodes that work on the
-    fresh tokens of site i only (for counting FLOPs).
+    Inputs, in order: the captured graph's inputs at positions ``kept``, then the tensors ``names`` (see ``buffers``).
+    ``fresh_nodes[i]`` names the nodes that work on the fresh tokens of site i only (for counting FLOPs).
     """
 
     module: fx.GraphModule
     modes: Modes
     kept: tuple[int, ...]
-    caches: tuple[int, ...]
-    scores: tuple[int, ...]
-    rows: tuple[int, ...]
+    names: tuple[str, ...]
     fresh_nodes: dict[int, frozenset[str]]
 
 
-def rewrite(source: fx.GraphModule, plan: Plan, modes: Modes) -> StepGraph:
-    """Build the graph of a step on which site i is in ``modes[i]``. ``source`` is not changed."""
+def rewrite(
+    source: fx.GraphModule, plan: Plan, modes: Modes, *, shared: bool = False, spatial_of: SpatialOf = lambda site: None
+) -> StepGraph:
+    """Build the graph of a step on which site i is in ``modes[i]``. ``source`` is not changed.
+
+    ``shared`` says that both halves of the batch share one selection; ``spatial_of`` gives the spatial bonus of a site. Both
+    concern sites that select within the step, and ``shared`` the entropies too.
+    """
     module = fx.GraphModule(source, copy.deepcopy(source.graph))
-    return _Rewriter(module, plan, modes).run()
+    return _Rewriter(module, plan, modes, shared, spatial_of).run()
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """``scattered`` puts the fresh part of ``value`` into what the site remembers of it."""
+
+    site: int
+    value: fx.Node
+    scattered: fx.Node
 
 
 class _Rewriter:
     """Turns a copy of the model's graph into one step graph; used once."""
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, modes: Modes) -> None:
+    def __init__(self, module: fx.GraphModule, plan: Plan, modes: Modes, shared: bool, spatial_of: SpatialOf) -> None:
         self.module, self.graph, self.plan, self.modes = module, module.graph, plan, modes
+        self.shared, self.spatial_of = shared, spatial_of
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.inputs = self.graph.find_nodes(op="placeholder")
         self.last_input = self.inputs[-1]
         self.end = next(iter(self.graph.find_nodes(op="output")))
-        self.touched = tuple(i for i, mode in enumerate(modes) if mode in ("full", "partial", "reuse"))
-        self.partial = tuple(i for i in self.touched if modes[i] == "partial")
-        self.scored = tuple(i for i in plan.scored_by_attention if self._is_judged(i))
-        self.anchors = [self.nodes[site.anchor] for site in plan.sites]
-        self.influences: dict[int, fx.Node] = {}
-
-    def _is_judged(self, site: int) -> bool:
-        """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""
-        attention = self.modes[self.plan.sites[site].influence or 0]
-        return attention == "full" or (attention == "compute" and self.modes[site] == "full")
+        self.attentions = {site.anchor: attention_at(self.nodes[site.anchor]) for site in plan.sites if site.kind != "mlp"}
+        self.names: dict[str, fx.Node] = {}
+        self.influences: dict[str, fx.Node] = {}
+        self.entropies: dict[int, fx.Node] = {}
+        self.merges: list[_Merge] = []
 
     def run(self) -> StepGraph:
-        caches = {i: self._placeholder(f"cache_{i}") for i in self.touched}
-        scores = {i: self._placeholder(f"score_{i}") for i in self.scored}
-        rows = {i: self._placeholder(f"rows_{i}") for i in self.partial}
-        for i in self.scored:
-            self._write(scores[i], self._base_score(i))
-        merges: dict[int, tuple[fx.Node, fx.Node]] = {}
-        for i in self.touched:
-            output = self.nodes[self.plan.sites[i].output]
-            caches[i].meta["val"] = output.meta["val"]
-            if self.modes[i] == "full":
-                self._write(caches[i], output)
-            elif self.modes[i] == "reuse":
-                output.replace_all_uses_with(caches[i])
-            else:
-                merges[i] = self._merge(i, output, caches[i], rows[i])
-        fresh_nodes = self._compute_fresh(merges, rows)
+        for i in self.plan.entropies:
+            if self.modes[i] != "reuse":
+                self.entropies[i] = self._entropy(i)
+        for i in self.plan.scored_by_attention:
+            if self._is_judged(i):
+                self._write(f"score:{i}", self._base_score(i))
+        for i, mode in enumerate(self.modes):
+            for name, node in self._remembered(i):
+                if mode == "partial":
+                    self.merges.append(self._merge(i, name, node))
+                elif mode == "reuse":
+                    node.replace_all_uses_with(self._buffer(name, node))
+                else:
+                    self._write(name, node)
+        rows = self._rows()
+        fresh_nodes = self._compute_fresh(rows)
         # FX keeps seeded operators alive, attention among them for its optional dropout.
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         kept = tuple(position for position, node in enumerate(self.inputs) if node.users)
@@ -97,163 +109,192 @@ class _Rewriter:
                 self.graph.erase_node(node)
         self.graph.lint()
         self.module.recompile()
-        return StepGraph(self.module, self.modes, kept, self.touched, self.scored, self.partial, fresh_nodes)
+        return StepGraph(self.module, self.modes, kept, tuple(self.names), fresh_nodes)
 
-    def _placeholder(self, name: str) -> fx.Node:
-        with self.graph.inserting_after(self.last_input):
-            node: fx.Node = self.graph.placeholder(name)
-        self.last_input = node
-        return node
+    def _is_judged(self, site: int) -> bool:
+        """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""
+        attention = self.modes[self.plan.sites[site].influence or 0]
+        return attention == "full" or (attention == "compute" and self.modes[site] == "full")
 
-    def _write(self, target: fx.Node, value: fx.Node) -> None:
+    def _remembered(self, index: int) -> list[tuple[str, fx.Node]]:
+        """What a site keeps from step to step: buffer and node, upstream first."""
+        site, mode = self.plan.sites[index], self.modes[index]
+        found: list[tuple[str, fx.Node]] = []
+        peers = [self.modes[i] for i in self.plan.remembering if self.plan.sites[i].anchor == site.anchor]
+        if index in self.plan.remembering and (mode != "reuse" or "partial" in peers):
+            found += [(f"keys:{index}:{k}", self.nodes[name]) for k, name in enumerate(site.projections)]
+        if index in self.entropies:
+            found.append((f"entropy:{index}", self.entropies[index]))
+        if mode != "compute":
+            found.append((f"cache:{index}", self.nodes[site.output]))
+        return found
+
+    def _buffer(self, name: str, like: fx.Node | None = None) -> fx.Node:
+        if name not in self.names:
+            with self.graph.inserting_after(self.last_input):
+                self.names[name] = self.last_input = self.graph.placeholder(name.replace(":", "_"))
+            if like is not None:
+                self.names[name].meta["val"] = like.meta["val"]
+        return self.names[name]
+
+    def _write(self, name: str, value: fx.Node) -> None:
         """One trailing copy per buffer: inductor turns it into the in-place update itself."""
+        target = self._buffer(name, value)
         with self.graph.inserting_before(self.end):
             self.graph.call_function(aten.copy_.default, (target, value))
 
-    def _merge(self, site: int, output: fx.Node, cache: fx.Node, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Put scatter(cache, rows, <fresh>) in the place of ``output``; <fresh> is filled in by ``_compute_fresh``."""
-        batch, tokens, channels = self.plan.sites[site].shape
-        with self.graph.inserting_after(output):
-            flat = self.graph.call_function(aten.view.default, (cache, [batch * tokens, channels]))
+    def _merge(self, site: int, name: str, value: fx.Node) -> _Merge:
+        """Put scatter(buffer, rows, <fresh>) in the place of ``value``; rows and <fresh> are filled in later."""
+        sizes = list(value.meta["val"].shape)
+        buffer = self._buffer(name, value)
+        with self.graph.inserting_after(value):
+            flat = self.graph.call_function(aten.view.default, (buffer, [sizes[0] * sizes[1], *sizes[2:]]))
         with self.graph.inserting_after(flat):
-            scattered = self.graph.call_function(aten.index_put.default, (flat, [rows], output))
+            scattered = self.graph.call_function(aten.index_put.default, (flat, [], value))
         with self.graph.inserting_after(scattered):
-            merged = self.graph.call_function(aten.view.default, (scattered, [batch, tokens, channels]))
-        merged.meta["val"] = output.meta["val"]
-        output.replace_all_uses_with(merged, delete_user_cb=lambda user: user is not scattered)
-        self._write(cache, merged)
-        return scattered, output
+            merged = self.graph.call_function(aten.view.default, (scattered, sizes))
+        merged.meta["val"] = value.meta["val"]
+        value.replace_all_uses_with(merged, delete_user_cb=lambda user: user is not scattered)
+        if self.entropies.get(site) is value:
+            self.entropies[site] = merged
+        self._write(name, merged)
+        return _Merge(site, value, scattered)
 
-    def _compute_fresh(self, merges: dict[int, tuple[fx.Node, fx.Node]], rows: dict[int, fx.Node]) -> dict[int, frozenset[str]]:
+    def _rows(self) -> dict[int, fx.Node]:
+        """The fresh tokens of each partial site: given, or chosen in the graph."""
+        inside = self.plan.inside(self.modes)
+        partial = dict.fromkeys(merge.site for merge in self.merges)
+        return {i: self._select(i) if i in inside else self._buffer(f"rows:{i}") for i in partial}
+
+    def _select(self, index: int) -> fx.Node:
+        """Choose within the step, once the cross-attention has run; [B, K] rows."""
+        site, weight = self.plan.sites[index], self.plan.policies[index].scores.cross_attention
+        entropy = self.entropies[site.entropy or 0]
+        known = self._buffer(f"known:{index}", entropy)
+        ranks = self._buffer(f"ranks:{index}")
+        batch, tokens, _ = site.shape
+        spatial = self.spatial_of(index)
+        with self.graph.inserting_before(self.nodes[site.output]):
+            order = _inline(self.graph, lambda known, entropy: ranked(known, entropy, weight, self.shared, spatial), (known, entropy))
+            chosen = self.graph.call_function(aten.index_select.default, (order, 1, ranks))
+            blank = self.graph.call_function(aten.zeros_like.default, (known,), {"dtype": torch.bool})
+            picked = self.graph.call_function(aten.scatter.value, (blank, 1, chosen, True))
+            if batch > 1:
+                device = entropy.meta["val"].device
+                first = self.graph.call_function(aten.arange.start_step, (0, batch * tokens, tokens), {"device": device})
+                chosen = self.graph.call_function(aten.add.Tensor, (chosen, self.graph.call_function(aten.unsqueeze.default, (first, 1))))
+        picked.meta["val"] = torch.empty_like(entropy.meta["val"], dtype=torch.bool)
+        self._write(f"picked:{index}", picked)
+        return chosen
+
+    def _compute_fresh(self, rows: dict[int, fx.Node]) -> dict[int, frozenset[str]]:
         """Restrict each partial site's computation to its fresh tokens, up to nodes that are needed whole anyway."""
         writes = [node for node in self.graph.nodes if node.target is aten.copy_.default]
-        needed = _ancestors([self.end, *writes], stop={scattered for scattered, _ in merges.values()})
-        fresh_nodes: dict[int, frozenset[str]] = {}
-        for site, (scattered, output) in merges.items():
-            restrict = _Restriction(self.graph, rows[site], scattered, needed, self.plan.sites[site].shape[0])
-            fresh = restrict(output, 0, 1)
+        needed = _ancestors([self.end, *writes], stop={merge.scattered for merge in self.merges})
+        restrictions: dict[int, Restriction] = {}
+        order = {node: position for position, node in enumerate(self.graph.nodes)}
+        for merge in sorted(self.merges, key=lambda merge: order[merge.scattered]):
+            value: Tensor = merge.value.meta["val"]
+            if merge.site not in restrictions:
+                restrictions[merge.site] = Restriction(self.graph, rows[merge.site], needed, value.device)
+            restrict = restrictions[merge.site]
+            restrict.before = merge.scattered
+            fresh = restrict(merge.value, Tokens(value.shape[0], value.shape[1]))
             if fresh is None:
-                raise AssertionError(f"{output} is [batch, tokens, channels] and can be gathered itself")
-            scattered.args = (scattered.args[0], [rows[site]], fresh)
-            needed |= _ancestors(restrict.gathered, stop=set())
-            fresh_nodes[site] = frozenset(node.name for node in restrict.created)
-        return fresh_nodes
+                raise AssertionError(f"{merge.value} is [batch, tokens, ...] and can be gathered itself")
+            merge.scattered.args = (merge.scattered.args[0], [rows[merge.site]], fresh)
+            needed |= _ancestors(restrict.gathered, stop={other.scattered for other in self.merges})
+        return {site: frozenset(node.name for node in restrict.created) for site, restrict in restrictions.items()}
 
     def _base_score(self, index: int) -> fx.Node:
         """Insert the score of a site's tokens that is known once the attention that judges them has run; [B, N]."""
         site, weights = self.plan.sites[index], self.plan.policies[index].scores
         if site.influence is None:
             raise AssertionError("plan.scored_by_attention lists sites with an attention only")
-        attention = self.anchors[site.influence]
-        terms = [(weights.value_norm, feature_norm, 2), (weights.key_norm, feature_norm, 1)]
+        source = self.plan.sites[site.influence]
+        attention = self._attention(source.anchor)
+        segment = functools.partial(scoring.of_segment, start=source.segment or 0, count=site.tokens)
+
+        def norm_of(operand: fx.Node, transposed: bool) -> fx.Node:
+            def norm(feature: Tensor) -> Tensor:
+                return segment(scoring.feature_norm(_heads(feature, attention, site.shape[0], transposed)))
+
+            return _inline(self.graph, norm, (operand,))  # type: ignore[no-any-return]
+
+        nodes: list[tuple[float, fx.Node]] = []
         with self.graph.inserting_before(self.end):
-            nodes = [(weight, _inline(self.graph, function, (attention.args[operand],))) for weight, function, operand in terms if weight]
+            if weights.value_norm:
+                nodes.append((weights.value_norm, norm_of(attention.value, False)))
+            if weights.key_norm:
+                nodes.append((weights.key_norm, norm_of(attention.key, attention.weights is not None)))
         if weights.self_attention:
-            nodes.append((weights.self_attention, self._influence(site.influence)))
+            influence = self._influence(source.anchor, site.shape[0])
+            with self.graph.inserting_before(self.end):
+                nodes.append((weights.self_attention, _inline(self.graph, segment, (influence,))))
         with self.graph.inserting_before(self.end):
             scaled = [self.graph.call_function(aten.mul.Tensor, (node, weight)) for weight, node in nodes]
-            return functools.reduce(lambda a, b: self.graph.call_function(aten.add.Tensor, (a, b)), scaled)
+            total = functools.reduce(lambda a, b: self.graph.call_function(aten.add.Tensor, (a, b)), scaled)
+        total.meta["val"] = nodes[0][1].meta["val"]
+        return total
 
-    def _influence(self, site: int) -> fx.Node:
-        """Make an attention return how much each token is attended to; once, however many sites it judges."""
-        if site not in self.influences:
-            attention = self.anchors[site]
-            with self.graph.inserting_before(attention):
-                output, self.influences[site] = _inline(self.graph, attention_and_influence, attention.args, attention.kwargs)
-            attention.replace_all_uses_with(output)
-            if self.nodes[attention.name] is attention:  # the cached output itself, where no projection follows
-                self.nodes[attention.name] = output
-        return self.influences[site]
+    def _attention(self, anchor: str) -> Attention:
+        attention = self.attentions[anchor]
+        if attention is None:
+            raise AssertionError(f"{anchor} is no attention")
+        return attention
 
-
-class _Restriction:
-    """Copies of nodes that work on the fresh tokens only. ``rows`` [B, K] index the flattened [B * N] tokens.
-
-    Restricted values keep their rank and their batch axis, with K in the place of N, so that every other operand still
-    broadcasts. Both axes are followed operator by operator: an axis of the right size alone proves nothing.
-    """
-
-    def __init__(self, graph: fx.Graph, rows: fx.Node, before: fx.Node, needed: set[fx.Node], batch: int) -> None:
-        self._graph, self._rows, self._before, self._needed, self._batch = graph, rows, before, needed, batch
-        self._done: dict[tuple[fx.Node, int, int], fx.Node | None] = {}
-        self.created: list[fx.Node] = []
-        self.gathered: list[fx.Node] = []
-
-    def __call__(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node | None:
-        """``node`` restricted along ``axis``; None for a list of tensors that cannot be, so that its user has to be."""
-        key = (node, batch_axis, axis)
-        if key not in self._done:
-            restricted = None if node in self._needed else self._recompute(node, batch_axis, axis)
-            if restricted is None and isinstance(node.meta.get("val"), Tensor):
-                restricted = self._gather(node, batch_axis, axis)
-            self._done[key] = restricted
-        return self._done[key]
-
-    def _recompute(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node | None:
-        operands = tokenwise.token_operands(node, axis)
-        batch_axes = tokenwise.batch_operands(node, batch_axis, self._batch)
-        if operands is None or batch_axes is None:
-            return None
-        replaced: dict[fx.Node, fx.Node] = {}
-        for operand, operand_axis in operands.items():
-            if operand in batch_axes:
-                restricted = self(operand, batch_axes[operand], operand_axis)
+    def _influence(self, anchor: str, batch: int) -> fx.Node:
+        """Make an attention return how much each key is attended to; once, however many sites it judges."""
+        if anchor not in self.influences:
+            attention = self._attention(anchor)
+            if attention.output.target is aten.scaled_dot_product_attention.default:
+                self.influences[anchor] = self._replace(anchor, scoring.attention_and_influence)
             else:
-                restricted = self._gather_shared(operand, operand_axis, batch_axis, axis, rank=len(tokenwise.shape_of(node)))
-            if restricted is None:
-                return None
-            replaced[operand] = restricted
-        with self._graph.inserting_before(self._before):
-            copied = self._graph.node_copy(node, lambda operand: replaced.get(operand, operand))
-            if tokenwise.has_sizes(node):
-                count = self._graph.call_function(aten.sym_size.int, (self._rows, 1))
-                copied.prepend(count)
-                copied.args = (copied.args[0], tokenwise.resized(node, axis, count), *copied.args[2:])
-        self.created.append(copied)
-        return copied
+                of_map = scoring.map_influence if attention.weights is not None else scoring.influence
+                self.influences[anchor] = self._beside(attention, batch, of_map)
+        return self.influences[anchor]
 
-    def _gather(self, node: fx.Node, batch_axis: int, axis: int) -> fx.Node:
-        """Take the fresh tokens of every sample out of a whole tensor."""
-        shape = tokenwise.shape_of(node)
-        front = _to_front(len(shape), batch_axis, axis)
-        with self._graph.inserting_before(self._before):
-            whole = self._permute(node, front)
-            flat = self._graph.call_function(
-                aten.reshape.default, (whole, [shape[batch_axis] * shape[axis], *(shape[i] for i in front[2:])])
-            )
-            taken = self._graph.call_function(aten.index.Tensor, (flat, [self._rows]))
-            taken = self._permute(taken, _inverse(front))
-        self.gathered.append(node)
-        return taken
+    def _entropy(self, index: int) -> fx.Node:
+        """Make a cross-attention return the entropy of each query."""
+        site, share = self.plan.sites[index], 0.5 if self.shared else 1.0
+        attention = self._attention(site.anchor)
+        if attention.output.target is aten.scaled_dot_product_attention.default:
+            return self._replace(site.anchor, functools.partial(scoring.attention_and_entropy, share=share))
+        of_map = scoring.map_entropy if attention.weights is not None else scoring.entropy
+        return self._beside(attention, site.shape[0], functools.partial(of_map, share=share))
 
-    def _gather_shared(self, node: fx.Node, node_axis: int, batch_axis: int, axis: int, rank: int) -> fx.Node:
-        """Take the fresh tokens out of a tensor that all samples share, such as a table of positions.
+    def _replace(self, anchor: str, function: Callable[..., Any]) -> fx.Node:
+        """Put ``function``, which returns output and score, in the place of an attention; returns the score's node."""
+        attention = self._attention(anchor).output
+        score: fx.Node
+        with self.graph.inserting_before(attention):
+            output, score = _inline(self.graph, function, attention.args, attention.kwargs)
+        attention.replace_all_uses_with(output)
+        if self.nodes[anchor] is attention:  # the cached output itself, where no projection follows
+            self.nodes[anchor] = output
+        return score
 
-        Its user broadcasts it to ``rank`` axes; the result has them all, with the samples along ``batch_axis``.
-        """
-        shape = tokenwise.shape_of(node)
-        padded = [1] * (rank - len(shape)) + list(shape)
-        front = _to_front(rank, batch_axis, axis)
-        with self._graph.inserting_before(self._before):
-            whole = self._permute(self._graph.call_function(aten.reshape.default, (node, padded)), front)
-            table = self._graph.call_function(aten.select.int, (whole, 0, 0))
-            tokens = self._graph.call_function(aten.remainder.Scalar, (self._rows, shape[node_axis]))
-            taken = self._graph.call_function(aten.index.Tensor, (table, [tokens]))
-            taken = self._permute(taken, _inverse(front))
-        self.gathered.append(node)
-        return taken
+    def _beside(self, attention: Attention, batch: int, function: Callable[..., Tensor]) -> fx.Node:
+        """Compute a score from the map in the graph, or from queries and keys beside an attention that stays as it is."""
+        with self.graph.inserting_before(attention.output):
+            if attention.weights is not None:
+                of_map = lambda weights: function(_heads(weights, attention, batch, False))  # noqa: E731
+                return _inline(self.graph, of_map, (attention.weights,))  # type: ignore[no-any-return]
+            given = attention_scale(attention.output)
 
-    def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        return node if order == sorted(order) else self._graph.call_function(aten.permute.default, (node, order))
+            def score(query: Tensor, key: Tensor) -> Tensor:
+                scale = query.shape[-1] ** -0.5 if given is None else given
+                return function(_heads(query, attention, batch, False), _heads(key, attention, batch, False), scale)
+
+            return _inline(self.graph, score, (attention.query, attention.key))  # type: ignore[no-any-return]
 
 
-def _to_front(rank: int, *axes: int) -> list[int]:
-    """The order of axes that puts ``axes`` first."""
-    return [*axes, *(axis for axis in range(rank) if axis not in axes)]
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
+def _heads(operand: Tensor, attention: Attention, batch: int, transposed: bool) -> Tensor:
+    """An operand of an attention as [B, heads, tokens, width], whatever its layout."""
+    if attention.layout == "bnhd":
+        return operand.transpose(1, 2)
+    operand = operand.transpose(-1, -2) if transposed else operand
+    return operand if operand.dim() == 4 else operand.reshape(batch, -1, *operand.shape[1:])
 
 
 def _inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
@@ -266,7 +307,9 @@ def _inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: An
         args_, kwargs_ = fx.node.map_arg((args, kwargs or {}), by_node.__getitem__)
         return function(*args_, **kwargs_)
 
-    traced = make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*(node.meta["val"] for node in nodes))
+    # The tracer knows tensors by identity, and nodes may share one fake value.
+    values = [node.meta["val"].detach() for node in nodes]
+    traced = make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*values)
     inputs = traced.graph.find_nodes(op="placeholder")
     return graph.graph_copy(traced.graph, dict(zip(inputs, nodes, strict=True)))
 

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx import buffers
+from toca_fx.buffers import Buffers
 from toca_fx.plan import StepPlan
-from toca_fx.program import Program, new_cache, new_score, output_value
+from toca_fx.program import Program
 from toca_fx.report import Report, SiteRecord, StepRecord
 from toca_fx.select import Selector
 
@@ -45,11 +47,9 @@ class Generation:
         self.direction = 0.0
         # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            outputs = {i: output_value(program.aten, self.plan, i) for i in self.plan.cached}
-            self.caches = {i: new_cache(output) for i, output in outputs.items()}
-            scores = [new_score(outputs[i]) for i in self.plan.scored]
-        self.scores = dict(zip(self.plan.scored, scores, strict=True))
-        self.selector = Selector(self.plan, program.policy, scores, program.aspect)
+            made = Buffers(program.aten, self.plan)
+            self.buffers = {name: made.new(name) for name in buffers.kept(self.plan)}
+        self.selector = Selector(self.plan, program.policy, self.buffers, program.aspect)
 
     @property
     def finished(self) -> bool:
@@ -59,8 +59,7 @@ class Generation:
     @property
     def nbytes(self) -> int:
         """Bytes held for this generation: caches, scores, counters."""
-        buffers = (*self.caches.values(), *self.scores.values())
-        return sum(buffer.nbytes for buffer in buffers) + self.selector.nbytes()
+        return sum(buffer.nbytes for buffer in self.buffers.values()) + self.selector.nbytes()
 
     def runs_backwards(self, timestep: float) -> bool:
         """Whether ``timestep`` goes against the direction of the run so far: the sign of a new generation."""
@@ -83,14 +82,14 @@ class Generation:
         began = time.perf_counter()
         step = self.next_step()
         self.fresh_caches = True
-        rows: dict[int, Tensor] = {}
+        given = self.selector.select(step) if step.kind != "full" else {}
+        selected = time.perf_counter()
+        compiled = self.program.step(self.plan, step.modes)
+        outputs = compiled(inputs, {**self.buffers, **given})
         if step.kind == "full":
             self.selector.full()
         else:
-            rows = self.selector.select(step)
-        selected = time.perf_counter()
-        compiled = self.program.step(self.plan, step.modes)
-        outputs = compiled(inputs, self.caches, self.scores, rows)
+            self.selector.advance()
         self.fresh_caches = False
         self.position += 1
         ended = time.perf_counter()

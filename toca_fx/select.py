@@ -1,22 +1,26 @@
 """Scores of tokens, and the batched choice of the fresh ones (ToCa, section 3.2).
 
-    S = w_self s1 + w_value |v| + w_key |k|  +  w_stale n / N0   (+ w_random u),   then the spatial bonus
+    S = w_self s1 + w_value |v| + w_key |k|  +  w_cross s2  +  w_stale n / N0   (+ w_random u),   then the spatial bonus
 
-The first group is known when a full step has run; ``rewrite`` puts it into the full-step graph. Everything else is
-known before a partial step starts, so ``Selector`` chooses for all sites in one batched call ahead of the blocks.
+The first group is known when a full step has run; ``rewrite`` puts it, and the entropies that make s2, into the step graphs. Everything
+else is known before a partial step starts, so ``Selector`` chooses for all sites in one batched call ahead of the blocks. The exception is
+s2 where the cross-attention runs on the same step, before the site: there ``rewrite`` puts ``ranked`` itself into the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from toca_fx.attention import normalize
 from toca_fx.diagnostics import PolicyError, Problem
 from toca_fx.plan import Plan, StepPlan
 from toca_fx.policy import Policy
+
+Spatial = tuple[tuple[int, int], int, float]  # grid of the tokens (rows, columns), cells of so many tokens squared, bonus
 
 
 def token_grid(tokens: int, aspect: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -43,7 +47,7 @@ def spatial_bonus(score: Tensor, grid: tuple[int, int], block: int, bonus: float
     best = torch.zeros_like(cells, dtype=torch.bool).scatter_(3, cells.argmax(3, keepdim=True), True)
     best = best.reshape(-1, down, across, block, block).transpose(2, 3)
     best = best.reshape(-1, down * block, across * block)[:, :rows, :columns]
-    return torch.where(best.reshape(score.shape), score * (1 + bonus), score)
+    return torch.where(best.reshape(score.shape), score + score * bonus, score)
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,42 @@ class _Group:
     sites: tuple[int, ...]
     batch: int
     tokens: int
-    grid: tuple[int, int] | None
-    block: int
-    bonus: float
+    spatial: Spatial | None
+
+
+def ranked(known: Tensor, entropy: Tensor | None, weight: Tensor | float, shared: bool, spatial: Spatial | None) -> Tensor:
+    """Token indices in descending score; of equal scores the lower index comes first.
+
+    ``known`` [..., B, N] are the scores but for s2; ``entropy`` [..., B, N] makes s2 = L2norm(1 + H), times ``weight``. With
+    ``shared`` the two halves of the batch get one score: the mean of the known ones, and s2 of the summed entropies.
+    """
+    score = _halves(known).mean(-3, keepdim=True).expand_as(_halves(known)).flatten(-3, -2) if shared else known
+    if entropy is not None:
+        if shared:
+            entropy = _halves(entropy).sum(-3, keepdim=True).expand_as(_halves(entropy)).flatten(-3, -2)
+        score = score + weight * normalize(1 + entropy)
+    if spatial is not None:
+        score = spatial_bonus(score, *spatial)
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices
+
+
+def _halves(score: Tensor) -> Tensor:
+    """[..., B, N] -> [..., 2, B / 2, N]."""
+    return score.reshape(*score.shape[:-2], 2, -1, score.shape[-1])
 
 
 class Selector:
     """Chooses the fresh tokens of every scored site for one step, and counts how long tokens have been stale.
 
-    State of one generation (so: one Selector per generation and guidance branch). ``scores[i]`` [B, N] are the base
-    scores of the plan's i-th scored site, written by the full-step graph; they are read here, never written.
+    State of one generation (so: one Selector per generation and guidance branch). ``buffers`` are the generation's: ``score:i``
+    and ``entropy:i`` are read here; ``picked:i`` are written here, but for sites that select within the step.
     """
 
-    def __init__(self, plan: Plan, policy: Policy, scores: Sequence[Tensor], aspect: tuple[int, int] | None) -> None:
-        self._plan, self._scores = plan, dict(zip(plan.scored, scores, strict=True))
+    def __init__(self, plan: Plan, policy: Policy, buffers: Mapping[str, Tensor], aspect: tuple[int, int] | None) -> None:
+        self._plan, self._buffers = plan, buffers
         self._shared = policy.guidance.selection == "shared"
         self._groups = _groups(plan, aspect, policy.source)
+        scores = [buffers[f"score:{i}"] for i in plan.scored]
         device = scores[0].device if scores else torch.device("cpu")
         dtype = scores[0].dtype if scores else torch.float32
         self._generator = torch.Generator(device).manual_seed(policy.seed)
@@ -82,9 +106,11 @@ class Selector:
             for g in self._groups
         ]
         self._random_weight = [per_site([policies[i].scores.random for i in g.sites]) for g in self._groups]
+        self._cross_weight = [per_site([policies[i].scores.cross_attention for i in g.sites]) for g in self._groups]
         self._uses_random = any(policies[i].scores.random for i in plan.scored)
         self._stale = [torch.zeros(len(g.sites), g.batch, g.tokens, device=device, dtype=dtype) for g in self._groups]
         self._first_row = [torch.arange(g.batch, device=device)[:, None] * g.tokens for g in self._groups]
+        self._ranks = [torch.arange(g.tokens, device=device) for g in self._groups]
 
     def nbytes(self) -> int:
         """Bytes of the staleness counters."""
@@ -95,51 +121,74 @@ class Selector:
         for counter in self._stale:
             counter.zero_()
 
-    def select(self, step: StepPlan) -> dict[int, Tensor]:
-        """Fresh tokens of each partially computed site: {site: int64 [B, K]}, rows of the flattened [B * N] tokens.
-
-        In descending score; of equal scores the lower index comes first. Afterwards the counters are advanced: all
-        by one, then the chosen ones (and those of sites that are full on this step) to zero.
-        """
-        chosen: dict[int, Tensor] = {}
+    def select(self, step: StepPlan) -> dict[str, Tensor]:
+        """What the step is given (see ``buffers.given``): rows, in descending score, of the sites that select ahead of it."""
+        inside = self._plan.inside(step.modes)
+        given: dict[str, Tensor] = {}
         for at, group in enumerate(self._groups):
-            order = self._order(at, group)
-            counts = [step.fresh[i] for i in group.sites]
-            rank = torch.arange(group.tokens, device=order.device)
-            fresh = rank < torch.tensor(counts, device=order.device)[:, None, None]
-            refreshed = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, fresh.expand_as(order))
-            self._stale[at] = (self._stale[at] + 1).masked_fill_(refreshed, 0)
+            known = self._known(at, group)
+            for position, site in enumerate(group.sites):
+                if site in inside:
+                    given[f"known:{site}"] = known[position].contiguous()
+                    given[f"ranks:{site}"] = self._ranks[at][: step.fresh[site]]
+            if all(site in inside for site in group.sites):
+                continue
+            order = ranked(known, self._entropy(group), self._cross_weight[at], self._shared, group.spatial)
+            counts = torch.tensor([step.fresh[i] for i in group.sites], device=order.device)[:, None, None]
+            picked = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, (self._ranks[at] < counts).expand_as(order))
             rows = order + self._first_row[at]
-            for position, (site, count) in enumerate(zip(group.sites, counts, strict=True)):
+            for position, site in enumerate(group.sites):
+                if site in inside:
+                    continue
+                self._buffers[f"picked:{site}"].copy_(picked[position])
                 if step.modes[site] == "partial":
-                    chosen[site] = rows[position, :, :count].contiguous()
-        return chosen
+                    given[f"rows:{site}"] = rows[position, :, : step.fresh[site]].contiguous()
+        return given
 
-    def _order(self, at: int, group: _Group) -> Tensor:
-        """Token indices [sites, B, N] in descending score."""
-        score = torch.stack([self._scores[i] for i in group.sites])
+    def advance(self) -> None:
+        """A step has run: every token is one step staler, but for those just computed."""
+        for at, group in enumerate(self._groups):
+            picked = torch.stack([self._buffers[f"picked:{i}"] for i in group.sites])
+            self._stale[at] = (self._stale[at] + 1).masked_fill_(picked, 0)
+
+    def _known(self, at: int, group: _Group) -> Tensor:
+        """Scores [sites, B, N] but for s2 and the spatial bonus."""
+        score = torch.stack([self._buffers[f"score:{i}"] for i in group.sites])
         score = score + self._stale_weight[at] * self._stale[at]
         if self._uses_random:
             # One draw per sample and token from the sample's own position: a batch's first rows get what they get alone.
             draw = torch.rand(score.shape[0], score.shape[2], generator=self._generator, device=score.device, dtype=score.dtype)
             score = score + self._random_weight[at] * draw[:, None]
-        if self._shared:
-            halves = score.reshape(score.shape[0], 2, -1, score.shape[2])
-            score = halves.mean(1, keepdim=True).expand_as(halves).flatten(1, 2)
-        if group.grid is not None:
-            score = spatial_bonus(score, group.grid, group.block, group.bonus)
-        return torch.sort(score, dim=-1, descending=True, stable=True).indices
+        return score
+
+    def _entropy(self, group: _Group) -> Tensor | None:
+        """Entropies [sites, B, N] as of the last time that each cross-attention ran; None if no site is scored by them."""
+        sources = [_entropy_source(self._plan, i) for i in group.sites]
+        if all(source is None for source in sources):
+            return None
+        known = next(self._buffers[f"entropy:{source}"] for source in sources if source is not None)
+        return torch.stack([torch.zeros_like(known) if source is None else self._buffers[f"entropy:{source}"] for source in sources])
+
+
+def _entropy_source(plan: Plan, site: int) -> int | None:
+    return plan.sites[site].entropy if plan.policies[site].scores.cross_attention else None
 
 
 def _groups(plan: Plan, aspect: tuple[int, int] | None, source: str) -> list[_Group]:
-    members: dict[tuple[object, ...], list[int]] = {}
+    members: dict[tuple[int, int, Spatial | None], list[int]] = {}
     for index in plan.scored:
-        site, spatial = plan.sites[index], plan.policies[index].spatial
-        grid, block, bonus = None, 0, 0.0
-        if spatial is not None:
-            grid, block, bonus = token_grid(site.tokens, aspect), spatial.grid, spatial.bonus
-            if grid is None:
-                message = f"spatial: the {site.tokens} tokens of `{site.path}` form no grid; switch the bonus off for it by a rule"
-                raise PolicyError([Problem.at(source, message)])
-        members.setdefault((site.shape[0], site.tokens, grid, block, bonus), []).append(index)
-    return [_Group(tuple(sites), *key) for key, sites in members.items()]  # type: ignore[arg-type]
+        site = plan.sites[index]
+        members.setdefault((site.shape[0], site.tokens, spatial_of(plan, index, aspect, source)), []).append(index)
+    return [_Group(tuple(sites), *key) for key, sites in members.items()]
+
+
+def spatial_of(plan: Plan, index: int, aspect: tuple[int, int] | None, source: str) -> Spatial | None:
+    """The spatial bonus of a site on the grid of its tokens; raises PolicyError if they form none."""
+    site, wanted = plan.sites[index], plan.policies[index].spatial
+    if wanted is None:
+        return None
+    grid = token_grid(site.tokens, aspect)
+    if grid is None:
+        message = f"spatial: the {site.tokens} tokens of `{site.path}` form no grid; switch the bonus off for it by a rule"
+        raise PolicyError([Problem.at(source, message)])
+    return grid, wanted.grid, wanted.bonus

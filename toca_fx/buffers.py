@@ -1,0 +1,75 @@
+"""The tensors that a step graph takes besides the model's own inputs: their names, shapes and dtypes.
+
+cache:i       output of site i, before its gate                      [B, N, C]   kept over a generation, updated in place
+keys:i:k      k-th projection of keys or values of attention i       [B, N, W]        "
+score:i       base score of the tokens of site i                     [B, N]           "
+entropy:i     entropy of cross-attention i                           [B, N]           "
+picked:i      the tokens that site i computed on this step           [B, N] bool      "
+rows:i        the fresh tokens of site i, as rows of [B * N]         [B, K]      given for one step
+known:i       score of site i but for this step's cross-attention    [B, N]           "
+ranks:i       0 .. K - 1: how many tokens site i selects in the step [K]              "
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from toca_fx.attention import score_dtype
+from toca_fx.plan import Modes, Plan
+
+
+def kept(plan: Plan) -> list[str]:
+    """Names of what a generation keeps."""
+    names = [f"cache:{i}" for i in plan.cached]
+    names += [f"keys:{i}:{k}" for i in plan.remembering for k in range(len(plan.sites[i].projections))]
+    names += [f"score:{i}" for i in plan.scored]
+    names += [f"entropy:{i}" for i in plan.entropies]
+    return names + [f"picked:{i}" for i in plan.scored]
+
+
+def given(plan: Plan, modes: Modes) -> list[str]:
+    """Names of what a step is given."""
+    inside = plan.inside(modes)
+    names = [f"rows:{i}" for i in plan.scored if modes[i] == "partial" and i not in inside]
+    return names + [f"known:{i}" for i in inside] + [f"ranks:{i}" for i in inside]
+
+
+def site_of(name: str) -> int:
+    """The site that a tensor belongs to."""
+    return int(name.split(":")[1])
+
+
+class Buffers:
+    """Makes the tensors for the sites of one graph and plan; fake ones under a fake mode."""
+
+    def __init__(self, source: fx.GraphModule, plan: Plan) -> None:
+        self._plan = plan
+        self._nodes = {node.name: node for node in source.graph.nodes}
+
+    def new(self, name: str) -> Tensor:
+        """A buffer to be kept: caches uninitialised (a full step comes first), everything else zero."""
+        role, index = name.split(":", maxsplit=1)[0], site_of(name)
+        site = self._plan.sites[index]
+        value = self._value(site.output)
+        if role == "keys":
+            value = self._value(site.projections[int(name.split(":")[2])])
+        if role in ("cache", "keys"):
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        dtype = torch.bool if role == "picked" else score_dtype(value)
+        return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)
+
+    def example(self, name: str, count: int) -> Tensor:
+        """What a step with ``count`` fresh tokens per sample would be given."""
+        role = name.split(":", maxsplit=1)[0]
+        value = self._value(self._plan.sites[site_of(name)].output)
+        if role == "known":
+            return torch.zeros(value.shape[:2], dtype=score_dtype(value), device=value.device)
+        shape = (count,) if role == "ranks" else (value.shape[0], count)
+        return torch.zeros(shape, dtype=torch.int64, device=value.device)
+
+    def _value(self, name: str) -> Tensor:
+        value = self._nodes[name].meta["val"]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, not a tensor")
+        return value
