@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
+from toca_fx.buffers import site_of
 from toca_fx.plan import StepPlan
 from toca_fx.policy.types import Policy
 from toca_fx.program import Program
@@ -89,14 +90,15 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     record: list[tuple[int, Chosen]] = []
     select = Selector.select
 
-    def recording(self: Selector, step: StepPlan) -> dict[int, Tensor]:
-        chosen = select(self, step)
+    def recording(self: Selector, step: StepPlan) -> dict[str, Tensor]:
+        given = select(self, step)
         sites = self._plan.sites
+        chosen = {site_of(name): rows for name, rows in given.items() if name.startswith("rows:")}
         record.append((step.index, {sites[i].path: (rows % sites[i].tokens).tolist() for i, rows in chosen.items()}))
         for i, rows in chosen.items():
             samples = torch.arange(rows.shape[0])[:, None].expand_as(rows)
             assert torch.equal(rows // sites[i].tokens, samples), "row b must index into sample b"
-        return chosen
+        return given
 
     monkeypatch.setattr(Selector, "select", recording)
     return record

@@ -250,7 +250,7 @@ def bonus_by_hand(row: Sequence[float], grid: tuple[int, int], block: int, bonus
         for left in range(0, columns, block):
             members = [r * columns + c for r in range(top, min(top + block, rows)) for c in range(left, min(left + block, columns))]
             best = max(members, key=lambda token: (row[token], -token))
-            result[best] = row[best] * (1 + bonus)
+            result[best] = row[best] + row[best] * bonus
     return result
 
 

@@ -202,7 +202,7 @@ def test_torch_compile_does_the_same(kind: str, policy: str, tmp_path: Path) -> 
     model, inputs = tiny(kind, layers=2), make_inputs(6)
     file = tmp_path / "policy.yaml"
     file.write_text("version: 1\nname: x\nsampler: {steps: 6}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n", encoding="utf-8")
-    source: Any = {"data": {**SMALLEST, "sampler": {"steps": 6}}, "file": str(file), "name": "default"}[policy]
+    source: Any = {"data": {**SMALLEST, "sampler": {"steps": 6}}, "file": str(file), "name": "default-image"}[policy]
     compiled = torch.compile(model, backend=BACKEND, options={"policy": source, "inner": "eager"})
     with toca_fx.session(6) as run:
         outputs = [run_one(compiled, model, step) for step in inputs]
@@ -265,7 +265,7 @@ def chosen(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize("way", ["compile", "torch.compile"])
 @pytest.mark.parametrize(
     ("kind", "line"),
-    [("diffusers", "policy `dit-xl-2` (it names DiTTransformer2DModel)"), ("original", "policy `default` (none names OriginalDiT)")],
+    [("diffusers", "policy `dit-xl-2` (it names DiTTransformer2DModel)"), ("original", "policy `default-image` (none names OriginalDiT)")],
 )
 def test_the_policy_for_a_model_is_found_by_its_class(way: str, kind: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="toca_fx")
@@ -280,9 +280,9 @@ def test_the_policy_for_a_model_is_found_by_its_class(way: str, kind: str, line:
 
 def test_the_policy_from_the_environment(model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="toca_fx")
-    monkeypatch.setenv("TOCA_POLICY", "default")
+    monkeypatch.setenv("TOCA_POLICY", "default-image")
     assert kinds(toca_fx.compile(model, inner="eager")) == ["full", "partial", "partial", "full"]
-    assert chosen(caplog) == ["policy `default` (from TOCA_POLICY)"]
+    assert chosen(caplog) == ["policy `default-image` (from TOCA_POLICY)"]
     caplog.clear()
     assert kinds(toca_fx.compile(model, SMALLEST, inner="eager")) == ["full", "partial"] * 2
     assert chosen(caplog) == [], "a policy that is given comes first"

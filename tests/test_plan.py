@@ -236,10 +236,15 @@ def test_planning_is_pure() -> None:
     assert hash(make_plan(matches, policy).steps) == hash(make_plan(matches, policy).steps)
 
 
-def test_scores_from_cross_attention_are_refused() -> None:
-    with pytest.raises(PolicyError, match="cross_attention is not computed by this version; set it to 0"):
-        make_plan(make_matches(), make_policy(scores={"cross_attention": 1.0}))
-    make_plan(make_matches(), make_policy(scores={"cross_attention": 1.0}, modules={"mlp": "reuse"}))
+@pytest.mark.parametrize(("score", "what"), [("cross_attention", "cross-attention"), ("self_attention", "self- or joint attention")])
+def test_scores_that_nothing_judges_by_count_as_zero_with_a_warning(score: str, what: str) -> None:
+    sites = tuple(replace(site, influence=None, entropy=None) for site in make_matches().sites)
+    scored = [site.path for site in sites if site.kind == "mlp"]
+    (warning,) = make_plan(Matches(sites, ()), make_policy(scores={score: 1.0})).warnings
+    assert warning.startswith(
+        f"no {what} of the same block and tokens judges `{scored[0]}` (and {len(scored) - 1} more sites): the score {score}"
+    )
+    assert make_plan(Matches(sites, ()), make_policy(scores={score: 1.0}, modules={"mlp": "reuse"})).warnings == ()
 
 
 def test_a_shared_selection_needs_two_halves() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import subprocess
@@ -63,14 +64,28 @@ def test_every_shipped_policy_opens_with_a_modeline_that_points_to_the_schema() 
 
 
 def test_shipped_policies_are_these() -> None:
-    assert {"default", "dit-xl-2", "reference/dit-xl-2-ddim50", "reference/dit-xl-2-ddpm250"} <= shipped_policies().keys()
+    recommended = {"default-image", "default-video", "digits", "dit-xl-2", "flux-dev", "opensora", "pixart-alpha"}
+    dit, flux = ("dit-xl-2-ddim50", "dit-xl-2-ddpm250"), ("flux-dev-n4", "flux-dev-n5", "flux-dev-n6")
+    assert shipped_policies().keys() == recommended | {f"reference/{name}" for name in (*dit, *flux, "opensora", "pixart-alpha")}
+
+
+def test_one_recommended_policy_per_model_class_and_none_for_the_defaults() -> None:
+    classes = [name for policy in map(load_policy, shipped_policies()) if "/" not in policy.name for name in policy.model]
+    assert sorted(classes) == ["DiTTransformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel", "STDiT3"]
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_shipped_policies_fit_on_one_screen(name: str) -> None:
+    lines = shipped_policies()[name].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 140
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "base", "step_weight", "layer_weight", "mixed"),
     [("ddim50", 50, 3, 2.0, -0.2, (45, 32)), ("ddpm250", 250, 4, 0.4, 0.8, (245, 155))],
 )
-def test_reference_policies_hold_the_authors_numbers(
+def test_reference_policies_of_dit_hold_the_authors_numbers(
     name: str, steps: int, base: int, step_weight: float, layer_weight: float, mixed: tuple[int, ...]
 ) -> None:
     policy = load_policy(f"reference/dit-xl-2-{name}")
@@ -89,7 +104,55 @@ def test_reference_policies_hold_the_authors_numbers(
     assert (first.R, first.action, first.scores, first.spatial) == (second.R, second.action, second.scores, second.spatial)
 
 
-def test_recommended_policy_mirrors_the_reference() -> None:
+def test_reference_policy_of_pixart_holds_the_authors_numbers() -> None:
+    policy = load_policy("reference/pixart-alpha")
+    assert (policy.sampler, policy.guidance) == (Sampler(20), Guidance("batched", "shared"))
+    assert Interval(3, drift=-0.2, phase="modulo") == policy.N
+    assert Ratio(0.7, 0.9, 0.6, layer_span=27) == policy.R
+    actions = {"self_attention": Action("reuse"), "cross_attention": Action("partial", 0.6), "mlp": Action("partial", 1.6)}
+    assert {**dict(policy.modules), **actions} == dict(policy.modules)
+    assert policy.scores == Scores(cross_attention=1.0, staleness=0.25, staleness_over=3)
+    assert policy.spatial == Spatial(0.4, 4)
+    assert [policy.for_site(kind, "x", 0).N.extra_full_steps for kind in actions] == [(4,)] * 3
+    assert policy.for_site("mlp", "x", 1).N == policy.N
+
+
+def test_reference_policy_of_opensora_holds_the_authors_numbers() -> None:
+    policy = load_policy("reference/opensora")
+    assert (policy.sampler, policy.guidance) == (Sampler(30), Guidance("batched", "shared"))
+    intervals = [policy.for_site(kind, "x", 0).N for kind in ("self_attention", "cross_attention", "mlp")]
+    assert intervals == [Interval(base, first=3, phase="modulo") for base in (3, 6, 3)]
+    actions = [policy.for_site(kind, "x", 0).action for kind in ("self_attention", "cross_attention", "mlp")]
+    assert actions == [Action("reuse"), Action("reuse"), Action("partial", 1.495)]
+    assert (policy.R, policy.spatial) == (Ratio(0.9), None)
+    assert policy.scores == Scores(cross_attention=1.0, staleness=0.25, staleness_over=3)
+
+
+@pytest.mark.parametrize("base", [4, 5, 6])
+def test_reference_policies_of_flux_hold_the_authors_numbers(base: int) -> None:
+    policy = load_policy(f"reference/flux-dev-n{base}")
+    assert (policy.sampler, policy.guidance) == (Sampler(50), Guidance())
+    assert Interval(base, first=3) == policy.N
+    assert (policy.R, policy.spatial) == (Ratio(0.9, layer_weight=0.5, layer_span=27), None)
+    assert policy.scores == Scores(self_attention=1.0, staleness=0.25, staleness_over=base)
+    assert policy.for_site("joint_attention", "transformer_blocks.0.attn", 0).action == Action("reuse")
+    assert policy.for_site("self_attention", "single_transformer_blocks.0.attn", 0).action == Action("reuse")
+    weights = {"transformer_blocks.0.ff": 0.4, "transformer_blocks.0.ff_context": 0.4, "single_transformer_blocks.0": 1.6}
+    assert {path: policy.for_site("mlp", path, 0).action.weight for path in weights} == weights
+
+
+@pytest.mark.parametrize(("name", "reference"), [("pixart-alpha", "pixart-alpha"), ("opensora", "opensora"), ("flux-dev", "flux-dev-n4")])
+def test_recommended_policies_have_the_numbers_of_the_reference_and_count(name: str, reference: str) -> None:
+    ours, theirs = load_policy(name), load_policy(f"reference/{reference}")
+    assert (ours.sampler, ours.guidance, ours.modules, ours.spatial) == (theirs.sampler, theirs.guidance, theirs.modules, theirs.spatial)
+    assert ours.N.phase == "count"
+    assert dataclasses.replace(ours.N, phase=theirs.N.phase) == theirs.N
+    assert dataclasses.replace(ours.R, layer_span=theirs.R.layer_span) == theirs.R
+    assert dataclasses.replace(ours.scores, staleness_over=ours.N.base) == theirs.scores
+    assert not any(key == "N.extra_full_steps" for rule in ours.rules for key, _ in rule.overrides)
+
+
+def test_recommended_policy_of_dit_mirrors_the_reference() -> None:
     ours, theirs = load_policy("dit-xl-2"), load_policy("reference/dit-xl-2-ddim50")
     assert (ours.sampler.order, ours.N.phase, ours.rules) == ("ascending", "count", ())
     assert (ours.N.base, ours.N.drift) == (theirs.N.base, -theirs.N.drift)
@@ -109,7 +172,7 @@ def test_policies_are_hashable_and_pass_through() -> None:
 
 
 def test_load_from_path_and_text_path() -> None:
-    file = ROOT / "policies" / "default.yaml"
+    file = ROOT / "policies" / "default-image.yaml"
     assert load_policy(file) == load_policy(str(file))
 
 
@@ -119,6 +182,16 @@ def test_defaults() -> None:
     assert dict(policy.modules) == {kind: Action("partial" if kind == "mlp" else "reuse") for kind in MODULE_TYPES}
     assert (policy.sampler, policy.guidance, policy.seed, policy.rules) == (Sampler(20), Guidance(), 0, ())
     assert policy.source == "<mapping>"
+
+
+@pytest.mark.parametrize("kind", MODULE_TYPES)
+def test_every_type_of_module_can_be_reused_computed_or_select_tokens(kind: str) -> None:
+    actions = {"reuse": Action("reuse"), "compute": Action("compute"), "partial": Action("partial", 0.6)}
+    for given, action in zip(("reuse", "compute", {"weight": 0.6}), actions.values(), strict=True):
+        assert dict(load_policy({**SMALLEST, "modules": {kind: given}}).modules)[kind] == action
+    for rule in ({"match": kind}, {"path": "*.attn"}, {"layers": 3}):
+        policy = load_policy({**SMALLEST, "rules": [{**rule, "module": {"weight": 0.6}}]})
+        assert policy.for_site(kind, "blocks.3.attn", 3).action == actions["partial"]
 
 
 def test_whole_numbers_become_the_declared_types() -> None:

@@ -35,8 +35,8 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
     ``model`` is a denoising transformer (any ``torch.nn.Module``) or a diffusers pipeline with a ``transformer``. The twin
     shares all parameters and attributes with it and has its class; ``model`` itself stays as it is. ``policy`` is a
     shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the shipped policy that names the model's
-    class, else ``default``. ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager" or any other
-    torch.compile backend.
+    class, else ``default-image`` or ``default-video``. ``inner`` compiles the rewritten graphs: "inductor", "aot_eager",
+    "eager" or any other torch.compile backend.
 
     Raises:
         PolicyError: the policy has problems (all are listed).
@@ -83,9 +83,9 @@ class Backend:
             )
             return _compiler(self.inner)(captured, inputs)
         model_class = trace.model_class()
-        policy = self.policy or default_policy(model_class)
-        if policy.model and model_class and model_class not in policy.model:
-            log.warning("policy `%s` was written for %s; the model is a %s", policy.name, ", ".join(policy.model), model_class)
+        policy = self.policy or default_policy(model_class, call_inputs(captured, inputs))
+        if warning := written_for_another(policy, model_class):
+            log.warning("%s", warning)
         return Dispatcher(captured, policy, self.inner, inputs)
 
 
@@ -134,8 +134,12 @@ class Dispatcher:
         return _lanes[owner].setdefault(self._place, Lane())
 
 
-def default_policy(model_class: str) -> Policy:
-    """TOCA_POLICY if set, else the shipped policy that names ``model_class``, else ``default``; logs which."""
+def default_policy(model_class: str, inputs: Sequence[Any]) -> Policy:
+    """The policy for a model that none was given for; logs which.
+
+    It is TOCA_POLICY if set, else the shipped policy that names ``model_class``, else ``default-video`` if the latents among
+    ``inputs`` (those of the call, without parameters) have five axes, else ``default-image``.
+    """
     if chosen := os.environ.get("TOCA_POLICY"):
         log.info("policy `%s` (from TOCA_POLICY)", chosen)
         return load_policy(chosen)
@@ -144,8 +148,27 @@ def default_policy(model_class: str) -> Policy:
         if not name.startswith("reference/") and model_class in policy.model:
             log.info("policy `%s` (it names %s)", name, model_class)
             return policy
-    log.info("policy `default` (none names %s)", model_class or "the model")
-    return load_policy("default")
+    ranks = [value.dim() for value in inputs if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 4]
+    name = "default-video" if ranks[:1] == [5] else "default-image"
+    log.info("policy `%s` (none names %s)", name, model_class or "the model")
+    return load_policy(name)
+
+
+def written_for_another(policy: Policy, model_class: str) -> str | None:
+    """The warning that a policy is for other models than this one, if it is."""
+    if not policy.model or not model_class or model_class in policy.model:
+        return None
+    return f"policy `{policy.name}` was written for {', '.join(policy.model)}; the model is a {model_class}"
+
+
+def call_inputs(captured: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Those of the ``inputs`` of Dynamo's graph that the model was called with: no parameters, no buffers."""
+    sources = trace.input_sources(captured)
+    return [
+        value
+        for source, value in zip(sources, inputs, strict=True)
+        if not trace.is_model_state(source) and not isinstance(value, nn.Parameter)
+    ]
 
 
 def _checked_inner(inner: Inner) -> Inner:

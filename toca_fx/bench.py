@@ -50,13 +50,13 @@ class BenchResult:
 
 def build_dit(hidden: int, blocks: int, tokens: int) -> nn.Module:
     """A DiT of the diffusers class with random weights; ``tokens`` is a square number."""
-    from diffusers import DiTTransformer2DModel
+    from toca_fx.integrations.diffusers.parts import dit
 
     side = int(tokens**0.5)
     if side * side != tokens or hidden % 64:
         raise SystemExit("bench: --tokens has to be a square number and --hidden a multiple of 64")
     torch.manual_seed(0)
-    model: nn.Module = DiTTransformer2DModel(
+    model = dit(
         num_attention_heads=hidden // 64,
         attention_head_dim=64,
         in_channels=4,

@@ -16,7 +16,15 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_args: An
     return flops
 
 
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    """A linear layer on packed int8 weights [out, in]."""
+    return 2 * rows[0] * rows[1] * weight[0]
+
+
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._weight_int8pack_mm: _packed,
+}
 
 
 def count_flops(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:

@@ -1,68 +1,51 @@
 """Find attention and MLP modules in a pre-dispatch ATen graph. Pure: nothing is changed.
 
-A match starts at an anchor and walks outwards:
+A match starts at an anchor, an attention or the last linear of linear -> activation -> linear, and follows its output to
+the residual stream:
 
-    attention   scaled_dot_product_attention(q, k, v); back to the linears that made q and k (their inputs tell
-                self-, cross- and joint attention apart), forward through the output projection
-    mlp         linear -> activation, plain or gated -> linear
+    stream + gate(timestep) * module(norm(stream))
 
-Either counts as a site only if its output is added to a residual stream that it also reads, inside a numbered
-block: ``stream + gate * module(norm(stream))``. So timestep embedders and caption projections are not sites. What is
-cached is the module's output before the gate, because the gate depends on the timestep (ToCa, section 3).
+It counts as a site only if the add is there, inside a numbered block, and the stream that is added to is one that the
+module reads. So timestep embedders and caption projections are not sites. What is cached is the module's output before the
+gate, because the gate depends on the timestep (ToCa, section 3): behind the output projection and any norm, in front of the first
+operator that brings in something else.
+
+Joint attention over two streams is two sites, one per stream. Where attention and MLP share their output projection (the
+parallel blocks of FLUX), the MLP's output is that of the projection, and the attention's what it hands to it.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import networkx as nx
-import torch
 from torch import fx
 
-aten = torch.ops.aten
-
-ACTIVATIONS = frozenset(
-    {
-        aten.gelu.default,
-        aten.silu.default,
-        aten.relu.default,
-        aten.tanh.default,
-        aten.sigmoid.default,
-        aten.mish.default,
-        aten.elu.default,
-        aten.leaky_relu.default,
-        aten.hardswish.default,
-    }
+from toca_fx import tokenwise
+from toca_fx.flow import Flow, passages, root
+from toca_fx.patterns import (
+    CONVOLUTIONS,
+    Attention,
+    activations,
+    aten,
+    attention_at,
+    is_activation,
+    is_cheap,
+    is_constant,
+    linear_input,
 )
-_ADDS = frozenset({aten.add.Tensor, operator.add})
-_MULS = frozenset({aten.mul.Tensor, operator.mul})
-# Between the last linear of a module and its gate: nothing here mixes tokens or depends on the timestep.
-_PASS_THROUGH = frozenset(
-    {
-        aten.transpose.int,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.view.default,
-        aten.flatten.using_ints,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.to.dtype,
-        aten.dropout.default,
-    }
-)
-_BETWEEN_LINEARS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem})
+from toca_fx.tokenwise import Tokens
 
 
 @dataclass(frozen=True)
 class Site:
     """One matched module. Nodes are named, not referenced, so that a site is plain data.
 
-    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the attention operator, or the
-    first linear of an MLP. ``judges`` tells that an attention's operands are [batch, heads, tokens, width], so that its map
-    can score the tokens of its output (it cannot in windows, say). ``influence`` is the index, among the sites, of the
-    attention whose map scores this site's tokens: the nearest that judges, before it in the same block.
+    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the attention's result, or the
+    first linear of an MLP. ``segment`` tells of an attention that the rows of its map are, from that row on, the tokens of the output;
+    None, if they are others (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or joint
+    attention that tells how much this site's tokens are attended to, and of the cross-attention in which they are the
+    queries. ``projections`` are the keys and values of an attention as nodes [batch, tokens, width].
     """
 
     kind: str
@@ -73,7 +56,9 @@ class Site:
     anchor: str
     shape: tuple[int, int, int]
     influence: int | None = None
-    judges: bool = False
+    entropy: int | None = None
+    segment: int | None = None
+    projections: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -100,66 +85,230 @@ class Matches:
 
 def match(graph: fx.Graph) -> Matches:
     """Match every attention and MLP of ``graph``, which comes from ``trace.to_aten``."""
-    flow = nx.DiGraph((operand, node) for node in graph.nodes for operand in node.all_input_nodes)
-    sites: list[Site] = []
-    misses: list[NearMiss] = []
-    for node in graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
-            found: Site | NearMiss | None = _attention(node, flow)
-        elif node.target is aten.linear.default:
-            found = _mlp(node, flow)
+    return _Matcher(graph).run()
+
+
+# Of one tensor in another shape or dtype; parts of it are something else.
+_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.to.dtype})
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """linear -> activation -> linear. ``merge`` is the concatenation with an attention's output, if there is one.
+
+    ``last`` are the linears that read the activated features: one, or two where a low-rank pair is added to it.
+    """
+
+    first: tuple[fx.Node, ...]
+    last: tuple[fx.Node, ...]
+    merge: fx.Node | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A site, and the add of the residual stream that it ends in."""
+
+    site: Site
+    add: fx.Node
+
+
+class _Matcher:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.flow = graph, Flow(graph)
+        self.found: list[_Found] = []
+        self.misses: list[NearMiss] = []
+
+    def run(self) -> Matches:
+        ending = {node: mlp for node in self.graph.nodes if (mlp := self._mlp_ending_at(node)) is not None}
+        readers: dict[fx.Node | None, list[_Mlp]] = {}
+        for node, mlp in ending.items():
+            readers.setdefault(linear_input(node), []).append(mlp)
+        mlps = {same[0].last[0]: replace(same[0], last=tuple(mlp.last[0] for mlp in same)) for same in readers.values()}
+        merges = {mlp.merge for mlp in mlps.values() if mlp.merge is not None}
+        for node in self.graph.nodes:
+            attention = attention_at(node)
+            if attention is not None:
+                self._attention(attention, merges)
+            elif node in mlps:
+                self._mlp(mlps[node])
+        self._rest()
+        return Matches(tuple(self._judged()), tuple(self.misses))
+
+    def _attention(self, attention: Attention, merges: set[fx.Node]) -> None:
+        node = attention.output
+        kind = _attention_kind(attention)
+        if kind is None:
+            self._miss("attention", node.meta["path"], "query or key does not come from a linear projection")
+            return
+        ends = self._residuals_behind(node)
+        if not ends:
+            self._miss(kind, node.meta["path"], "its output is not added to the stream that it reads")
+        for add in ends:
+            output = self._module_output((node,), self.flow.residuals[add][1], merges)
+            path = node.meta["path"] if len(ends) == 1 else output.meta["path"]
+            site = self._site(kind, path, node, output, add)
+            if site is None:
+                continue
+            segment = _segment(attention, output, site.shape)
+            projections: tuple[str, ...] = ()
+            if segment is not None and kind != "cross_attention":
+                projections = _projections(attention, site.shape, segment)
+            self.found.append(_Found(replace(site, segment=segment, projections=projections), add))
+
+    def _mlp(self, mlp: _Mlp) -> None:
+        path = _common_path([*mlp.first, *mlp.last])
+        if numbered_block(path)[1] is None:
+            return  # embedders are linear-activation-linear too; only those inside a block are worth a line
+        inputs = {_projected(linear) for linear in mlp.first}
+        ends = self._residuals_behind(mlp.last[0])
+        if not ends:
+            self._miss("mlp", path, "its output is not added to the stream that it reads")
+        elif len(inputs) != 1:
+            self._miss("mlp", path, "the gated branches read different inputs")
         else:
-            continue
-        if isinstance(found, NearMiss):
-            misses.append(found)
-        elif found is not None:
-            sites.append(found)
-    return Matches(tuple(_with_influence(sites)), tuple(misses))
+            for add in ends:  # several, if streams are concatenated for it
+                output = self._module_output(mlp.last, self.flow.residuals[add][1], set())
+                site = self._site("mlp", path, mlp.first[0], output, add)
+                if site is not None:
+                    self.found.append(_Found(site, add))
 
-
-def _attention(anchor: fx.Node, flow: nx.DiGraph) -> Site | NearMiss | None:
-    query, key = (set(_source_linears(anchor.args[position])) for position in (0, 1))
-    if not query or not key:
-        return NearMiss("attention", anchor.meta["path"], "query or key does not come from a linear projection")
-    query_inputs, key_inputs = ({_projected(linear) for linear in linears} for linears in (query, key))
-    kind = "self_attention" if len(query_inputs) == 1 else "joint_attention"
-    if query_inputs != key_inputs:
-        kind = "cross_attention"
-    found = _site(kind, anchor, anchor.meta["stack"], query, _module_output(anchor, projections=1), flow)
-    if isinstance(found, Site) and kind != "cross_attention":
-        batch, tokens, _ = found.shape
-        shapes = [operand.meta["val"].shape for operand in anchor.args[:2] if isinstance(operand, fx.Node)]
-        return replace(found, judges=all(len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens) for shape in shapes))
-    return found
-
-
-def _mlp(last: fx.Node, flow: nx.DiGraph) -> Site | NearMiss | None:
-    """``last`` is a linear; a match if an activation, plain or gated, lies between it and earlier linears."""
-    first, activated = _before_activation(last.args[0])
-    if not first or not activated:
+    def _site(self, kind: str, path: str, anchor: fx.Node, output: fx.Node, add: fx.Node) -> Site | None:
+        block, layer = numbered_block(path)
+        shape = getattr(output.meta["val"], "shape", ())
+        if layer is None:
+            self._miss(kind, path, "it lies outside the numbered blocks (no index in its module path)")
+        elif len(shape) != 3:
+            self._miss(kind, path, f"its output has shape {tuple(shape)}, not [batch, tokens, channels]")
+        elif any(other.site.output == output.name for other in self.found):
+            return None  # two attentions summed before one projection are one site
+        else:
+            return Site(kind, path, layer, block, output.name, anchor.name, tuple(shape))
         return None
-    path = _common_path([*first, last])
-    if len({linear.args[0] for linear in first}) != 1:
-        return NearMiss("mlp", path[-1] if path else "", "the gated branches read different inputs")
-    return _site("mlp", first[0], path, set(first), _module_output(last, projections=0), flow)
+
+    def _residuals_behind(self, anchor: fx.Node) -> list[fx.Node]:
+        """The first adds downstream of ``anchor`` to a stream that it reads, within its block."""
+        block = numbered_block(anchor.meta["path"])
+        found, seen, pending = [], set(), [anchor]
+        while pending:
+            node = pending.pop()
+            for user in node.users:
+                other = numbered_block(user.meta.get("path", ""))
+                if user in seen or other not in (block, ("", None)):
+                    continue
+                seen.add(user)
+                if self._adds_to_input(user, anchor):
+                    found.append(user)
+                else:
+                    pending.append(user)
+        return sorted(found, key=self.flow.position.__getitem__)
+
+    def _adds_to_input(self, add: fx.Node, anchor: fx.Node) -> bool:
+        if add not in self.flow.residuals:
+            return False
+        stream, branch = self.flow.residuals[add]
+        reads = self.flow.read_by(anchor, stream) is not None
+        return reads and self.flow.reaches(anchor, branch) and not self.flow.reaches(anchor, stream)
+
+    def _module_output(self, anchors: tuple[fx.Node, ...], branch: fx.Node, merges: set[fx.Node]) -> fx.Node:
+        """The last node before the gates, on the way from ``anchors`` to ``branch``, which is added to the stream."""
+        ways = [self.flow.between(anchor, branch) for anchor in anchors if self.flow.reaches(anchor, branch)]
+        region = sorted(set().union(*ways), key=self.flow.position.__getitem__)
+        way = passages(region)
+        at = next((at for at, node in enumerate(way) if node in merges), None)
+        if at is not None:
+            return way[at - 1]
+        inside, output = set(region), branch
+        for before, after in zip(reversed(way[:-1]), reversed(way[1:]), strict=True):
+            start, stop = self.flow.position[before], self.flow.position[after]
+            step = [node for node in region if start < self.flow.position[node] <= stop]
+            if not all(is_cheap(node) for node in step):
+                break
+            if any(operand not in inside for node in step for operand in activations(node)):
+                output = before
+        return output
+
+    def _mlp_ending_at(self, last: fx.Node) -> _Mlp | None:
+        """Walk back from a linear layer, through pointwise operators, splits and an activation, to earlier ones."""
+        source = linear_input(last)
+        if source is None:
+            return None
+        first: list[fx.Node] = []
+        activated, attends, merge = False, False, None
+        pending, seen = [source], {source}
+        while pending:
+            node = pending.pop()
+            if linear_input(node) is not None:
+                first.append(node)
+                continue
+            if attention_at(node) is not None:
+                attends = True
+                continue
+            if node.op == "placeholder":
+                continue
+            if node.target is aten.cat.default:
+                merge = node
+            elif node in self.flow.residuals or not (is_cheap(node) or node.target in CONVOLUTIONS or node.target is aten.glu.default):
+                return None
+            activated |= is_activation(node) or node.target is aten.glu.default
+            fresh = [operand for operand in activations(node) if operand not in seen]
+            seen.update(fresh)
+            pending += fresh
+        if not first or not activated or (attends and merge is None):
+            return None
+        return _Mlp(tuple(sorted(first, key=self.flow.position.__getitem__)), (last,), merge if attends else None)
+
+    def _rest(self) -> None:
+        """Residual branches in numbered blocks that nothing was found in."""
+        ends = {found.add for found in self.found}
+        known = {miss.path for miss in self.misses}
+        for add, (stream, branch) in self.flow.residuals.items():
+            path = add.meta.get("path", "")
+            if add in ends or numbered_block(path)[1] is None:
+                continue
+            region = self.flow.between(self.flow.read_by(branch, stream) or root(stream), branch)
+            heavy = [node for node in region if node.op == "call_function" and not is_cheap(node)]
+            place = _common_path(heavy) or path
+            explained = any(other == place or other.startswith(f"{place}.") for other in known)
+            if not explained and not any(attention_at(node) for node in region):
+                products = sorted({str(node.target) for node in heavy})
+                self._miss("module", place, f"no softmax attention and no linear-activation-linear in it, but {', '.join(products)}")
+
+    def _judged(self) -> Iterator[Site]:
+        """The sites, each with the attentions whose maps tell about its tokens."""
+        streams = {found.add: self.flow.residuals[found.add][0] for found in self.found}
+        for index, found in enumerate(self.found):
+            chain = {found.add}
+            node = root(streams[found.add])
+            while node in streams:
+                chain.add(node)
+                node = root(streams[node])
+            peers = [
+                at
+                for at, other in enumerate(self.found)
+                if other.site.segment is not None
+                and (other.site.block, other.site.layer) == (found.site.block, found.site.layer)
+                and other.site.shape[:2] == found.site.shape[:2]
+            ]
+            # On the same stream first; then what ran before, nearest first.
+            peers.sort(key=lambda at: (self.found[at].add not in chain, at > index, abs(at - index)))
+            crossing = [at for at in peers if self.found[at].site.kind == "cross_attention"]
+            mutual = [at for at in peers if self.found[at].site.kind != "cross_attention" and at <= index]
+            yield replace(found.site, influence=mutual[0] if mutual else None, entropy=crossing[0] if crossing else None)
+
+    def _miss(self, kind: str, path: str, reason: str) -> None:
+        self.misses.append(NearMiss(kind, path, reason))
 
 
-def _site(
-    kind: str, anchor: fx.Node, path: tuple[str, ...], readers: set[fx.Node], output: fx.Node, flow: nx.DiGraph
-) -> Site | NearMiss | None:
-    where = path[-1] if path else anchor.meta["path"]
-    block, layer = _numbered_block(where)
-    stream = _residual_stream(output)
-    upstream = set().union(*(nx.ancestors(flow, reader) for reader in readers))
-    if stream is None or not any(node in upstream for node in stream):
-        # Embedders are linear-activation-linear too; only those inside a block are worth a line in a report.
-        return NearMiss(kind, where, "its output is not added to the stream that it reads") if layer is not None else None
-    if layer is None:
-        return NearMiss(kind, where, "it lies outside the numbered blocks (no index in its module path)")
-    shape = output.meta["val"].shape
-    if len(shape) != 3:
-        return NearMiss(kind, where, f"its output has shape {tuple(shape)}, not [batch, tokens, channels]")
-    return Site(kind, where, layer, block, output.name, anchor.name, tuple(shape))
+def _attention_kind(attention: Attention) -> str | None:
+    query, key = (list(_source_linears(node)) for node in (attention.query, attention.key))
+    if query and is_constant(attention.key):
+        return "cross_attention"  # to something learnt
+    if not query or not key:
+        return None
+    query_inputs, key_inputs = ({_projected(linear) for linear in linears} for linears in (query, key))
+    if query_inputs != key_inputs:
+        return "cross_attention"
+    return "self_attention" if len(query_inputs) == 1 else "joint_attention"
 
 
 def _source_linears(value: object) -> Iterator[fx.Node]:
@@ -167,107 +316,102 @@ def _source_linears(value: object) -> Iterator[fx.Node]:
     pending, seen = [value], set()
     while pending:
         node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen:
+        if not isinstance(node, fx.Node) or node in seen or is_constant(node):
             continue
         seen.add(node)
-        if node.target is aten.linear.default:
+        if linear_input(node) is not None:
             yield node
         else:
             pending.extend(node.all_input_nodes)
 
 
-def _projected(linear: fx.Node) -> object:
+def _projected(linear: fx.Node) -> fx.Node | None:
     """What a projection reads; of a low-rank pair (LoRA), what the first of the two reads."""
-    source = linear.args[0]
-    while isinstance(source, fx.Node) and source.target is aten.linear.default:
+    source = linear_input(linear)
+    while source is not None and (earlier := linear_input(root(source))) is not None:
+        source = earlier
+    while source is not None and source.target in _RESHAPES and isinstance(source.args[0], fx.Node):
         source = source.args[0]
     return source
 
 
-def _before_activation(value: object) -> tuple[list[fx.Node], bool]:
-    """Linears behind an activation, and whether there was one: back through pointwise operators and splits only."""
-    linears: list[fx.Node] = []
-    activated = False
-    pending, seen = [value], set()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if node.target is aten.linear.default:
-            linears.append(node)
-        elif node.op != "call_function":
-            return [], False
-        elif node.target in ACTIVATIONS:
-            activated = True
-            pending.extend(node.all_input_nodes)
-        elif node.target in _MULS or node.target in _PASS_THROUGH or node.target in _BETWEEN_LINEARS:
-            pending.extend(node.all_input_nodes)
-        else:
-            return [], False
-    return linears, activated
-
-
-def _module_output(node: fx.Node, projections: int) -> fx.Node:
-    """Walk forward to the last node before the gate or the residual add, through at most ``projections`` linears."""
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target is aten.linear.default and user.args[0] is node and projections:
-            projections -= 1
-        elif user.target is aten.div.Tensor and user.args[0] is node:
-            if isinstance(user.args[1], fx.Node):
-                break
-        elif user.target not in _PASS_THROUGH:
-            break
-        node = user
-    return node
-
-
-def _residual_stream(output: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The other operands of the add that ``output`` reaches, directly or through gates; None if it reaches none."""
+def _segment(attention: Attention, output: fx.Node, shape: tuple[int, int, int]) -> int | None:
+    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens, channels]."""
+    batch, count, _ = shape
+    where = Tokens(batch, count)
     node = output
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target in _ADDS:
-            return tuple(operand for operand in user.all_input_nodes if operand is not node)
-        if user.target not in _MULS and user.target not in _PASS_THROUGH:
+    while node is not attention.output:
+        moved = tokenwise.segment(node, where)
+        if moved is not None:
+            node, where = moved
+            continue
+        axes = tokenwise.axis_operands(node, where.axis)
+        if axes is None or len(axes) != 1:
             return None
-        node = user
-    return None
+        ((node, axis),) = axes.items()
+        where = replace(where, axis=axis)
+    heads = tokenwise.shape_of(attention.output)
+    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
+    # Without an axis of heads only a map that is there can be read: samples and heads share an axis.
+    samples = heads[0] == batch if len(heads) == 4 else attention.weights is not None and heads[0] % batch == 0
+    return where.offset if where.axis == queries and samples else None
 
 
-def _common_path(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """The chain of modules that all ``nodes`` lie in, outermost first."""
+def _projections(attention: Attention, shape: tuple[int, int, int], segment: int) -> tuple[str, ...]:
+    """Keys and values of one stream as they leave their projections; empty if their tokens cannot be followed there."""
+    batch, count, _ = shape
+    axis = 2 if attention.layout == "bhnd" else 1
+    names: dict[str, None] = {}
+    for operand in (attention.key, attention.value):
+        if len(tokenwise.shape_of(operand)) != 4 or attention.weights is not None:
+            return ()
+        region = _upstream(operand, Tokens(batch, count, axis=axis, offset=segment))
+        ways = [node for node in passages(region) if tuple(tokenwise.shape_of(node)[:2]) == (batch, count)]
+        first = next((node for node in ways if len(tokenwise.shape_of(node)) == 3), None)
+        if first is None:
+            return ()
+        names[first.name] = None
+    return tuple(names)
+
+
+def _upstream(start: fx.Node, where: Tokens) -> list[fx.Node]:
+    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order; tensors only."""
+    found: dict[fx.Node, None] = {}
+    pending = [(start, where)]
+    while pending:
+        node, there = pending.pop()
+        if node in found:
+            continue
+        found[node] = None
+        source = linear_input(node)
+        if source is not None and linear_input(root(source)) is None:
+            continue
+        moved = tokenwise.segment(node, there)
+        if moved is not None:
+            pending.append(moved)
+        else:
+            pending += (tokenwise.operands(node, there) or {}).items()
+    tensors = {node for node in found if hasattr(node.meta.get("val"), "shape")}
+    return [node for node in start.graph.nodes if node in tensors]
+
+
+def _common_path(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module that all ``nodes`` lie in."""
     common: tuple[str, ...] | None = None
     for node in nodes:
-        stack = node.meta["stack"]
+        stack = node.meta.get("stack", ())
         if common is None:
             common = stack
         else:
             length = next((i for i, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b), min(len(common), len(stack)))
             common = common[:length]
-    return common or ()
+    return common[-1] if common else ""
 
 
-def _numbered_block(path: str) -> tuple[str, int | None]:
+def numbered_block(path: str) -> tuple[str, int | None]:
     """``transformer_blocks.3.ff`` -> ("transformer_blocks", 3): the outermost numbered module list."""
     parts = path.split(".")
     for position, part in enumerate(parts):
         if part.isdigit() and position:
             return ".".join(parts[:position]), int(part)
     return "", None
-
-
-def _with_influence(sites: list[Site]) -> Iterator[Site]:
-    for index, site in enumerate(sites):
-        source = next(
-            (
-                earlier
-                for earlier in range(index, -1, -1)
-                if sites[earlier].judges
-                and (sites[earlier].block, sites[earlier].layer) == (site.block, site.layer)
-                and sites[earlier].shape[:2] == site.shape[:2]
-            ),
-            None,
-        )
-        yield replace(site, influence=source)

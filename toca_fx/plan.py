@@ -13,13 +13,13 @@ from __future__ import annotations
 import difflib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toca_fx.diagnostics import PolicyError, Problem
 from toca_fx.match import Matches, Site
-from toca_fx.policy import Interval, Policy, Ratio, Rule, SitePolicy
+from toca_fx.policy import Interval, Policy, Ratio, Rule, Scores, SitePolicy
 
 Modes = tuple[str, ...]
 
@@ -73,6 +73,28 @@ class Plan:
         """Those of ``scored`` whose score needs queries, keys or values: a full step has to compute it."""
         return tuple(i for i in self.scored if self.policies[i].scores.needs_attention and self.sites[i].influence is not None)
 
+    @cached_property
+    def entropies(self) -> tuple[int, ...]:
+        """Indices of the cross-attentions whose entropy some site selects by."""
+        sources = {self.sites[i].entropy for i in self.scored if self.policies[i].scores.cross_attention}
+        return tuple(sorted(source for source in sources if source is not None))
+
+    @cached_property
+    def remembering(self) -> tuple[int, ...]:
+        """Indices of the self- and joint attentions that keep keys and values, because queries are computed for fresh tokens only."""
+        anchors = {self.sites[i].anchor for i in self.scored if self.sites[i].projections}
+        return tuple(i for i in self.cached if self.sites[i].anchor in anchors and self.sites[i].projections)
+
+    def inside(self, modes: Modes) -> tuple[int, ...]:
+        """Indices of the sites that select within the step: their score needs a cross-attention that runs before them in it."""
+        chosen = []
+        for i in self.scored:
+            source = self.sites[i].entropy
+            wanted = modes[i] == "partial" and self.policies[i].scores.cross_attention
+            if wanted and source is not None and source < i and modes[source] != "reuse":
+                chosen.append(i)
+        return tuple(chosen)
+
     def full_step(self, index: int) -> StepPlan:
         """The full step, for a call that has to be full although the schedule says otherwise."""
         return StepPlan(index, self.full_modes, tuple(site.tokens for site in self.sites))
@@ -83,8 +105,7 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
 
     Raises:
         PolicyError: a rule matches no site; explicit step lists meet another step count than they were written for; the
-            policy asks for what the model does not have (an even batch for shared selections) or this version does not
-            compute (scores from cross-attention).
+            policy asks for what the inputs do not have (an even batch for shared selections).
     """
     total = policy.sampler.steps if num_steps is None else num_steps
     check_rules(policy, matches)
@@ -106,14 +127,20 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
         StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns)) for at, s in enumerate(indices)
     )
     plan = Plan(sites, policies, steps)
-    unjudged = [sites[i].path for i in plan.scored if policies[i].scores.needs_attention and sites[i].influence is None]
-    if not unjudged:
-        return plan
-    message = (
-        f"no self-attention of the same block and tokens judges `{unjudged[0]}` (and {len(unjudged) - 1} more sites): the "
-        "scores self_attention, value_norm and key_norm count as 0 there"
+    return replace(plan, warnings=tuple(_unjudged(plan)))
+
+
+def _unjudged(plan: Plan) -> Iterator[str]:
+    """One warning per kind of score that some sites cannot have."""
+    kinds: tuple[tuple[Callable[[Scores], object], str, str, str], ...] = (
+        (lambda scores: scores.needs_attention, "influence", "self- or joint attention", "self_attention, value_norm and key_norm count"),
+        (lambda scores: scores.cross_attention, "entropy", "cross-attention", "cross_attention counts"),
     )
-    return replace(plan, warnings=(message,))
+    for needed, source, what, names in kinds:
+        paths = [plan.sites[i].path for i in plan.scored if needed(plan.policies[i].scores) and getattr(plan.sites[i], source) is None]
+        if paths:
+            more = f" (and {len(paths) - 1} more sites)" if len(paths) > 1 else ""
+            yield f"no {what} of the same block and tokens judges `{paths[0]}`{more}: the score {names} as 0 there"
 
 
 def _site_column(
@@ -226,9 +253,6 @@ def _nearest_miss(rule: Rule, matches: Matches) -> str:
 def _refuse_unavailable(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePolicy]) -> None:
     problems = []
     selecting = [(site, own) for site, own in zip(sites, policies, strict=True) if own.action.mode == "partial"]
-    if any(own.scores.cross_attention for _, own in selecting):
-        message = "scores.cross_attention is not computed by this version; set it to 0 and use self_attention, value_norm or key_norm"
-        problems.append(Problem.at(policy.source, message))
     odd = [site for site, _ in selecting if policy.guidance.selection == "shared" and site.shape[0] % 2]
     if odd:
         message = f"guidance.selection is shared, which needs both halves in one batch; `{odd[0].path}` has a batch of {odd[0].shape[0]}"

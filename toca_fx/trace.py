@@ -18,12 +18,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.functional import is_mutable, make_functional
 
 aten = torch.ops.aten
 
 # "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']" -> blocks.0.attn
 _PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
 _PATH_NOISE = frozenset({"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"})
+
+
+# These decompose into bmm and views by themselves, so that attention has fewer spellings.
+_DECOMPOSED: dict[Any, Any] = {aten.einsum.default: aten.einsum.default.decompose}
 
 
 def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -33,11 +38,12 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     ``meta["path"]`` (the module path such as ``transformer_blocks.3.ff``, "" outside any submodule).
 
     Raises:
-        UnsupportedModelError: the model writes to tensors in place, which the rewrite would reorder.
+        UnsupportedModelError: the model writes to memory of the caller in place, or a number depends on a tensor's values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
-    retrace = make_fx(lambda *args: fx.Interpreter(captured).run(*args), tracing_mode="fake", pre_dispatch=True)
+    interpret = fx.Interpreter(captured).run
+    retrace = make_fx(interpret, tracing_mode="fake", pre_dispatch=True, decomposition_table=_DECOMPOSED)
     try:
         with preserve_node_meta():
             graph_module = retrace(*fakes)
@@ -52,44 +58,25 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         node.meta["path"] = stack[-1] if stack else ""
         nothing = node.target is aten.detach_.default
         nothing |= node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
-        if _is_mutable(node) and not nothing:
-            _make_functional(node)
+        if is_mutable(node) and not nothing:
+            make_functional(node)
         elif nothing:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+    _mark_constants(graph_module.graph, [is_model_state(source) for source in input_sources(captured)], inputs)
     graph_module.recompile()
     return graph_module
 
 
-def _is_mutable(node: fx.Node) -> bool:
-    """Whether the node writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _make_functional(node: fx.Node) -> None:
-    """Turn ``x.op_(...)`` into ``op(x, ...)`` where nobody else sees x's memory; refuse it everywhere else."""
-    target: Any = node.target
-    mutated = node.args[0]
-    functional = getattr(getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None), target._overloadname, None)
-    if functional is None or functional is target or not isinstance(mutated, fx.Node) or not _owns_memory(mutated):
-        raise UnsupportedModelError(
-            f"the model writes to a tensor in place ({target}, in module {node.meta['path'] or '(top level)'}) and others "
-            "see that memory; write it without the trailing underscore, or exclude the module from compilation"
-        )
-    order = {user: position for position, user in enumerate(node.graph.nodes)}
-    mutated.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
-    node.target = functional
-
-
-def _owns_memory(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of its own and no view of it exists."""
-    makers = [node, *node.users]
-    return all(
-        isinstance(maker.target, torch._ops.OpOverload)
-        and (_is_mutable(maker) or all(result.alias_info is None for result in maker.target._schema.returns))
-        for maker in makers
-        if maker is node or maker.op == "call_function"
-    )
+def _mark_constants(graph: fx.Graph, of_model: Sequence[bool], inputs: Sequence[Any]) -> None:
+    """Set ``meta["constant"]``: whether a node depends on parameters, buffers and numbers only."""
+    placeholders = iter(zip(of_model, inputs, strict=True))
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            state, value = next(placeholders)
+            node.meta["constant"] = state or isinstance(value, torch.nn.Parameter) or not isinstance(value, Tensor)
+        else:
+            node.meta["constant"] = node.op != "output" and all(operand.meta["constant"] for operand in node.all_input_nodes)
 
 
 def clean_path(source: str) -> str:
@@ -117,6 +104,11 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
         name = getattr(source, "name", "")
         names.append(name() if callable(name) else name)
     return tuple(names)
+
+
+def is_model_state(source: str) -> bool:
+    """Whether an input of that name is an attribute of the model: a parameter or a buffer."""
+    return source.startswith("L['self']") or "_modules[" in source or "_buffers[" in source or "_parameters[" in source
 
 
 def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -1,7 +1,7 @@
 """The digits that ship with the package: data, denoiser, classifier, sampler.
 
 The data are the 1797 UCI handwritten digits bundled with scikit-learn (8 x 8, 17 grey levels), upsampled to
-32 x 32 and scaled to [-1, 1]. The denoiser is an ordinary ``diffusers.DiTTransformer2DModel`` (256 tokens,
+32 x 32 and scaled to [-1, 1]. The denoiser is the ordinary DiT of diffusers (256 tokens,
 12 blocks, class-conditional with a null class) trained by ``tools/train_digits.py``.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,11 +32,11 @@ def load_images(size: int = SIZE) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(data.target, dtype=torch.int64)
 
 
-def build_denoiser() -> DiTTransformer2DModel:
+def build_denoiser() -> nn.Module:
     """The demo's denoiser with random weights: the untouched diffusers class."""
-    from diffusers import DiTTransformer2DModel
+    from toca_fx.integrations.diffusers.parts import dit
 
-    return DiTTransformer2DModel(
+    return dit(
         num_attention_heads=3,
         attention_head_dim=32,
         in_channels=1,
@@ -52,11 +49,11 @@ def build_denoiser() -> DiTTransformer2DModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler() -> Any:
     """DDIM over the linear schedule of the DiT paper, v-prediction, zero terminal SNR."""
-    from diffusers import DDIMScheduler
+    from toca_fx.integrations.diffusers.parts import ddim
 
-    return DDIMScheduler(
+    return ddim(
         num_train_timesteps=1000,
         beta_start=1e-4,
         beta_end=0.02,
@@ -82,7 +79,7 @@ def build_classifier() -> nn.Module:
     )
 
 
-def load_denoiser() -> DiTTransformer2DModel:
+def load_denoiser() -> nn.Module:
     """The trained denoiser in float32, in evaluation mode."""
     return _load(build_denoiser(), "digits-dit.safetensors")
 

@@ -32,15 +32,11 @@ def check_rules(policy: Policy, faulty: set[int]) -> Iterator[Note]:
     """Look through the rules, leaving out the `faulty` ones, which were only read in part."""
     rules = {index: rule for index, rule in enumerate(policy.rules) if index not in faulty}
     for index, rule in rules.items():
-        impossible = list(_impossible(index, rule))
-        yield from impossible
-        if impossible:
-            continue
         later = [other for number, other in rules.items() if number > index]
         earlier = [other for number, other in rules.items() if number < index]
-        replaced = _replaced(index, rule, later)
-        if replaced:
-            yield replaced
+        in_vain = _empty_range(index, rule) or _replaced(index, rule, later)
+        if in_vain:
+            yield in_vain
         elif _changes_nothing(policy, rule, earlier):
             yield Note(("rules", index), "the rule changes nothing: what it sets holds already", "warning")
         else:
@@ -52,14 +48,11 @@ def reads_scores(rule: Rule) -> bool:
     return any(key.startswith("scores.") for key, _ in rule.overrides)
 
 
-def _impossible(index: int, rule: Rule) -> Iterator[Note]:
-    if rule.layers and rule.layers[0] > rule.layers[1]:
-        first, last = rule.layers
-        yield Note(("rules", index, "layers"), f"the range {first}-{last} holds no layer; did you mean {last}-{first}?")
-    action = dict(rule.overrides).get("module")
-    if isinstance(action, Action) and action.mode == "partial" and rule.match != "mlp":
-        message = "{weight: ...} needs `match: mlp` in its rule: only `mlp` selects tokens in this version"
-        yield Note(("rules", index, "module"), message)
+def _empty_range(index: int, rule: Rule) -> Note | None:
+    first, last = rule.layers or (0, 0)
+    if first <= last:
+        return None
+    return Note(("rules", index, "layers"), f"the range {first}-{last} holds no layer; did you mean {last}-{first}?")
 
 
 def _leaves(rule: Rule) -> set[str]:
@@ -166,6 +159,6 @@ def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -
             name = leaf.partition(".")[2]
             message = f"`{name}` has no effect: the policy's `N.full_steps` takes its place"
             yield Note(("rules", index, "N", name), message, "warning", key=True)
-    has_bonus = policy.spatial is not None or any("spatial.bonus" in dict(other.overrides) for other in rules)
+    has_bonus = policy.spatial is not None or any("spatial.bonus" in dict(other.overrides) and _may_overlap(other, rule) for other in rules)
     if "spatial.grid" in dict(rule.overrides) and not has_bonus:
         yield Note(("rules", index, "spatial"), "a `grid` without a `bonus` has no effect", "warning", key=True)
