@@ -55,6 +55,8 @@ def test_a_transformer_of_diffusers(name: str) -> None:
         torch.testing.assert_close(outputs[0], expected[0], rtol=1e-3, atol=1e-4)
     for output, right in zip(results[id(NEVER)], expected, strict=True):
         torch.testing.assert_close(output, right, rtol=1e-4, atol=1e-5)
+    kinds = {site.kind for site in never.matches.sites}
+    assert "mlp" in kinds or name in PARTLY
     reused, fresh = results[id(FORA)][1], results[id(TOKENWISE)][1]
-    assert not torch.equal(reused, fresh), "R changes the result"
-    assert not torch.allclose(reused, expected[1], rtol=1e-4, atol=1e-5), "caching changes the result"
+    assert torch.equal(reused, fresh) == ("mlp" not in kinds), "R changes the result, where tokens are chosen"
+    assert torch.allclose(reused, expected[1], rtol=1e-4, atol=1e-5) == (not kinds), "caching changes the result"
