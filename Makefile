@@ -9,14 +9,14 @@ demo: $(VENV)/ready  ## digits, uncached and cached, side by side: demo.png
 	$(VENV)/bin/toca-fx demo
 
 test: $(VENV)/ready  ## all tests
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready  ## lint, types, tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) tools/policy_reference.py --check
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/ready  ## time saved against work saved, on this machine
 	$(VENV)/bin/toca-fx bench

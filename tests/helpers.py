@@ -11,6 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, fx, nn
 
+import toca_fx.capture
 from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
 from toca_fx.buffers import site_of
@@ -106,17 +107,30 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
     """Dynamo's graph of ``model`` and the inputs that a backend gets with it."""
-    found: list[tuple[fx.GraphModule, list[Any]]] = []
+    return toca_fx.capture.capture(model, args, kwargs)
 
-    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        found.append((graph, list(inputs)))
-        return graph.forward
+
+def capture_calls(model: nn.Module, calls: Sequence[dict[str, Any]]) -> tuple[fx.GraphModule, list[list[Any]]]:
+    """Dynamo's graph of ``model`` and the inputs that it gets at each of the ``calls``, which have to fit one graph."""
+    graphs: list[fx.GraphModule] = []
+    given: list[list[Any]] = []
+
+    def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Any:
+        graphs.append(graph)
+
+        def run(*inputs: Any) -> Any:
+            given.append(list(inputs))
+            return graph(*inputs)
+
+        return run
 
     torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
-    ((graph, inputs),) = found
-    return graph, inputs
+        for call in calls:
+            compiled(**call)
+    (graph,) = graphs
+    return graph, given
 
 
 def capture_tiny(kind: str, layers: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, list[Any]]:

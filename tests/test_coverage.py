@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import capture, make_policy
+from tests.helpers import capture_calls, make_policy
 from toca_fx.coverage import coverage
 from toca_fx.integrations.diffusers import build, examples, prediction, vary
 from toca_fx.policy.types import Policy
@@ -40,8 +40,7 @@ def test_a_transformer_of_diffusers(name: str) -> None:
     calls = [vary(example, first, step, STEPS) for step in range(STEPS)]
     with torch.no_grad():
         expected = [prediction(model(**call))[0] for call in calls]
-    captured, _ = capture(model, **first)
-    steps = [capture(model, **call)[1] for call in calls]
+    captured, steps = capture_calls(model, calls)
 
     def program(policy: Policy) -> Program:
         return Program(captured, steps[0], policy, "eager")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toca_fx import buffers, trace
 from toca_fx.backend import call_inputs, default_policy, written_for_another
 from toca_fx.buffers import Buffers
-from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.capture import capture
 from toca_fx.explanation import Explanation, SiteExplanation, Skipped
 from toca_fx.match import NearMiss, match
 from toca_fx.plan import Modes, Plan, make_plan
@@ -41,7 +38,7 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
     given = None if policy is None else load_policy(policy)
     module = copy.copy(getattr(model, "_orig_mod", model))
     module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
-    captured, inputs = _capture(module, args, kwargs)
+    captured, inputs = capture(module, args, kwargs)
     aten = trace.to_aten(captured, inputs)
     name = type(module).__name__
     chosen = given or default_policy(name, call_inputs(captured, inputs))
@@ -59,50 +56,6 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
         cache_bytes=_cache_bytes(aten, plan),
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
     )
-
-
-class _Captured(Exception):  # noqa: N818 - no error
-    """Ends a capture before anything runs."""
-
-
-def _entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What Dynamo captures; as ``self``, so that the names of parameters are those in a compiled forward."""
-    if not torch.compiler.is_dynamo_compiling():
-        raise UnsupportedModelError("Dynamo is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)")
-    return self(*args, **kwargs)
-
-
-def _capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """Dynamo's graph of one call and its flat inputs; the model is not run.
-
-    Dynamo keeps what it compiled, and the shapes it saw, with the code it captured: here that is code of our own, made
-    anew each time, and with ``dynamic=False`` no shape is remembered. The model's own code is inlined and stays untouched.
-    """
-    found: list[tuple[fx.GraphModule, list[Any]]] = []
-
-    def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        found.append((graph, list(inputs)))
-        raise _Captured
-
-    entry = FunctionType(_entry.__code__.replace(), globals(), "entry")
-    try:
-        with torch.no_grad():
-            torch.compile(entry, backend=stop, fullgraph=True, dynamic=False)(model, *args, **kwargs)
-    except BackendCompilerFailed as error:
-        if not found:
-            raise UnsupportedModelError(_reason(error)) from error
-    except TorchDynamoException as error:
-        raise UnsupportedModelError(_reason(error)) from error
-    if not found:
-        raise UnsupportedModelError("the model computes nothing with tensors")
-    return found[0]
-
-
-def _reason(error: Exception) -> str:
-    """Dynamo's first line and its explanation, without hints and stack traces."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines[1:] if line.startswith("Explanation:")]
-    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *told[:1]])
 
 
 def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:

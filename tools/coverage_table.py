@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import fx
 
+from toca_fx.capture import capture
 from toca_fx.coverage import coverage
 from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples
 from toca_fx.match import match
@@ -80,7 +79,9 @@ def row(name: str) -> str:
     if name in REFUSED:
         return f"| {name} | | | | | | {REFUSED[name]} |"
     model, inputs = build(examples()[name])
-    captured, flat = _capture(model, inputs)
+    with torch.no_grad():
+        model(**inputs)  # some make tables of positions at their first call, in ways that Dynamo does not follow
+    captured, flat = capture(model, (), inputs)
     module = to_aten(captured, flat)
     verify(captured, module, flat)
     matches = match(module.graph)
@@ -90,21 +91,6 @@ def row(name: str) -> str:
     notes = attentions + PARTLY.get(name, "")
     print(name, f"{found.share:.3f}", flush=True)
     return f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
-
-
-def _capture(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """Dynamo's graph of one call, and its inputs."""
-    seen: list[tuple[fx.GraphModule, list[Any]]] = []
-
-    def backend(graph: fx.GraphModule, flat: Sequence[Any]) -> Any:
-        seen.append((graph, list(flat)))
-        return graph.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        model(**inputs)  # some make tables of positions at their first call, in ways that Dynamo does not follow
-        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
-    return seen[0]
 
 
 if __name__ == "__main__":
