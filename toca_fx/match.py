@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from toca_fx import tokenwise
 from toca_fx.flow import Flow, passages, root
+from toca_fx.origins import attention_kind, projected, projections_of, segment_of
 from toca_fx.patterns import (
     CONVOLUTIONS,
     Attention,
@@ -31,10 +31,8 @@ from toca_fx.patterns import (
     attention_at,
     is_activation,
     is_cheap,
-    is_constant,
     linear_input,
 )
-from toca_fx.tokenwise import Tokens
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,6 @@ def match(graph: fx.Graph) -> Matches:
     return _Matcher(graph).run()
 
 
-# Of one tensor in another shape or dtype; parts of it are something else.
-_RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.to.dtype})
-
-
 @dataclass(frozen=True)
 class _Mlp:
     """linear -> activation -> linear. ``merge`` is the concatenation with an attention's output, if there is one.
@@ -136,7 +130,7 @@ class _Matcher:
 
     def _attention(self, attention: Attention, merges: set[fx.Node]) -> None:
         node = attention.output
-        kind = _attention_kind(attention)
+        kind = attention_kind(attention)
         if kind is None:
             self._miss("attention", node.meta["path"], "query or key does not come from a linear projection")
             return
@@ -149,17 +143,17 @@ class _Matcher:
             site = self._site(kind, path, node, output, add)
             if site is None:
                 continue
-            segment = _segment(attention, output, site.shape)
+            segment = segment_of(attention, output, site.shape, self.flow)
             projections: tuple[str, ...] = ()
             if segment is not None and kind != "cross_attention":
-                projections = _projections(attention, site.shape, segment)
+                projections = projections_of(attention, site.shape, segment)
             self.found.append(_Found(replace(site, segment=segment, projections=projections), add))
 
     def _mlp(self, mlp: _Mlp) -> None:
         path = _common_path([*mlp.first, *mlp.last])
         if numbered_block(path)[1] is None:
             return  # embedders are linear-activation-linear too; only those inside a block are worth a line
-        inputs = {_projected(linear) for linear in mlp.first}
+        inputs = {projected(linear) for linear in mlp.first}
         ends = self._residuals_behind(mlp.last[0])
         if not ends:
             self._miss("mlp", path, "its output is not added to the stream that it reads")
@@ -297,102 +291,6 @@ class _Matcher:
 
     def _miss(self, kind: str, path: str, reason: str) -> None:
         self.misses.append(NearMiss(kind, path, reason))
-
-
-def _attention_kind(attention: Attention) -> str | None:
-    query, key = (list(_source_linears(node)) for node in (attention.query, attention.key))
-    if query and is_constant(attention.key):
-        return "cross_attention"  # to something learnt
-    if not query or not key:
-        return None
-    query_inputs, key_inputs = ({_projected(linear) for linear in linears} for linears in (query, key))
-    if query_inputs != key_inputs:
-        return "cross_attention"
-    return "self_attention" if len(query_inputs) == 1 else "joint_attention"
-
-
-def _source_linears(value: object) -> Iterator[fx.Node]:
-    """The nearest linears upstream of a query or key: through views, norms, rotary embeddings and scaling."""
-    pending, seen = [value], set()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen or is_constant(node):
-            continue
-        seen.add(node)
-        if linear_input(node) is not None:
-            yield node
-        else:
-            pending.extend(node.all_input_nodes)
-
-
-def _projected(linear: fx.Node) -> fx.Node | None:
-    """What a projection reads; of a low-rank pair (LoRA), what the first of the two reads."""
-    source = linear_input(linear)
-    while source is not None and (earlier := linear_input(root(source))) is not None:
-        source = earlier
-    while source is not None and source.target in _RESHAPES and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-    return source
-
-
-def _segment(attention: Attention, output: fx.Node, shape: tuple[int, int, int]) -> int | None:
-    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens, channels]."""
-    batch, count, _ = shape
-    where = Tokens(batch, count)
-    node = output
-    while node is not attention.output:
-        moved = tokenwise.segment(node, where)
-        if moved is not None:
-            node, where = moved
-            continue
-        axes = tokenwise.axis_operands(node, where.axis)
-        if axes is None or len(axes) != 1:
-            return None
-        ((node, axis),) = axes.items()
-        where = replace(where, axis=axis)
-    heads = tokenwise.shape_of(attention.output)
-    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
-    # Without an axis of heads only a map that is there can be read: samples and heads share an axis.
-    samples = heads[0] == batch if len(heads) == 4 else attention.weights is not None and heads[0] % batch == 0
-    return where.offset if where.axis == queries and samples else None
-
-
-def _projections(attention: Attention, shape: tuple[int, int, int], segment: int) -> tuple[str, ...]:
-    """Keys and values of one stream as they leave their projections; empty if their tokens cannot be followed there."""
-    batch, count, _ = shape
-    axis = 2 if attention.layout == "bhnd" else 1
-    names: dict[str, None] = {}
-    for operand in (attention.key, attention.value):
-        if len(tokenwise.shape_of(operand)) != 4 or attention.weights is not None:
-            return ()
-        region = _upstream(operand, Tokens(batch, count, axis=axis, offset=segment))
-        ways = [node for node in passages(region) if tuple(tokenwise.shape_of(node)[:2]) == (batch, count)]
-        first = next((node for node in ways if len(tokenwise.shape_of(node)) == 3), None)
-        if first is None:
-            return ()
-        names[first.name] = None
-    return tuple(names)
-
-
-def _upstream(start: fx.Node, where: Tokens) -> list[fx.Node]:
-    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order; tensors only."""
-    found: dict[fx.Node, None] = {}
-    pending = [(start, where)]
-    while pending:
-        node, there = pending.pop()
-        if node in found:
-            continue
-        found[node] = None
-        source = linear_input(node)
-        if source is not None and linear_input(root(source)) is None:
-            continue
-        moved = tokenwise.segment(node, there)
-        if moved is not None:
-            pending.append(moved)
-        else:
-            pending += (tokenwise.operands(node, there) or {}).items()
-    tensors = {node for node in found if hasattr(node.meta.get("val"), "shape")}
-    return [node for node in start.graph.nodes if node in tensors]
 
 
 def _common_path(nodes: Iterable[fx.Node]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from toca_fx.tokenwise import is_pointwise
+from toca_fx.axes import is_pointwise
 
 aten = torch.ops.aten
 

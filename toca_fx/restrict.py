@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toca_fx import tokenwise
-from toca_fx.tokenwise import Tokens, shape_of
+from toca_fx import axes, tokenwise
+from toca_fx.axes import shape_of
+from toca_fx.tokenwise import Tokens
 
 aten = torch.ops.aten
 
@@ -64,13 +65,13 @@ class Restriction:
             replaced[operand] = restricted
         with self._graph.inserting_before(self.before):
             copied = self._graph.node_copy(node, lambda operand: replaced.get(operand, operand))
-            if tokenwise.has_sizes(node):
+            if axes.has_sizes(node):
                 count = self._graph.call_function(aten.sym_size.int, (self._rows, 1))
                 copied.prepend(count)
                 if where.flat:
                     count = self._graph.call_function(operator.mul, (count, where.batch))
                     copied.prepend(count)
-                copied.args = (copied.args[0], tokenwise.resized(node, where.axis, count), *copied.args[2:])
+                copied.args = (copied.args[0], axes.resized(node, where.axis, count), *copied.args[2:])
         self.created.append(copied)
         return copied
 
