@@ -13,6 +13,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
+from toca_fx.integrations.diffusers import build, examples, prediction, vary
 from toca_fx.policy.types import Policy
 
 STEPS = 50
@@ -119,6 +120,43 @@ def test_a_diffusers_model_with_scores_from_its_attention() -> None:
     assert inner.count == 2
     assert [close(a, b) for a, b in zip(outputs, expected, strict=True)] == [True, False, False, True]
     assert [step.kind for step in run.report().steps] == ["full", "partial", "partial", "full"]
+
+
+PARTIAL = {kind: {"weight": 1.0} for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")}
+OF_THE_PAPER: dict[str, tuple[str, dict[str, Any]]] = {
+    "chosen in the graph, for both halves, over a grid": (
+        "PixArtTransformer2DModel",
+        {
+            "guidance": {"layout": "batched", "selection": "shared"},
+            "modules": {"cross_attention": {"weight": 0.6}, "mlp": {"weight": 1.6}},
+            "scores": {"cross_attention": 1.0, "staleness": 0.25},
+            "spatial": {"bonus": 0.4, "grid": 4},
+        },
+    ),
+    "joint streams and parallel blocks": ("FluxTransformer2DModel", {}),
+    "keys and values kept": ("PixArtTransformer2DModel", {"modules": PARTIAL}),
+    "keys and values of joint streams kept": ("FluxTransformer2DModel", {"modules": PARTIAL}),
+}
+
+
+@pytest.mark.parametrize("case", OF_THE_PAPER)
+def test_a_model_of_the_paper_in_double_precision(case: str) -> None:
+    """There both compilers choose the same tokens, though diffusers keeps the sinusoids of timesteps in single precision."""
+    name, sections = OF_THE_PAPER[case]
+    example = examples()[name]
+    model, first = build(example, dtype=torch.float64)
+    calls = [vary(example, first, step, STEPS) for step in range(6)]
+    policy = make_policy(sampler={"steps": 6}, **sections)
+    inner = Counting("inductor")
+    outputs: list[list[Tensor]] = []
+    for compiler in (inner, "eager"):
+        fast = toca_fx.compile(model, policy, inner=compiler)
+        with torch.no_grad(), toca_fx.session() as run:
+            outputs.append([prediction(fast(**call))[0].clone() for call in calls])
+    assert inner.count == 2
+    assert [step.kind for step in run.report().steps] == ["full", "partial", "partial"] * 2
+    for step, (ours, theirs) in enumerate(zip(*outputs, strict=True)):
+        assert close(ours, theirs), f"step {step}"
 
 
 def test_aot_eager_equals_eager() -> None:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from toca_fx.flops import count_flops
+from toca_fx.flow import Flow
 from toca_fx.match import Matches, numbered_block
 from toca_fx.patterns import attention_at
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """``found`` sites by kind; ``attentions`` and ``mlps`` as (found, there are), in numbered blocks.
+    """``found`` sites by kind; ``attentions`` and ``mlps`` as (found, there are), in the blocks.
 
-    ``share`` is that of the numbered blocks' FLOPs that fall away when all sites are taken from their caches.
+    ``share`` is that of the blocks' FLOPs that fall away when all sites are taken from their caches. Blocks are the
+    numbered modules that have a residual stream: the layers of a timestep embedder are numbered, too.
     """
 
     found: dict[str, int]
@@ -28,25 +30,26 @@ class Coverage:
 def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
     """Look at a graph from ``trace.to_aten`` and what was matched in it; nothing is run."""
     graph = module.graph
-    anchors = {site.anchor for site in matches.sites}
-    there = [node for node in graph.nodes if attention_at(node) is not None and _in_block(node)]
+    needed = _needed(graph, {site.output for site in matches.sites})
+    blocks = {numbered_block(add.meta.get("path", "")) for add in Flow(graph).residuals}
+    inside = {node.name: node for node in graph.nodes if _in_one_of(blocks, node)}
+    attentions = [name for name, node in inside.items() if attention_at(node) is not None]
     mlps = {site.anchor for site in matches.sites if site.kind == "mlp"}
     missed = sum(miss.kind == "mlp" for miss in matches.misses)
     flops = count_flops(module, [node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
-    needed = _needed(graph, {site.output for site in matches.sites})
-    blocks = {node.name for node in graph.nodes if _in_block(node)}
-    total = sum(spent for name, spent in flops.items() if name in blocks)
-    left = sum(spent for name, spent in flops.items() if name in blocks and name in needed)
+    total = sum(spent for name, spent in flops.items() if name in inside)
+    left = sum(spent for name, spent in flops.items() if name in inside and name in needed)
     return Coverage(
         found=dict(Counter(site.kind for site in matches.sites)),
-        attentions=(sum(node.name in anchors for node in there), len(there)),
+        attentions=(sum(name not in needed for name in attentions), len(attentions)),
         mlps=(len(mlps), len(mlps) + missed),
         share=(total - left) / total if total else 0.0,
     )
 
 
-def _in_block(node: fx.Node) -> bool:
-    return numbered_block(node.meta.get("path", ""))[1] is not None
+def _in_one_of(blocks: set[tuple[str, int | None]], node: fx.Node) -> bool:
+    block = numbered_block(node.meta.get("path", ""))
+    return block in blocks and block[1] is not None
 
 
 def _needed(graph: fx.Graph, cached: set[str]) -> set[str]:

@@ -31,6 +31,7 @@ from toca_fx.patterns import (
     attention_at,
     is_activation,
     is_cheap,
+    is_constant,
     linear_input,
 )
 
@@ -132,7 +133,9 @@ class _Matcher:
         node = attention.output
         kind = attention_kind(attention)
         if kind is None:
-            self._miss("attention", node.meta["path"], "query or key does not come from a linear projection")
+            learnt = is_constant(attention.query)
+            reason = "its query is learnt, not made from a stream" if learnt else "query or key does not come from a linear projection"
+            self._miss("attention", node.meta["path"], reason)
             return
         ends = self._residuals_behind(node)
         if not ends:

@@ -41,7 +41,6 @@ REFUSED: dict[str, str] = {
 }
 # Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is cached, the rest is computed.
 PARTLY: dict[str, str] = {
-    "BriaFibo2Transformer2DModel": "the rest was not looked into",
     "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
     "LongCatAudioDiTTransformer": "a numbered text encoder of convolutions",
     "SanaTransformer2DModel": "linear attention is no softmax attention",
