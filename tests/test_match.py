@@ -145,15 +145,11 @@ def test_what_is_cached_is_the_output_before_the_gate(kind: str) -> None:
         assert residual.target is torch.ops.aten.add.Tensor
 
 
-def test_a_timestep_embedder_is_no_site() -> None:
-    found = match(capture_tiny("original", layers=1)[0].graph)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_timestep_embedder_is_neither_a_site_nor_a_near_miss(kind: str) -> None:
+    found = match(capture_tiny(kind, layers=2)[0].graph)  # diffusers has one in each block
     assert found.misses == ()
-    found = match(capture_tiny("diffusers", layers=2)[0].graph)
-    embedders = [miss for miss in found.misses if "timestep_embedder" in miss.path]
-    # diffusers has one in each block, and block 0's runs once more for the output layer.
-    assert {miss.path for miss in embedders} == {f"transformer_blocks.{layer}.norm1.emb.timestep_embedder" for layer in range(2)}
-    assert {miss.reason for miss in embedders} == {"its output is not added to the stream that it reads"}
-    assert len(found.sites) == 4
+    assert not [site for site in found.sites if "emb" in site.path]
 
 
 def test_an_mlp_that_is_not_added_to_the_stream() -> None:

@@ -128,7 +128,7 @@ def add_explain(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--policy", help="shipped name or path (default: the one that compile would pick)")
     parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the policy's)")
-    parser.add_argument("--batch", type=_positive, help="samples (default: 2); a function gets it as batch=, if given")
+    parser.add_argument("--batch", type=_positive, help="samples (default: those of one image); a function gets it as batch=, if given")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to report (default: text)")
     parser.set_defaults(run=_explain)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from toca_fx.diagnostics import PolicyError, UnsupportedModelError, did_you_mean
@@ -50,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _model(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """The model called ``name`` and the keyword arguments of one call."""
     if ":" not in name:
-        return _of_diffusers(name, batch or 2)
+        return _of_diffusers(name, batch)
     made = _function(name)(**({} if batch is None else {"batch": batch}))
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)):
         raise UnknownModelError(f"{name}: expected the function to return (module, mapping of keyword arguments), got {_shown(made)}")
@@ -63,14 +64,14 @@ def _shown(value: object) -> str:
     return type(value).__name__
 
 
-def _of_diffusers(name: str, batch: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny example by its class, or a preset in real size without weights."""
+def _of_diffusers(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny example by its class in float32, or a preset in real size without weights, in bfloat16 as such models are run."""
     try:
         from toca_fx.integrations import diffusers
     except ModuleNotFoundError as error:
         raise UnknownModelError(f"example models need the package {error.name}: pip install 'toca-fx[diffusers]'") from error
     if name in diffusers.PRESETS:
-        return diffusers.build(diffusers.PRESETS[name], batch=batch, device="meta")
+        return diffusers.build(diffusers.PRESETS[name], batch=batch, device="meta", dtype=torch.bfloat16)
     examples = diffusers.examples()
     if name in examples:
         return diffusers.build(examples[name], batch=batch)

@@ -33,6 +33,11 @@ class Flow:
                 between = self._above[branch] & ~self._above[stream] & linears
                 if any(self.reaches(read, nodes[at]) for at in _bits(between)):
                     self.residuals[node] = stream, branch
+        self._streams = sum({1 << self.position[root(stream)] for stream, _ in self.residuals.values()})
+
+    def reads_a_stream(self, node: fx.Node) -> bool:
+        """Whether ``node`` depends on a residual stream, and not only on a timestep or a condition."""
+        return bool(self._above[node] & self._streams)
 
     def reaches(self, source: fx.Node, node: fx.Node) -> bool:
         """Whether ``node`` is ``source`` or depends on it."""

@@ -154,8 +154,8 @@ class _Matcher:
 
     def _mlp(self, mlp: _Mlp) -> None:
         path = _common_path([*mlp.first, *mlp.last])
-        if numbered_block(path)[1] is None:
-            return  # embedders are linear-activation-linear too; only those inside a block are worth a line
+        if numbered_block(path)[1] is None or not self.flow.reads_a_stream(mlp.first[0]):
+            return  # embedders of timesteps and conditions are linear-activation-linear, too
         inputs = {projected(linear) for linear in mlp.first}
         ends = self._residuals_behind(mlp.last[0])
         if not ends:

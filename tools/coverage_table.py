@@ -86,8 +86,8 @@ def row(name: str) -> str:
     matches = match(module.graph)
     found = coverage(module, matches)
     sites = " | ".join(str(found.found.get(kind, 0)) for kind in KINDS)
-    attentions = "" if found.attentions[0] == found.attentions[1] else f"{found.attentions[0]} of {found.attentions[1]} attentions; "
-    notes = attentions + PARTLY.get(name, "")
+    attentions = "" if found.attentions[0] == found.attentions[1] else f"{found.attentions[0]} of {found.attentions[1]} attentions"
+    notes = "; ".join(filter(None, (attentions, PARTLY.get(name))))
     print(name, f"{found.share:.3f}", flush=True)
     return f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
 

@@ -38,7 +38,7 @@ def test_full_steps_equal_the_untouched_model(case: Case) -> None:
     assert full
     with torch.no_grad():
         for call in full:
-            torch.testing.assert_close(case.run(model, call), case.expected(call), rtol=0, atol=1e-5, msg=f"call {call}")
+            torch.testing.assert_close(case.run(model, call), case.expected(call), rtol=0, atol=2e-5, msg=f"call {call}")
 
 
 def test_every_step_equals_the_authors_code(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
