@@ -1,4 +1,7 @@
-"""Small models for the tests: a class-conditional DiT with the parameter names of facebookresearch/DiT, and tiny ones to run."""
+"""Small models for the tests: a class-conditional DiT with the parameter names of facebookresearch/DiT, and tiny ones to run.
+
+In its style, and no release's: ``CrossDiT`` with cross-attention to a text, ``JointDiT`` with joint attention of image and text.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,17 @@ def sincos_table(side: int, channels: int) -> Tensor:
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     columns, rows = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, channels).float()
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C / heads]."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary position embedding: x [..., D], angles that broadcast to [..., D / 2]."""
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat([one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()], dim=-1)
 
 
 class PatchEmbed(nn.Module):
@@ -165,6 +179,101 @@ class OriginalDiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c))
 
 
+class CrossAttention(nn.Module):
+    """From the tokens of an image to those of a text."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q = nn.Linear(features, features)
+        self.kv = nn.Linear(features, 2 * features)
+        self.proj = nn.Linear(features, features)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        query, key, value = (split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(text).chunk(2, dim=2)))
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(DiTBlock):
+    """A DiT block with a cross-attention in its middle, which has no norm and no gate, as in PixArt."""
+
+    def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__(hidden, heads, mlp_ratio)
+        self.cross = CrossAttention(hidden, heads)
+
+    def forward(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + self.cross(x, text)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class CrossDiT(nn.Module):
+    """Latents [B, 4, H, W] and a text [B, T, hidden], read by cross-attention -> patches [B, N, 16]."""
+
+    def __init__(self, hidden: int = 32, depth: int = 2, heads: int = 2) -> None:
+        super().__init__()
+        self.patch_size = 2
+        self.x_embedder = PatchEmbed(self.patch_size, 4, hidden)
+        self.t_embedder = TimestepEmbedder(hidden)
+        self.blocks = nn.ModuleList([CrossBlock(hidden, heads, 4.0) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden, self.patch_size, 4)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        tokens, c = self.x_embedder(x), self.t_embedder(t)
+        for block in self.blocks:
+            tokens = block(tokens, c, y)
+        return self.final_layer(tokens, c)
+
+
+class JointBlock(nn.Module):
+    """A DiT block for the image and one for the text, whose attention is one: text first, as in FLUX's double blocks."""
+
+    def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.image = DiTBlock(hidden, heads, mlp_ratio)
+        self.text = DiTBlock(hidden, heads, mlp_ratio)
+
+    def forward(self, image: Tensor, text: Tensor, c: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = (torch.cat(both, dim=2) for both in zip(self._qkv(self.text, text, c), self._qkv(self.image, image, c), strict=True))
+        mixed = F.scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value).transpose(1, 2).flatten(2)
+        for_text, for_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
+        return self._rest(self.image, image, for_image, c), self._rest(self.text, text, for_text, c)
+
+    def _qkv(self, own: DiTBlock, stream: Tensor, c: Tensor) -> list[Tensor]:
+        shift, scale = own.adaLN_modulation(c).chunk(6, dim=1)[:2]
+        return [split_heads(part, own.attn.num_heads) for part in own.attn.qkv(modulate(own.norm1(stream), shift, scale)).chunk(3, dim=2)]
+
+    def _rest(self, own: DiTBlock, stream: Tensor, mixed: Tensor, c: Tensor) -> Tensor:
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = own.adaLN_modulation(c).chunk(6, dim=1)[2:]
+        stream = stream + gate_msa.unsqueeze(1) * own.attn.proj(mixed)
+        return stream + gate_mlp.unsqueeze(1) * own.mlp(modulate(own.norm2(stream), shift_mlp, scale_mlp))
+
+
+class JointDiT(nn.Module):
+    """Latents [B, 4, H, W] and a text [B, T, hidden], two streams -> patches of both [B, T + N, 16], so that no block's text is unused."""
+
+    def __init__(self, hidden: int = 32, depth: int = 2, heads: int = 2) -> None:
+        super().__init__()
+        self.patch_size, self.head_size = 2, hidden // heads
+        self.x_embedder = PatchEmbed(self.patch_size, 4, hidden)
+        self.t_embedder = TimestepEmbedder(hidden)
+        self.blocks = nn.ModuleList([JointBlock(hidden, heads, 4.0) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden, self.patch_size, 4)
+
+    def angles(self, tokens: int) -> Tensor:
+        """Of the rotary embedding: [tokens, head_size / 2]."""
+        rates = 100 ** -torch.linspace(0, 1, self.head_size // 2, dtype=torch.float64)
+        return torch.arange(tokens)[:, None] * rates
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        image, text, c = self.x_embedder(x), y, self.t_embedder(t)
+        angles = self.angles(image.shape[1] + text.shape[1]).to(image.dtype)
+        for block in self.blocks:
+            image, text = block(image, text, c, angles)
+        return self.final_layer(torch.cat([text, image], dim=1), c)
+
+
 def randomize(model: nn.Module, seed: int) -> None:
     """Weights that leave nothing degenerate: modulations and gates of about 0.5, attention maps far from uniform."""
     generator = torch.Generator().manual_seed(seed)
@@ -192,13 +301,15 @@ def tiny_dit(seed: int = 0, **overrides: Any) -> DiTTransformer2DModel:
         "num_embeds_ada_norm": 10,
         "norm_eps": 1e-6,
     }
-    model = DiTTransformer2DModel(**{**settings, **overrides}).eval().requires_grad_(False)
-    randomize(model, seed)
-    return model
+    return randomized(DiTTransformer2DModel(**{**settings, **overrides}), seed)
 
 
 def tiny_original_dit(seed: int = 0, **overrides: Any) -> OriginalDiT:
     """The same size with the module structure of facebookresearch/DiT."""
-    model = OriginalDiT(**overrides).eval().requires_grad_(False)
+    return randomized(OriginalDiT(**overrides), seed)
+
+
+def randomized[M: nn.Module](model: M, seed: int = 0) -> M:
+    """In eval mode, with random weights."""
     randomize(model, seed)
-    return model
+    return model.eval().requires_grad_(False)
