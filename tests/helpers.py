@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, fx, nn
 
 import toca_fx.capture
-from tests.models import OriginalDiT, tiny_dit, tiny_original_dit
+from tests.models import CrossDiT, JointDiT, SmallModel, randomize, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
 from toca_fx.buffers import site_of
 from toca_fx.plan import StepPlan
@@ -20,15 +20,29 @@ from toca_fx.policy.types import Policy
 from toca_fx.program import Program
 from toca_fx.runtime import Session
 from toca_fx.select import Selector
-from toca_fx.trace import to_aten
+from toca_fx.trace import input_sources, to_aten
 
 KINDS = ("diffusers", "original")
 
+# The authors' DiT policy, over 20 steps.
+AUTHORS = {
+    "sampler": {"steps": 20, "order": "descending"},
+    "N": {"base": 3, "drift": 0.4, "phase": "modulo", "windows": [{"from": 0.2, "to": 0.4, "interval": 2}]},
+    "R": {"base": 0.93, "step_weight": 2.0, "layer_weight": -0.2, "layer_span": 27},
+    "modules": {"mlp": {"weight": 2.5}},
+    "scores": {"self_attention": 1.0, "staleness": 0.25, "staleness_over": 3},
+    "spatial": {"bonus": 0.6, "grid": 2},
+    "rules": [{"layers": 0, "N": {"extra_full_steps": [17, 11]}}],
+}
 
-def tiny(kind: str, **overrides: Any) -> DiTTransformer2DModel | OriginalDiT:
-    """One of the two tiny models, with ``layers`` blocks; same size, other module structure."""
-    layers = overrides.pop("layers", 3)
-    return tiny_dit(num_layers=layers, **overrides) if kind == "diffusers" else tiny_original_dit(depth=layers, **overrides)
+
+def tiny(kind: str, layers: int = 3, **overrides: Any) -> SmallModel:
+    """A tiny model with ``layers`` blocks: of ``KINDS``, which differ in module structure only; "cross" and "joint" read a text."""
+    if kind == "diffusers":
+        return tiny_dit(num_layers=layers, **overrides)
+    if kind == "original":
+        return tiny_original_dit(depth=layers, **overrides)
+    return randomize((CrossDiT if kind == "cross" else JointDiT)(depth=layers, **overrides), seed=0)
 
 
 def make_policy(**sections: Any) -> Policy:
@@ -44,6 +58,9 @@ def make_policy(**sections: Any) -> Policy:
     return load_policy({**defaults, **sections})
 
 
+Call = tuple[Tensor, Tensor, Tensor]  # latents, timesteps, and labels or texts
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The model inputs of one generation: latents [steps, B, C, H, W], timesteps [steps] going down, labels [B]."""
@@ -52,7 +69,7 @@ class Inputs:
     timesteps: Tensor
     labels: Tensor
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Call]:
         for x, t in zip(self.latents, self.timesteps, strict=True):
             yield x, t.expand(x.shape[0]), self.labels
 
@@ -65,14 +82,20 @@ def make_inputs(steps: int = 12, batch: int = 2, seed: int = 0, dtype: torch.dty
     return Inputs(latents, torch.linspace(999, 0, steps).round().long(), labels)
 
 
+def text_inputs(steps: int = 12, batch: int = 2) -> list[Call]:
+    """Inputs in float64 for the models that read a text: latents of 12 x 16 and texts of 10 tokens, new at every step."""
+    texts = torch.randn(steps, batch, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [(x[:, :, :12], t, text) for (x, t, _), text in zip(make_inputs(steps, batch, dtype=torch.float64), texts, strict=True)]
+
+
 def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Call either model with its own argument names; the output image."""
-    if isinstance(model, OriginalDiT):
-        return model(x, t=t, y=y)
-    return model(x, timestep=t, class_labels=y).sample
+    """Call a tiny model with its own argument names; the output image."""
+    if isinstance(model, DiTTransformer2DModel):
+        return model(x, timestep=t, class_labels=y).sample
+    return model(x, t=t, y=y)
 
 
-def run_all(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run_all(model: nn.Module, inputs: Iterable[Call]) -> list[Tensor]:
     """The outputs of all calls, without gradients."""
     with torch.no_grad():
         return [call(model, *step).clone() for step in inputs]
@@ -105,6 +128,15 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     return record
 
 
+def picked_tokens(run: Session) -> Chosen:
+    """The tokens that partial sites computed in the last call of the only model, per sample, ascending (from private records)."""
+    (track,) = run._tracks.values()
+    (generation,) = track.generations.values()
+    plan, modes = generation.plan, generation.plan.steps[generation.position - 1].modes
+    picked = {site.path: generation.buffers[f"picked:{i}"] for i, site in enumerate(plan.sites) if modes[i] == "partial"}
+    return {path: [row.nonzero().flatten().tolist() for row in rows] for path, rows in picked.items()}
+
+
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
     """Dynamo's graph of ``model`` and the inputs that a backend gets with it."""
     return toca_fx.capture.capture(model, args, kwargs)
@@ -116,6 +148,7 @@ def capture_calls(model: nn.Module, calls: Sequence[dict[str, Any]]) -> tuple[fx
     given: list[list[Any]] = []
 
     def backend(graph: fx.GraphModule, _: Sequence[Any]) -> Any:
+        input_sources(graph)
         graphs.append(graph)
 
         def run(*inputs: Any) -> Any:

@@ -94,7 +94,7 @@ class Dispatcher:
 
     def __init__(self, captured: fx.GraphModule, policy: Policy, inner: Inner, inputs: Sequence[Any]) -> None:
         self._captured, self._policy, self._inner = captured, policy, inner
-        self._timestep = _timestep_position(trace.input_sources(captured), inputs)
+        self._timestep = trace.timestep_position(trace.input_sources(captured), inputs)
         compile_id = CompileContext.current_compile_id()
         # The place in the code keeps the parts of a broken graph apart; it stays the same across recompilations.
         self._place = (None if compile_id is None else compile_id.frame_id, policy)
@@ -123,8 +123,7 @@ class Dispatcher:
                         "step to step (a timestep?) has to be passed as a tensor, or nothing is ever cached",
                         _MANY_PROGRAMS,
                     )
-        timestep = None if self._timestep is None else inputs[self._timestep]
-        return current_session().call(self._lane(inputs), program, inputs, timestep)
+        return current_session().call(self._lane(inputs), program, inputs, self._timestep)
 
     def _lane(self, inputs: Sequence[Any]) -> Lane:
         """Dynamo shares code between models of one class, so which model it is shows at the call only."""
@@ -191,12 +190,3 @@ def _compiler(inner: Inner) -> Any:
 # By a model's first parameter: lanes go when the model goes. Parameters compare by identity here, not by value.
 _lanes: MutableMapping[Tensor, dict[object, Lane]] = WeakIdKeyDictionary()
 _no_parameters = torch.empty(0)
-
-
-def _timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
-    """The input that holds the timestep, by the name of the forward's argument; None if there is none."""
-    for name in ("timestep", "timesteps", "t", "sigma", "time"):
-        for position, source in enumerate(sources):
-            if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
-                return position
-    return None

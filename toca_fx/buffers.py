@@ -7,6 +7,7 @@ entropy:i     entropy of cross-attention i                           [B, N]     
 picked:i      the tokens that site i computed on this step           [B, N] bool      "
 rows:i        the fresh tokens of site i, as rows of [B * N]         [B, K]      given for one step
 known:i       score of site i but for this step's cross-attention    [B, N]           "
+hoisted:NAME  what the node NAME computes from timestep and conditions    as it is       "
 ranks:i       0 .. K - 1: how many tokens site i selects in the step [K]              "
 """
 
@@ -48,9 +49,12 @@ class Buffers:
         self._nodes = {node.name: node for node in source.graph.nodes}
 
     def new(self, name: str) -> Tensor:
-        """A buffer to be kept: caches uninitialised (a full step comes first), everything else zero."""
-        role, index = name.split(":", maxsplit=1)[0], site_of(name)
-        site = self._plan.sites[index]
+        """A buffer to be kept: caches uninitialised (a full step comes first), everything else zero; or a hoisted value."""
+        role, of = name.split(":", maxsplit=1)
+        if role == "hoisted":
+            value = self._value(of)
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        site = self._plan.sites[site_of(name)]
         value = self._value(site.output)
         if role == "keys":
             value = self._value(site.projections[int(name.split(":")[2])])

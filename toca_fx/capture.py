@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.trace import input_sources
 
 
 class _Captured(Exception):  # noqa: N818 - no error
@@ -36,6 +37,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tu
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        input_sources(graph)
         found.append((graph, list(inputs)))
         raise _Captured
 

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from toca_fx import buffers, trace
+from toca_fx.analysis import Analysis
 from toca_fx.backend import call_inputs, default_policy, written_for_another
-from toca_fx.buffers import Buffers
 from toca_fx.capture import capture
 from toca_fx.explanation import Explanation, SiteExplanation, Skipped
-from toca_fx.match import NearMiss, match
-from toca_fx.plan import Modes, Plan, make_plan
+from toca_fx.match import NearMiss
+from toca_fx.plan import Plan
 from toca_fx.policy import Policy, PolicySource, load_policy
-from toca_fx.program import CountedStep, aspect_of, graph_flops, step_graph
 
 _PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
 
@@ -39,21 +36,21 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
     module = copy.copy(getattr(model, "_orig_mod", model))
     module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
     captured, inputs = capture(module, args, kwargs)
-    aten = trace.to_aten(captured, inputs)
     name = type(module).__name__
     chosen = given or default_policy(name, call_inputs(captured, inputs))
-    matches = match(aten.graph)
-    plan = make_plan(matches, chosen, num_steps)
+    found = Analysis(captured, inputs, chosen)
+    plan = found.plan(num_steps)
     mismatch = written_for_another(chosen, name)
     return Explanation(
         model=name,
         policy=chosen.name,
         steps=tuple((step.index, step.kind) for step in plan.steps),
         sites=_sites(plan, chosen),
-        skipped=tuple(_skipped(miss, aten.graph) for miss in matches.misses),
-        flops_done=_flops(aten, plan, chosen, aspect_of(inputs)),
-        flops_uncached=graph_flops(aten) * len(plan.steps),
-        cache_bytes=_cache_bytes(aten, plan),
+        skipped=tuple(_skipped(miss, found.aten.graph) for miss in found.matches.misses),
+        flops_done=found.flops(plan),
+        flops_uncached=found.uncached_flops * len(plan.steps),
+        cache_bytes=found.nbytes(plan),
+        hoisted_bytes=sum(found.hoisted_bytes),
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
     )
 
@@ -98,19 +95,3 @@ def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
             foreign[f"torch.ops.{target.namespace}.{target._opname}"] = None
     advice = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
     return Skipped(miss.kind, miss.path, miss.reason, f"if this is an attention: {advice}" if advice else "")
-
-
-def _flops(aten: fx.GraphModule, plan: Plan, policy: Policy, aspect: tuple[int, int] | None) -> int:
-    """FLOPs of all steps, scoring included."""
-    counted: dict[Modes, CountedStep] = {}
-    for step in plan.steps:
-        if step.modes not in counted:
-            counted[step.modes] = CountedStep(step_graph(aten, plan, step.modes, policy, aspect), aten, plan)
-    return sum(counted[step.modes].flops(step) for step in plan.steps)
-
-
-def _cache_bytes(aten: fx.GraphModule, plan: Plan) -> int:
-    """Bytes that a generation keeps."""
-    made = Buffers(aten, plan)
-    with FakeTensorMode():
-        return sum(made.new(name).nbytes for name in buffers.kept(plan))

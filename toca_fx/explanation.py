@@ -72,7 +72,8 @@ class Skipped:
 class Explanation:
     """Made by ``toca_fx.explain``. ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps.
 
-    ``cache_bytes`` is what one guidance branch keeps. ``str()`` gives a page to read, ``to_dict()`` everything.
+    ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it
+    computes ahead of the steps (of one timestep). ``str()`` gives a page to read, ``to_dict()`` everything.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Explanation:
     flops_done: int
     flops_uncached: int
     cache_bytes: int
+    hoisted_bytes: int
     warnings: tuple[str, ...]
 
     @property
@@ -106,6 +108,7 @@ class Explanation:
             "suggestions": list(self.suggestions),
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached, "ratio": self.flops_ratio},
             "cache_bytes": self.cache_bytes,
+            "hoisted_bytes": self.hoisted_bytes,
             "warnings": list(self.warnings),
         }
 
@@ -116,7 +119,7 @@ class Explanation:
             f"policy     {self.policy}",
             f"steps      {len(self.steps)}: " + ", ".join(f"{kinds[kind]} {kind}" for kind in ("full", "mixed", "partial") if kinds[kind]),
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
-            f"caches     {self.cache_bytes / 2**20:.1f} MiB",
+            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             "",
             *_site_lines(self.sites),
         ]

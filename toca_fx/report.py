@@ -14,7 +14,8 @@ from toca_fx.plan import StepPlan
 class StepRecord:
     """One model call. ``index`` is s of the policy, ``plan`` what the call did.
 
-    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose tokens.
+    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose tokens. ``hoisted_flops`` is what the call
+    spent beside its step graph, on values that do not depend on the latents.
     """
 
     index: int
@@ -23,6 +24,7 @@ class StepRecord:
     seconds: float
     selection_seconds: float
     plan: StepPlan
+    hoisted_flops: int
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Made by ``session.report()``. ``flops_uncached`` is what as many calls of the uncached model cost."""
+    """Made by ``session.report()``. ``flops_uncached`` is what as many calls of the uncached model cost.
+
+    ``cache_bytes`` are those of caches, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
+    """
 
     steps: tuple[StepRecord, ...]
     sites: tuple[SiteRecord, ...]
     flops_done: int
     flops_uncached: int
     cache_bytes: int
+    hoisted_bytes: int
     compiled_graphs: int
     warnings: tuple[str, ...]
 
@@ -72,6 +78,7 @@ class Report:
             ],
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached},
             "cache_bytes": self.cache_bytes,
+            "hoisted_bytes": self.hoisted_bytes,
             "seconds": self.seconds,
             "selection_seconds": self.selection_seconds,
             "compiled_graphs": self.compiled_graphs,
@@ -84,7 +91,7 @@ class Report:
             f"{len(self.steps)} steps: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
             f"time       {self.seconds:.2f} s, of which {self.selection_seconds:.3f} s selecting tokens",
-            f"caches     {self.cache_bytes / 2**20:.1f} MiB",
+            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             f"graphs     {self.compiled_graphs} compiled",
         ]
         lines += _site_table(self.sites)

@@ -48,15 +48,21 @@ class StepGraph:
 
 
 def rewrite(
-    source: fx.GraphModule, plan: Plan, modes: Modes, *, shared: bool = False, spatial_of: SpatialOf = lambda site: None
+    source: fx.GraphModule,
+    plan: Plan,
+    modes: Modes,
+    *,
+    shared: bool = False,
+    spatial_of: SpatialOf = lambda site: None,
+    hoisted: Sequence[str] = (),
 ) -> StepGraph:
     """Build the graph of a step on which site i is in ``modes[i]``. ``source`` is not changed.
 
     ``shared`` says that both halves of the batch share one selection; ``spatial_of`` gives the spatial bonus of a site. Both
-    concern sites that select within the step, and ``shared`` the entropies too.
+    concern sites that select within the step, and ``shared`` the entropies too. The values of the nodes ``hoisted`` are given.
     """
     module = fx.GraphModule(source, copy.deepcopy(source.graph))
-    return _Rewriter(module, plan, modes, shared, spatial_of).run()
+    return _Rewriter(module, plan, modes, shared, spatial_of, hoisted).run()
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,19 @@ class _Merge:
 class _Rewriter:
     """Turns a copy of the model's graph into one step graph; used once."""
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, modes: Modes, shared: bool, spatial_of: SpatialOf) -> None:
+    def __init__(
+        self, module: fx.GraphModule, plan: Plan, modes: Modes, shared: bool, spatial_of: SpatialOf, hoisted: Sequence[str]
+    ) -> None:
         self.module, self.graph, self.plan, self.modes = module, module.graph, plan, modes
         self.shared, self.spatial_of = shared, spatial_of
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.inputs = self.graph.find_nodes(op="placeholder")
         self.last_input = self.inputs[-1]
         self.end = next(iter(self.graph.find_nodes(op="output")))
-        self.attentions = {site.anchor: attention_at(self.nodes[site.anchor]) for site in plan.sites if site.kind != "mlp"}
         self.names: dict[str, fx.Node] = {}
+        for name in hoisted:
+            self.nodes[name].replace_all_uses_with(self._buffer(f"hoisted:{name}", self.nodes[name]))
+        self.attentions = {site.anchor: attention_at(self.nodes[site.anchor]) for site in plan.sites if site.kind != "mlp"}
         self.influences: dict[str, fx.Node] = {}
         self.entropies: dict[int, fx.Node] = {}
         self.merges: list[_Merge] = []
@@ -104,12 +114,13 @@ class _Rewriter:
         # FX keeps seeded operators alive, attention among them for its optional dropout.
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         kept = tuple(position for position, node in enumerate(self.inputs) if node.users)
-        for position, node in enumerate(self.inputs):
-            if position not in kept:
+        names = tuple(name for name, node in self.names.items() if node.users)
+        for node in (*self.inputs, *self.names.values()):
+            if not node.users:
                 self.graph.erase_node(node)
         self.graph.lint()
         self.module.recompile()
-        return StepGraph(self.module, self.modes, kept, tuple(self.names), fresh_nodes)
+        return StepGraph(self.module, self.modes, kept, names, fresh_nodes)
 
     def _is_judged(self, site: int) -> bool:
         """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""

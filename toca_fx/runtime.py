@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toca_fx import buffers
 from toca_fx.buffers import Buffers
+from toca_fx.conditioning import Conditioning
 from toca_fx.plan import StepPlan
 from toca_fx.program import Program
 from toca_fx.report import Report, SiteRecord, StepRecord
@@ -38,8 +39,8 @@ class Lane:
 class Generation:
     """Clock, caches and token counters of one sampling run, for one program."""
 
-    def __init__(self, program: Program, num_steps: int | None, position: int = 0) -> None:
-        self.program, self.position = program, position
+    def __init__(self, program: Program, num_steps: int | None, position: int, conditioning: Conditioning) -> None:
+        self.program, self.position, self.conditioning = program, position, conditioning
         self.plan = program.plan(num_steps)
         self.fresh_caches = True
         self.ambiguous = False
@@ -84,8 +85,9 @@ class Generation:
         self.fresh_caches = True
         given = self.selector.select(step) if step.kind != "full" else {}
         selected = time.perf_counter()
+        hoisted, hoisted_flops = self.conditioning.values(inputs, self.position)
         compiled = self.program.step(self.plan, step.modes)
-        outputs = compiled(inputs, {**self.buffers, **given})
+        outputs = compiled(inputs, {**self.buffers, **given, **hoisted})
         if step.kind == "full":
             self.selector.full()
         else:
@@ -93,7 +95,7 @@ class Generation:
         self.fresh_caches = False
         self.position += 1
         ended = time.perf_counter()
-        return outputs, StepRecord(step.index, step.kind, branch, ended - began, selected - began, step)
+        return outputs, StepRecord(step.index, step.kind, branch, ended - began, selected - began, step, hoisted_flops)
 
 
 @dataclass
@@ -107,21 +109,22 @@ class _Track:
 class Session:
     """One sampling run, or (implicit) all runs outside of any ``toca_fx.session``."""
 
-    def __init__(self, num_steps: int | None = None, *, implicit: bool = False) -> None:
-        self.num_steps, self._implicit = num_steps, implicit
+    def __init__(self, num_steps: int | None = None, timesteps: Tensor | None = None, *, implicit: bool = False) -> None:
+        self.num_steps, self._timesteps, self._implicit = num_steps, timesteps, implicit
         self._tracks: weakref.WeakKeyDictionary[Lane, _Track] = weakref.WeakKeyDictionary()
         self._records: list[tuple[Program, StepRecord]] = []
         self._warnings: dict[str, None] = {}
-        self._cache_bytes = 0
+        self._cache_bytes = self._hoisted_bytes = 0
 
-    def call(self, lane: Lane, program: Program, inputs: Sequence[Any], timestep: Tensor | None) -> Any:
-        """Run the model's next step."""
+    def call(self, lane: Lane, program: Program, inputs: Sequence[Any], timestep_at: int | None) -> Any:
+        """Run the model's next step. ``timestep_at`` is the position of the timestep among the inputs."""
+        timestep: Tensor | None = None if timestep_at is None else inputs[timestep_at]
         track = self._tracks.setdefault(lane, _Track({}))
         branch = _branch.get()
         if not branch and program.policy.guidance.layout == "separate":
             branch = "first" if track.calls % 2 == 0 else "second"
         now = self._read(timestep, track.generations.get(branch))
-        generation = self._generation(track, branch, program, now)
+        generation = self._generation(track, branch, program, now, timestep_at)
         try:
             outputs, record = generation.run(inputs, branch)
         except BaseException:
@@ -135,7 +138,7 @@ class Session:
             self._records.append((program, record))
         return outputs
 
-    def _generation(self, track: _Track, branch: str, program: Program, now: float | None) -> Generation:
+    def _generation(self, track: _Track, branch: str, program: Program, now: float | None, timestep_at: int | None) -> Generation:
         current = track.generations.get(branch)
         position = 0
         if current is not None and current.program is not program:
@@ -163,8 +166,11 @@ class Session:
                 "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
             )
         if current is None:
-            current = track.generations[branch] = Generation(program, self.num_steps, position)
-            self._cache_bytes = sum(g.nbytes for t in self._tracks.values() for g in t.generations.values())
+            conditioning = Conditioning(program, self._timesteps, timestep_at, self.warn)
+            current = track.generations[branch] = Generation(program, self.num_steps, position, conditioning)
+            generations = [generation for track in self._tracks.values() for generation in track.generations.values()]
+            self._cache_bytes = sum(generation.nbytes for generation in generations)
+            self._hoisted_bytes = sum(generation.conditioning.nbytes for generation in generations)
             for warning in current.plan.warnings:
                 self.warn(warning)
             steps = program.policy.sampler.steps
@@ -204,9 +210,10 @@ class Session:
         return Report(
             steps=tuple(record for _, record in self._records),
             sites=tuple(sites),
-            flops_done=sum(program.flops(self.num_steps, record.plan) for program, record in self._records),
+            flops_done=sum(program.step_flops(self.num_steps, record.plan) + record.hoisted_flops for program, record in self._records),
             flops_uncached=sum(program.uncached_flops for program, _ in self._records),
             cache_bytes=self._cache_bytes,
+            hoisted_bytes=self._hoisted_bytes,
             compiled_graphs=sum(program.compiled_graphs for program in programs),
             warnings=tuple(self._warnings),
         )
@@ -219,19 +226,25 @@ _branch: ContextVar[str] = ContextVar("toca_fx_branch", default="")
 
 
 @contextmanager
-def session(num_steps: int | None = None) -> Iterator[Session]:
+def session(num_steps: int | None = None, *, timesteps: Sequence[float] | Tensor | None = None) -> Iterator[Session]:
     """One generation: fresh caches and a step clock of its own for every toca-compiled model called inside.
 
     ``num_steps`` is the number of model calls of the sampling run (per guidance branch); by default the policy's
     ``sampler.steps``. Sessions nest, and each thread or asyncio task sees only its own. Calls beyond ``num_steps`` are
-    full steps, with a warning. Twins of one model compiled with one policy count as one model.
+    full steps, with a warning. Twins of one model compiled with one policy count as one model. ``timesteps`` are the values of
+    the model's timestep argument, call by call: what depends on nothing but them and the conditions, such as the modulations of
+    all blocks, is then computed for all steps at once, if that fits into the policy's ``hoisting.memory``.
 
     Raises:
-        ValueError: ``num_steps`` is not a positive integer.
+        ValueError: ``num_steps`` is not a positive integer, or is not the number of ``timesteps``.
     """
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise ValueError(f"session(num_steps={num_steps!r}): expected a positive integer, the number of model calls")
-    run = Session(num_steps)
+    # Numbers keep all of their digits: they are compared with what the model is called with, in its precision.
+    known = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+    if known is not None and num_steps not in (None, len(known)):
+        raise ValueError(f"session(num_steps={num_steps}, timesteps=...): {len(known)} timesteps were given, one is needed for each step")
+    run = Session(num_steps if known is None else len(known), known)
     token = _session.set(run)
     try:
         yield run

@@ -27,6 +27,8 @@ _PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
 _PATH_NOISE = frozenset({"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"})
 
 
+_SOURCES = "toca_fx_input_sources"
+
 # These decompose into bmm and views by themselves, so that attention has fewer spellings.
 _DECOMPOSED: dict[Any, Any] = {aten.einsum.default: aten.einsum.default.decompose}
 
@@ -63,9 +65,40 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         elif nothing:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-    _mark_constants(graph_module.graph, [is_model_state(source) for source in input_sources(captured)], inputs)
+    sources = input_sources(captured)
+    _mark_constants(graph_module.graph, [is_model_state(source) for source in sources], inputs)
+    _mark_roles(graph_module.graph, sources)
     graph_module.recompile()
     return graph_module
+
+
+def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
+    """The input that holds the timestep, by the name of the forward's argument; None if there is none."""
+    for name in ("timestep", "timesteps", "t", "sigma", "time"):
+        for position, source in enumerate(sources):
+            if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
+                return position
+    return None
+
+
+def _mark_roles(graph: fx.Graph, sources: Sequence[str]) -> None:
+    """Set ``meta["role"]`` of the inputs: "state", "timestep", "latents" (what the model returns is shaped like them) or "condition"."""
+    nodes = graph.find_nodes(op="placeholder")
+    values = [node.meta.get("val") for node in nodes]
+    for node in nodes:
+        node.meta["role"] = "state" if node.meta["constant"] else "condition"
+    timestep = timestep_position(sources, values)
+    if timestep is not None:
+        nodes[timestep].meta["role"] = "timestep"
+    (returned,) = graph.find_nodes(op="output")
+    shapes = [node.meta["val"].shape for node in returned.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    inputs = [node for node in nodes if node.meta["role"] == "condition" and node.meta["val"].is_floating_point()]
+    for shape in shapes:
+        alike = [node for node in inputs if node.meta["val"].dim() == len(shape)]
+        # The output may have other channels than the latents: a variance as well, or none of a condition that came with them.
+        alike.sort(key=lambda node: sum(a != b for a, b in zip(node.meta["val"].shape, shape, strict=True)))
+        for node in alike[:1]:
+            node.meta["role"] = "latents"
 
 
 def _mark_constants(graph: fx.Graph, of_model: Sequence[bool], inputs: Sequence[Any]) -> None:
@@ -96,14 +129,21 @@ def model_class() -> str:
 
 
 def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
-    """Per placeholder of Dynamo's graph, the name of the argument or parameter it comes from ("" if unknown)."""
-    names = []
-    for node in captured.graph.find_nodes(op="placeholder"):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        # A method up to some release of PyTorch, a property since.
-        name = getattr(source, "name", "")
-        names.append(name() if callable(name) else name)
-    return tuple(names)
+    """Per placeholder of Dynamo's graph, the name of the argument or parameter it comes from ("" if unknown).
+
+    Dynamo forgets them when it has compiled: the first call has to be made in the backend, and later ones tell the same.
+    """
+    if _SOURCES not in captured.meta:
+        captured.meta[_SOURCES] = tuple(_source(node) for node in captured.graph.find_nodes(op="placeholder"))
+    found: tuple[str, ...] = captured.meta[_SOURCES]
+    return found
+
+
+def _source(placeholder: fx.Node) -> str:
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    # A method up to some release of PyTorch, a property since.
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
 
 
 def is_model_state(source: str) -> bool:

@@ -90,6 +90,18 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Hoisting:
+    """`memory` in MiB that values may take which are computed ahead of the steps, once per generation; 0: nothing is hoisted."""
+
+    memory: int = 1024
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return self.memory * 2**20
+
+
+@dataclass(frozen=True)
 class Sampler:
     """The default step count T and which way the step index s runs."""
 
@@ -177,6 +189,7 @@ class Policy:
     modules: tuple[tuple[str, Action], ...]
     scores: Scores
     spatial: Spatial | None
+    hoisting: Hoisting
     seed: int
     rules: tuple[Rule, ...]
     source: str

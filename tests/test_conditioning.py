@@ -1,0 +1,179 @@
+"""Hoisted values over a generation: computed once, again when something changed, and never to another result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_fx
+from tests.helpers import make_policy
+from toca_fx.integrations.diffusers import build, examples, prediction, vary
+from toca_fx.report import Report
+
+STEPS = 6
+CLASSES = (
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "FluxTransformer2DModel",
+    "SD3Transformer2DModel",
+    "WanTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+)
+ON, OFF = {"memory": 64}, {"memory": 0}
+
+
+def generation(name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A tiny model in float64 and the keywords of its calls: latents and timestep are new at each, all else are the same tensors."""
+    example = examples()[name]
+    model, first = build(example, dtype=torch.float64)
+    return model, [{**first, **_changed(first, vary(example, first, step, STEPS), example)} for step in range(STEPS)]
+
+
+def _changed(first: dict[str, Any], later: dict[str, Any], example: Any) -> dict[str, Any]:
+    return {key: later[key] for key in first if key in (example.latent, example.timestep)}
+
+
+def timesteps(calls: list[dict[str, Any]]) -> list[float]:
+    return [float(call["timestep"].flatten()[0]) for call in calls]
+
+
+def run(
+    model: nn.Module,
+    calls: list[dict[str, Any]],
+    hoisting: dict[str, int],
+    known: list[float] | None = None,
+    between: Callable[[int], None] = lambda step: None,
+) -> tuple[list[Tensor], Report]:
+    policy = make_policy(sampler={"steps": STEPS}, hoisting=hoisting)
+    torch._dynamo.reset()
+    fast = toca_fx.compile(model, policy, inner="eager")
+    outputs = []
+    with torch.no_grad(), toca_fx.session(None if known else STEPS, timesteps=known) as session:
+        for step, call in enumerate(calls):
+            between(step)
+            outputs.append(prediction(fast(**call))[0].clone())
+    return outputs, session.report()
+
+
+def spent(report: Report) -> list[int]:
+    return [step.hoisted_flops for step in report.steps]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """To the rounding of double precision; the sinusoids of timesteps are in single precision on either side."""
+    return all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_hoisting_changes_no_result(name: str) -> None:
+    model, calls = generation(name)
+    off, without = run(model, calls, OFF)
+    on, step_by_step = run(model, calls, ON)
+    ahead, at_once = run(model, calls, ON, timesteps(calls))
+    assert close(on, off)
+    assert close(ahead, off)
+    assert without.hoisted_bytes == 0
+    assert spent(without) == [0] * STEPS
+    assert 0 < step_by_step.hoisted_bytes < at_once.hoisted_bytes
+    assert not at_once.warnings
+    timed = spent(step_by_step)[1]
+    assert spent(step_by_step) == [spent(step_by_step)[0], *[timed] * (STEPS - 1)]
+    assert spent(at_once) == [spent(step_by_step)[0] + (STEPS - 1) * timed, *[0] * (STEPS - 1)]
+    assert at_once.flops_done == step_by_step.flops_done <= without.flops_done
+
+
+def test_a_caption_is_projected_once_and_again_if_it_changes() -> None:
+    model, calls = generation("PixArtTransformer2DModel")
+    caption = calls[0]["encoder_hidden_states"]
+    once = spent(run(model, calls, ON)[1])
+    assert once[0] > once[1] == once[2]
+
+    other = [{**call, "encoder_hidden_states": caption if step < 2 else caption.clone()} for step, call in enumerate(calls)]
+    copied, report = run(model, [{**call, "encoder_hidden_states": caption.clone()} for call in calls], ON)
+    assert spent(report) == [once[0]] * STEPS, "other tensors, equal or not"
+    assert close(copied, run(model, calls, OFF)[0])
+    assert spent(run(model, other, ON)[1])[1:4] == [once[1], once[0], once[0]]
+
+    def write(step: int) -> None:
+        if step == 3:
+            caption.mul_(-1.0)
+
+    before = caption.clone()
+    ours, report = run(model, calls, ON, between=write)
+    caption.copy_(before)
+    theirs, _ = run(model, calls, OFF, between=write)
+    assert close(ours, theirs)
+    assert spent(report) == [once[0], once[1], once[1], once[0], once[1], once[1]]
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    model, calls = generation("PixArtTransformer2DModel")
+    weight = model.transformer_blocks[1].attn2.to_k.weight  # type: ignore[union-attr,index]
+
+    def write(step: int) -> None:
+        if step == 3:
+            with torch.no_grad():
+                weight.neg_()
+
+    ours, _ = run(model, calls, ON, timesteps(calls), between=write)
+    with torch.no_grad():
+        weight.neg_()
+    theirs, _ = run(model, calls, OFF, between=write)
+    assert close(ours, theirs)
+
+
+def test_tensors_of_inference_mode_are_not_trusted() -> None:
+    model, calls = generation("PixArtTransformer2DModel")
+    expected, _ = run(model, calls, OFF)
+    with torch.inference_mode():
+        untracked = [{key: value.clone() if isinstance(value, Tensor) else value for key, value in calls[0].items()}]
+        calls = [{**untracked[0], "hidden_states": call["hidden_states"], "timestep": call["timestep"]} for call in calls]
+
+        def write(step: int) -> None:
+            if step == 1:
+                calls[0]["encoder_hidden_states"].mul_(1.0)
+
+        ours, report = run(model, calls, ON, between=write)
+    assert close(ours, expected)
+    assert len(set(spent(report))) == 1, "nobody counts writes to them"
+
+
+def test_other_timesteps_than_announced_are_computed_in_the_call() -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    wrong = timesteps(calls)
+    wrong[2:4] = 1.0, 2.0
+    ours, report = run(model, calls, ON, wrong)
+    assert close(ours, run(model, calls, OFF)[0])
+    assert [flops > 0 for flops in spent(report)] == [True, False, True, True, False, False]
+    assert report.warnings == (
+        "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
+        "computed in the call; give the values of the model's timestep argument, call by call",
+    )
+
+
+def test_too_many_timesteps_for_the_memory_are_computed_one_by_one() -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    model.double()
+    known = timesteps(calls)
+    policy = make_policy(sampler={"steps": STEPS}, hoisting={"memory": 1})
+    torch._dynamo.reset()
+    fast = toca_fx.compile(model, policy, inner="eager")
+    many = known + [0.0] * 1000
+    with torch.no_grad(), toca_fx.session(timesteps=many) as session:
+        for call in calls:
+            fast(**call)
+    assert all(flops > 0 for flops in spent(session.report()))
+
+
+def test_the_number_of_steps_is_that_of_the_timesteps() -> None:
+    with toca_fx.session(timesteps=[3.0, 2.0, 1.0]) as session:
+        assert session.num_steps == 3
+    with toca_fx.session(3, timesteps=torch.tensor([3, 2, 1])) as session:
+        assert session.num_steps == 3
+    with pytest.raises(ValueError, match="2 timesteps were given"), toca_fx.session(3, timesteps=[2.0, 1.0]):
+        pass

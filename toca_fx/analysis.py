@@ -1,0 +1,155 @@
+"""A captured model at one set of input shapes, under a policy: what is known of it before anything is compiled or run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from toca_fx import buffers, trace
+from toca_fx.buffers import Buffers
+from toca_fx.flops import count_flops
+from toca_fx.hoist import Part, extract, find_hoistable, nbytes_of
+from toca_fx.match import match
+from toca_fx.plan import Modes, Plan, StepPlan, make_plan
+from toca_fx.policy import Policy
+from toca_fx.rewrite import StepGraph, rewrite
+from toca_fx.select import spatial_of
+
+
+class Analysis:
+    """The graph of a model for the shapes of ``inputs``, its sites, its plans, and what its steps need not compute."""
+
+    def __init__(self, captured: fx.GraphModule, inputs: Sequence[Any], policy: Policy) -> None:
+        self.policy = policy
+        self.aten = trace.to_aten(captured, inputs)
+        self.matches = match(self.aten.graph)
+        self.aspect = aspect_of(inputs)
+        self.hoisted = find_hoistable(self.aten.graph, self.matches.sites, policy.hoisting.memory_bytes)
+        self._plans: dict[int | None, Plan] = {}
+        self._lock = threading.RLock()
+
+    def plan(self, num_steps: int | None) -> Plan:
+        """The plan for a generation of ``num_steps`` model calls (None: the policy's own count)."""
+        with self._lock:
+            if num_steps not in self._plans:
+                self._plans[num_steps] = make_plan(self.matches, self.policy, num_steps)
+            return self._plans[num_steps]
+
+    def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
+        """The graph for steps in these modes."""
+        grids = {i: spatial_of(plan, i, self.aspect, self.policy.source) for i in plan.inside(modes)}
+        shared = self.policy.guidance.selection == "shared"
+        return rewrite(self.aten, plan, modes, shared=shared, spatial_of=grids.__getitem__, hoisted=self.hoisted.names)
+
+    @cached_property
+    def conditions(self) -> Part:
+        """What depends on conditions only."""
+        return extract(self.aten, self.hoisted.conditions)
+
+    @cached_property
+    def timed(self) -> Part:
+        """What depends on the timestep as well, given the conditions."""
+        return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
+
+    @cached_property
+    def uncached_flops(self) -> int:
+        """FLOPs of one run of the model as it was captured."""
+        return _flops(self.aten)
+
+    @cached_property
+    def hoisted_flops(self) -> tuple[int, int]:
+        """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
+        return _flops(self.conditions.module), _flops(self.timed.module)
+
+    @cached_property
+    def hoisted_bytes(self) -> tuple[int, int]:
+        """Bytes of the values of ``conditions``, and of ``timed`` for one timestep."""
+        sizes = {node.name: nbytes_of(node) for node in self.aten.graph.nodes if node.name in self.hoisted.names}
+        return sum(sizes[name] for name in self.hoisted.conditions), sum(sizes[name] for name in self.hoisted.timed)
+
+    def flops(self, plan: Plan) -> int:
+        """FLOPs of a generation, scoring included; conditions are computed once."""
+        counted: dict[Modes, CountedStep] = {}
+        for step in plan.steps:
+            if step.modes not in counted:
+                counted[step.modes] = CountedStep(self.step_graph(plan, step.modes), self.aten, plan)
+        conditions, timed = self.hoisted_flops
+        return sum(counted[step.modes].flops(step) + timed for step in plan.steps) + conditions
+
+    def nbytes(self, plan: Plan) -> int:
+        """Bytes of the caches, scores and counters of a generation."""
+        made = Buffers(self.aten, plan)
+        with FakeTensorMode():
+            kept = sum(made.new(name).nbytes for name in buffers.kept(plan))
+            counters = sum(made.new(f"score:{i}").nbytes for i in plan.scored)
+        return kept + counters
+
+
+def _flops(module: fx.GraphModule) -> int:
+    return sum(count_flops(module, [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]).values())
+
+
+class CountedStep:
+    """A step graph and its FLOPs, for every number of fresh tokens. Nothing is compiled or run."""
+
+    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
+        self.graph = graph
+        # Every K has a symbol of its own.
+        self._shapes = ShapeEnv(duck_shape=False)
+        self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
+        self._source, self._plan = source, plan
+
+    def flops(self, step: StepPlan) -> int:
+        """FLOPs of one run with the fresh tokens of ``step``, scoring included."""
+        fixed, per_site = self._flops
+        return fixed + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
+
+    @cached_property
+    def _flops(self) -> tuple[int, dict[int, int]]:
+        """FLOPs that do not depend on K, and per site those of computing all of its tokens (they are linear in K)."""
+        flops = count_flops(self.graph.module, self._examples(dynamic=False))
+        per_site = {i: sum(flops.get(name, 0) for name in names) for i, names in self.graph.fresh_nodes.items()}
+        return sum(flops.values()) - sum(per_site.values()), per_site
+
+    def _examples(self, *, dynamic: bool) -> list[Any]:
+        """Fake inputs in call order; the number of fresh tokens is a symbol (or, if not ``dynamic``, all tokens)."""
+        placeholders = self._source.graph.find_nodes(op="placeholder")
+        examples = [like(self._mode, placeholders[position].meta["val"]) for position in self.graph.kept]
+        made, given = Buffers(self._source, self._plan), buffers.given(self._plan, self.graph.modes)
+        with self._mode:
+            kept = {name: made.new(name) for name in self.graph.names if name not in given}
+        return examples + [kept[name] if name in kept else self._given(made, name, dynamic) for name in self.graph.names]
+
+    def _given(self, made: Buffers, name: str, dynamic: bool) -> Tensor:
+        tokens = self._plan.sites[buffers.site_of(name)].tokens
+        # The hint only guides the compiler; it must not be 0 or 1, which would be taken for constants.
+        example = made.example(name, max(2, tokens // 8) if dynamic else tokens)
+        sizes = [DimDynamic.STATIC] * example.dim()
+        if dynamic and not name.startswith("known"):
+            sizes[-1] = DimDynamic.DYNAMIC
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context)
+
+
+def like(mode: FakeTensorMode, value: Any) -> Any:
+    """A fake tensor of ``mode`` like ``value``; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def aspect_of(inputs: Sequence[Any]) -> tuple[int, int] | None:
+    """Height and width of the latents: the first four-dimensional floating-point input that is no parameter."""
+    for value in inputs:
+        if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.dim() == 4 and value.is_floating_point():
+            return value.shape[-2], value.shape[-1]
+    return None

@@ -1,0 +1,117 @@
+"""The hoisted values of one generation: when they are computed, and when they can be used again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_fx.program import Program
+
+log = logging.getLogger(__name__)
+
+
+class Conditioning:
+    """Computes what is hoisted out of the steps of ``program`` for one generation.
+
+    Conditions are computed again when an input that they depend on is another tensor than on the call before, or was written to: a text
+    embedding that a pipeline hands over at each step costs its projections once. ``timesteps`` [T] are those of all calls of the
+    generation; where they are known, what depends on them is computed for all of them at once.
+    """
+
+    def __init__(self, program: Program, timesteps: Tensor | None, position: int | None, warn: Callable[[str], None]) -> None:
+        self._program, self._position, self._warn = program, position, warn
+        self._timesteps = timesteps if self._fits(timesteps) else None
+        self._conditions: dict[str, Tensor] = {}
+        self._table: dict[str, Tensor] = {}
+        self._seen: dict[str, list[tuple[Any, int]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take (or will take)."""
+        conditions, timed = self._program.hoisted_bytes
+        return conditions + timed * (1 if self._timesteps is None else len(self._timesteps))
+
+    def values(self, inputs: Sequence[Any], call: int) -> tuple[dict[str, Tensor], int]:
+        """The hoisted values for a call of the model, by name of their buffer, and the FLOPs that it took to get them."""
+        program, spent = self._program, 0
+        given = {position: inputs[position] for position in program.conditions.kept}
+        if program.hoisted.conditions and self._changed("conditions", given.values()):
+            with torch.no_grad():
+                self._conditions = dict(zip(program.hoisted.conditions, program.conditions.module(*given.values()), strict=True))
+            self._table = {}
+            spent += program.hoisted_flops[0]
+        if not program.hoisted.timed:
+            return self._named(self._conditions), spent
+        row = self._row(inputs, call)
+        if row is None:
+            given = {position: inputs[position] for position in program.timed.kept}
+            found = program.run_timed(*given.values(), *(self._conditions[name] for name in program.timed.given))
+            return self._named({**self._conditions, **dict(zip(program.hoisted.timed, found, strict=True))}), spent + program.hoisted_flops[
+                1
+            ]
+        kept = [inputs[position] for position in program.timed.kept if position != self._position]
+        if self._changed("timed", kept) or not self._table:
+            self._table = self._all_timesteps(inputs)
+            spent += program.hoisted_flops[1] * len(self._table[program.hoisted.timed[0]])
+        return self._named({**self._conditions, **{name: values[row] for name, values in self._table.items()}}), spent
+
+    def _fits(self, timesteps: Tensor | None) -> bool:
+        """Whether the values for all timesteps fit into the memory that the policy allows."""
+        conditions, timed = self._program.hoisted_bytes
+        return timesteps is not None and conditions + timed * len(timesteps) <= self._program.policy.hoisting.memory_bytes
+
+    def _row(self, inputs: Sequence[Any], call: int) -> int | None:
+        """Which of the timesteps this call is at; None if that is not known."""
+        if self._timesteps is None or self._position is None:
+            return None
+        timestep = inputs[self._position]
+        if call < len(self._timesteps) and bool((timestep == self._timesteps[call].to(timestep)).all()):
+            return call
+        self._warn(
+            "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
+            "computed in the call; give the values of the model's timestep argument, call by call"
+        )
+        return None
+
+    def _all_timesteps(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
+        """The values of all timesteps, [T, ...] each."""
+        part, position = self._program.timed, self._position
+        if self._timesteps is None or position is None:
+            raise AssertionError("no timesteps are known")
+        timestep = inputs[position]
+        stacked = self._timesteps.to(timestep).reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
+        given = [stacked if at == position else inputs[at] for at in part.kept]
+        given += [self._conditions[name] for name in part.given]
+        axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(part.given)
+        with torch.no_grad():
+            return dict(zip(part.names, torch.func.vmap(part.module, in_dims=axes)(*given), strict=True))
+
+    def _changed(self, what: str, values: Iterable[Any]) -> bool:
+        """Whether ``values`` are others than at the last call, or were written to since; they are kept, and so are their addresses."""
+        now = [(value, _version(value)) for value in values]
+        before = self._seen.get(what)
+        self._seen[what] = now
+        if before is None:
+            return True
+        return any(_differ(one, other) for one, other in zip(now, before, strict=True))
+
+    def _named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"hoisted:{name}": value for name, value in values.items()}
+
+
+def _version(value: Any) -> int:
+    """How often a tensor was written to; -1 if nobody counts (a tensor made in inference mode)."""
+    if not isinstance(value, Tensor):
+        return 0
+    return -1 if value.is_inference() else value._version
+
+
+def _differ(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
+    (left, left_version), (right, right_version) = one, other
+    if not isinstance(left, Tensor):
+        return bool(left != right)
+    return left is not right or left_version != right_version or left_version < 0
