@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from toca_fx import bench
+from toca_fx import bench, cli
+from toca_fx.integrations.diffusers import PRESETS
+from toca_fx.policy import shipped_policies
 
 
-def test_bench_prints_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "bench.json"
-    options = argparse.Namespace(
-        policy="dit-xl-2", hidden=64, blocks=2, tokens=64, batch=2, rounds=1, threads=torch.get_num_threads(), json=str(target)
-    )
-    assert bench.main(options) == 0
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "sample_size": 16}
+    monkeypatch.setitem(bench.CASES, "dit-xl-2", bench.Case("dit-xl-2-256", "dit-xl-2", 10, config))
+    inputs = lambda d: {"hidden_states": d.normal(4, 16, 16), "timestep": d.full(500), "class_labels": d.whole(1000)}  # noqa: E731
+    monkeypatch.setitem(PRESETS, "dit-xl-2-256", replace(PRESETS["dit-xl-2-256"], inputs=inputs))
+
+
+@pytest.mark.usefixtures("small")
+def test_bench_prints_writes_and_draws_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["bench", "--rounds", "1", "--threads", str(torch.get_num_threads()), "--json", str(figures), "--chart", str(picture)]
+    assert cli.main(options) == 0
     printed = capsys.readouterr().out
-    for word in ("uncached step", "full step", "partial step", "latency ratio", "FLOPs ratio", "quotient", "compile time"):
-        assert word in printed
-    figures = json.loads(target.read_text())
-    assert figures["kinds"].keys() == {"full", "partial"}
-    assert figures["flops_ratio"] > 1.5
-    assert figures["quotient"] == pytest.approx(figures["latency_ratio"] / figures["flops_ratio"])
+    words = ("uncached step", "full step", "partial step", "latency ratio", "FLOPs ratio", "quotient", "compile time", "peak memory")
+    assert [word for word in words if word not in printed] == []
+    (result,) = json.loads(figures.read_text())["results"]
+    assert result["kinds"].keys() == {"full", "partial"}
+    assert result["flops_ratio"] > 1.5
+    assert result["quotient"] == pytest.approx(result["latency_ratio"] / result["flops_ratio"])
+    assert all(0 < share < 1 for share, _ in result["partial"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_refuses_shapes_that_make_no_model() -> None:
-    with pytest.raises(SystemExit, match="square"):
-        bench.build_dit(64, 1, 60)
+def test_every_case_has_its_preset_and_its_policy() -> None:
+    for case in bench.CASES.values():
+        assert case.policy in shipped_policies()
+        assert case.config.keys() <= PRESETS[case.preset].config.keys()
+        assert bench.example_of(case, 3).config["num_layers"] == 3
+
+
+def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "sdxl"]) == 2
+    assert "unknown case `sdxl`; there are dit-xl-2, dit-xl-2-512, pixart-alpha, flux-dev" in capsys.readouterr().err

@@ -11,13 +11,13 @@ from toca_fx.report import Report, SiteRecord, StepRecord
 def _report() -> Report:
     steps = (
         StepRecord(0, "full", "", 1.0, 0.0, StepPlan(0, ("full", "full"), (64, 64)), 0),
-        StepRecord(1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), 0),
+        StepRecord(1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), 10),
     )
     sites = (
         SiteRecord("blocks.0.attn", "self_attention", 0, 64, (64, 0)),
         SiteRecord("blocks.0.mlp", "mlp", 0, 64, (64, 16)),
     )
-    return Report(steps, sites, 150, 200, 2**20, 3 * 2**20, 2, ("mind the step",))
+    return Report(steps, sites, (100, 40), 200, 2**20, 3 * 2**20, 2, ("mind the step",))
 
 
 def test_dict_is_json_with_the_promised_keys() -> None:
@@ -39,6 +39,6 @@ def test_text_says_what_a_reader_wants_to_know() -> None:
 
 
 def test_a_report_of_nothing_is_no_error() -> None:
-    empty = Report((), (), 0, 0, 0, 0, 0, ())
+    empty = Report((), (), (), 0, 0, 0, 0, ())
     assert empty.flops_ratio == 1.0
     assert "no sites" in str(empty)

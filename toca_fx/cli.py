@@ -151,17 +151,19 @@ def add_bench(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure time saved against work saved",
-        description="Time a DiT with random weights, uncached and cached, both compiled by inductor.",
+        description="Time models with random weights, uncached and cached, both compiled by inductor.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--policy", default="dit-xl-2", help="shipped name or path")
-    parser.add_argument("--hidden", type=int, default=768, help="channels, a multiple of 64")
-    parser.add_argument("--blocks", type=int, default=12, help="transformer blocks")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens per sample, a square number")
-    parser.add_argument("--batch", type=int, default=2, help="samples, guidance halves included")
-    parser.add_argument("--rounds", type=int, default=3, help="generations measured, after one that warms up")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    cases = ("dit-xl-2", "dit-xl-2-512", "pixart-alpha", "flux-dev")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(cases)} (without any: dit-xl-2)")
+    parser.add_argument("--policy", help="shipped name or path (default: the case's own)")
+    parser.add_argument("--blocks", type=_positive, help="transformer blocks of each kind (default: what a small machine stands)")
+    parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the case's own)")
+    parser.add_argument("--rounds", type=_positive, default=3, help="generations measured, after one that warms up")
+    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--chart", metavar="FILE", help="draw work against time to this picture")
     parser.set_defaults(run=_bench)
 
 

@@ -40,19 +40,25 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Made by ``session.report()``. ``flops_uncached`` is what as many calls of the uncached model cost.
+    """Made by ``session.report()``. ``step_flops`` are those of the step graph of each call.
 
-    ``cache_bytes`` are those of caches, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
+    ``flops_uncached`` is what as many calls of the uncached model cost. ``cache_bytes`` are those of caches, scores and counters,
+    ``hoisted_bytes`` those of values computed ahead of the steps.
     """
 
     steps: tuple[StepRecord, ...]
     sites: tuple[SiteRecord, ...]
-    flops_done: int
+    step_flops: tuple[int, ...]
     flops_uncached: int
     cache_bytes: int
     hoisted_bytes: int
     compiled_graphs: int
     warnings: tuple[str, ...]
+
+    @property
+    def flops_done(self) -> int:
+        """FLOPs of all calls, hoisted values included."""
+        return sum(self.step_flops) + sum(step.hoisted_flops for step in self.steps)
 
     @property
     def seconds(self) -> float:

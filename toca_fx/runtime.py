@@ -210,7 +210,7 @@ class Session:
         return Report(
             steps=tuple(record for _, record in self._records),
             sites=tuple(sites),
-            flops_done=sum(program.step_flops(self.num_steps, record.plan) + record.hoisted_flops for program, record in self._records),
+            step_flops=tuple(program.step_flops(self.num_steps, record.plan) for program, record in self._records),
             flops_uncached=sum(program.uncached_flops for program, _ in self._records),
             cache_bytes=self._cache_bytes,
             hoisted_bytes=self._hoisted_bytes,

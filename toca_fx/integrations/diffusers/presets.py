@@ -57,23 +57,9 @@ def pixart_alpha_256(text: int = 27) -> Example:
     )
 
 
-def _flux_dev_1024(d: Draw) -> dict[str, object]:
-    return {
-        "hidden_states": d.normal(64 * 64, 64),
-        "encoder_hidden_states": d.normal(512, 4096),
-        "pooled_projections": d.normal(768),
-        "timestep": d.full(0.5),
-        "img_ids": grid(1, 64, 64),
-        "txt_ids": torch.zeros(512, 3),
-        "guidance": d.full(3.5),
-    }
-
-
-PRESETS = {
-    "dit-xl-2-256": _dit_xl_2(32),
-    "dit-xl-2-512": _dit_xl_2(64),
-    "pixart-alpha-256": pixart_alpha_256(),
-    "flux-dev-1024": Example(
+def _flux_dev(side: int) -> Example:
+    """FLUX.1-dev on ``side`` x ``side`` packed latents: pixels / 16."""
+    return Example(
         "FluxTransformer2DModel",
         {
             "patch_size": 1,
@@ -87,8 +73,28 @@ PRESETS = {
             "guidance_embeds": True,
             "axes_dims_rope": (16, 56, 56),
         },
-        _flux_dev_1024,
+        lambda d: _flux_inputs(d, side),
         batch=1,
-    ),
+    )
+
+
+def _flux_inputs(d: Draw, side: int) -> dict[str, object]:
+    return {
+        "hidden_states": d.normal(side * side, 64),
+        "encoder_hidden_states": d.normal(512, 4096),
+        "pooled_projections": d.normal(768),
+        "timestep": d.full(0.5),
+        "img_ids": grid(1, side, side),
+        "txt_ids": torch.zeros(512, 3),
+        "guidance": d.full(3.5),
+    }
+
+
+PRESETS = {
+    "dit-xl-2-256": _dit_xl_2(32),
+    "dit-xl-2-512": _dit_xl_2(64),
+    "pixart-alpha-256": pixart_alpha_256(),
+    "flux-dev-512": _flux_dev(32),
+    "flux-dev-1024": _flux_dev(64),
 }
 """Examples in real size by name; flux-dev is distilled from guidance, so one image is a batch of 1."""
