@@ -6,12 +6,14 @@ In its style, and no release's: ``CrossDiT`` with cross-attention to a text, ``J
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -235,7 +237,9 @@ class JointBlock(nn.Module):
         self.text = DiTBlock(hidden, heads, mlp_ratio)
 
     def forward(self, image: Tensor, text: Tensor, c: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        query, key, value = (torch.cat(both, dim=2) for both in zip(self._qkv(self.text, text, c), self._qkv(self.image, image, c), strict=True))
+        query, key, value = (
+            torch.cat(both, dim=2) for both in zip(self._qkv(self.text, text, c), self._qkv(self.image, image, c), strict=True)
+        )
         mixed = F.scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value).transpose(1, 2).flatten(2)
         for_text, for_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
         return self._rest(self.image, image, for_image, c), self._rest(self.text, text, for_text, c)
@@ -274,8 +278,11 @@ class JointDiT(nn.Module):
         return self.final_layer(torch.cat([text, image], dim=1), c)
 
 
-def randomize(model: nn.Module, seed: int) -> None:
-    """Weights that leave nothing degenerate: modulations and gates of about 0.5, attention maps far from uniform."""
+SmallModel = DiTTransformer2DModel | OriginalDiT | CrossDiT | JointDiT
+
+
+def randomize(model: Model, seed: int) -> Model:
+    """Eval mode, and weights that leave nothing degenerate: modulations and gates of about 0.5, attention maps far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -286,6 +293,7 @@ def randomize(model: nn.Module, seed: int) -> None:
                     module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+    return model.eval().requires_grad_(False)
 
 
 def tiny_dit(seed: int = 0, **overrides: Any) -> DiTTransformer2DModel:
@@ -301,15 +309,9 @@ def tiny_dit(seed: int = 0, **overrides: Any) -> DiTTransformer2DModel:
         "num_embeds_ada_norm": 10,
         "norm_eps": 1e-6,
     }
-    return randomized(DiTTransformer2DModel(**{**settings, **overrides}), seed)
+    return randomize(DiTTransformer2DModel(**{**settings, **overrides}), seed)
 
 
 def tiny_original_dit(seed: int = 0, **overrides: Any) -> OriginalDiT:
     """The same size with the module structure of facebookresearch/DiT."""
-    return randomized(OriginalDiT(**overrides), seed)
-
-
-def randomized[M: nn.Module](model: M, seed: int = 0) -> M:
-    """In eval mode, with random weights."""
-    randomize(model, seed)
-    return model.eval().requires_grad_(False)
+    return randomize(OriginalDiT(**overrides), seed)

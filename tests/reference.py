@@ -1,7 +1,7 @@
-"""ToCa, written to be read: plain PyTorch on the model's own submodules, nothing shared with toca_fx but the policy data.
+"""ToCa, written to be read: plain PyTorch, nothing shared with toca_fx but the policy data.
 
-Everything is computed for all tokens; on a partial step only the chosen tokens of it enter the cache. That is the
-definition (method: Zou et al., ToCa, ICLR 2025, section 3); it saves nothing.
+``walk`` goes through a model and hands over each attention and MLP as computed for all tokens. On a partial step only the chosen tokens
+of it are taken, the others are remembered. That is the definition (method: Zou et al., ToCa, ICLR 2025, section 3); it saves nothing.
 """
 
 from __future__ import annotations
@@ -9,237 +9,163 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from tests.models import OriginalDiT
+from tests.models import SmallModel
+from tests.walks import Part, walk
 from toca_fx.policy.types import Interval, Policy, SitePolicy
 
 Choice = Mapping[str, Sequence[Sequence[int]]]  # site path -> per sample the chosen tokens
-
-
-class _DiffusersParts:
-    """How to walk a DiTTransformer2DModel."""
-
-    def __init__(self, model: DiTTransformer2DModel) -> None:
-        self.model = model
-        self.blocks = list(model.transformer_blocks)
-        self.patch: int = model.config.patch_size
-
-    def paths(self, layer: int) -> tuple[str, str]:
-        return f"transformer_blocks.{layer}.attn1", f"transformer_blocks.{layer}.ff"
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self.model.pos_embed(x)
-
-    def modulation(self, block: Any, t: Tensor, y: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        return block.norm1.linear(F.silu(block.norm1.emb(t, y, hidden_dtype=dtype))).chunk(6, dim=1)
-
-    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
-        return block.norm1.norm, block.norm3
-
-    def qkv(self, block: Any, x: Tensor) -> list[Tensor]:
-        linears = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-        return [linear(x).unflatten(2, (block.attn1.heads, -1)).transpose(1, 2) for linear in linears]
-
-    def project(self, block: Any, heads: Tensor) -> Tensor:
-        return block.attn1.to_out[0](heads)
-
-    def mlp(self, block: Any, x: Tensor) -> Tensor:
-        return block.ff(x)
-
-    def output(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        model = self.model
-        condition = model.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=x.dtype)
-        shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
-        patches = model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        return _unpatch(patches, self.patch, model.out_channels)
-
-
-class _OriginalParts:
-    """How to walk an OriginalDiT."""
-
-    def __init__(self, model: OriginalDiT) -> None:
-        self.model = model
-        self.blocks = list(model.blocks)
-        self.patch = model.patch_size
-
-    def paths(self, layer: int) -> tuple[str, str]:
-        return f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self.model.x_embedder(x) + self.model.pos_embed
-
-    def modulation(self, block: Any, t: Tensor, y: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        return block.adaLN_modulation(self.model.t_embedder(t) + self.model.y_embedder(y)).chunk(6, dim=1)
-
-    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
-        return block.norm1, block.norm2
-
-    def qkv(self, block: Any, x: Tensor) -> list[Tensor]:
-        heads = block.attn.num_heads
-        return [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in block.attn.qkv(x).chunk(3, dim=2)]
-
-    def project(self, block: Any, heads: Tensor) -> Tensor:
-        return block.attn.proj(heads)
-
-    def mlp(self, block: Any, x: Tensor) -> Tensor:
-        return block.mlp.fc2(F.gelu(block.mlp.fc1(x), approximate="tanh"))
-
-    def output(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        final = self.model.final_layer
-        shift, scale = final.adaLN_modulation(self.model.t_embedder(t) + self.model.y_embedder(y)).chunk(2, dim=1)
-        patches = final.linear(final.norm_final(x) * (1 + scale[:, None]) + shift[:, None])
-        return _unpatch(patches, self.patch, self.model.out_channels)
-
-
-def _unpatch(patches: Tensor, patch: int, channels: int) -> Tensor:
-    side = math.isqrt(patches.shape[1])
-    image = patches.new_empty(patches.shape[0], channels, side * patch, side * patch)
-    for token in range(patches.shape[1]):
-        row, column = divmod(token, side)
-        pixels = patches[:, token].reshape(-1, patch, patch, channels).permute(0, 3, 1, 2)
-        image[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = pixels
-    return image
+Measures = dict[str, Tensor]  # name in the policy's ``scores`` -> [B, N]
 
 
 @dataclass
 class _Site:
-    """One module of one layer: its policy, its schedule and its memory."""
+    """One module of one layer, on one stream of tokens: its policy, its schedule and its memory."""
 
-    kind: str
     path: str
     layer: int
+    stream: str
     policy: SitePolicy
     full_steps: set[int]
-    cache: Tensor | None = None
-    score: Tensor | None = None  # [B, N]: s1 and its alternatives, as of the attention's last full step
-    stale: list[list[int]] = field(default_factory=list)  # per sample and token
+    always_full: bool
+    full: bool = True  # on this step
+    fresh: list[list[int]] = field(default_factory=list)  # per sample the tokens of this step: all of them if full
+    stale: list[list[int]] = field(default_factory=list)  # per sample and token the steps since it was fresh
+    memory: dict[str, Tensor] = field(default_factory=dict)  # [B, N, ...] each
+    measures: Measures = field(default_factory=dict)  # what an attention told of the tokens
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some of its tokens, chosen ones, are computed on this step."""
+        return not self.full and self.policy.action.mode == "partial"
 
-@dataclass
-class Done:
-    """What one step did, per site path: full or not, K, and the chosen tokens per sample in descending score."""
-
-    full: dict[str, bool] = field(default_factory=dict)
-    count: dict[str, int] = field(default_factory=dict)
-    chosen: dict[str, list[list[int]]] = field(default_factory=dict)
+    def remember(self, name: str, computed: Tensor) -> Tensor:
+        """The fresh tokens' rows of ``computed``, and the others' as they were."""
+        rows = self.memory[name].clone() if name in self.memory else torch.full_like(computed, torch.nan)
+        for sample, tokens in enumerate(self.fresh):
+            rows[sample, tokens] = computed[sample, tokens]
+        self.memory[name] = rows
+        return rows
 
 
 class ReferenceSampler:
     """One generation of ``model`` under ``policy``.
 
     ``choices[c]`` prescribes the tokens of call c (site path -> per sample the tokens); without it they are scored here,
-    which random scores exclude. ``done[c]`` tells what call c did.
+    which random scores exclude. ``chosen[c]`` tells which they were, in descending score.
     """
 
-    def __init__(
-        self,
-        model: DiTTransformer2DModel | OriginalDiT,
-        policy: Policy,
-        num_steps: int | None = None,
-        choices: Sequence[Choice] | None = None,
-    ) -> None:
-        self.parts = _OriginalParts(model) if isinstance(model, OriginalDiT) else _DiffusersParts(model)
-        self.policy, self.choices = policy, choices
+    def __init__(self, model: SmallModel, policy: Policy, num_steps: int | None = None, choices: Sequence[Choice] | None = None) -> None:
+        self.model, self.policy, self.choices = model, policy, choices
         self.total = policy.sampler.steps if num_steps is None else num_steps
         self.order = list(range(self.total))
         if policy.sampler.order == "descending":
             self.order.reverse()
-        self.sites: list[tuple[_Site, _Site]] = []
-        for layer in range(len(self.parts.blocks)):
-            attention, mlp = (
-                _Site(kind, path, layer, own, full_steps(own.N, self.order, self.total))
-                for kind, path in zip(("self_attention", "mlp"), self.parts.paths(layer), strict=True)
-                for own in [policy.for_site(kind, path, layer)]
-            )
-            self.sites.append((attention, mlp))
-        self.done: list[Done] = []
+        self.grids: dict[str, tuple[int, int]] = {}  # stream -> rows and columns of its tokens
+        self.chosen: list[dict[str, list[list[int]]]] = []
+        self._sites: dict[str, _Site] = {}  # by path
+        self._crossing: dict[tuple[int, str], _Site] = {}  # layer and stream -> its cross-attention
+        self._judges: dict[tuple[int, str], tuple[_Site, Measures]] = {}  # and its self- or joint attention, with what that told
 
     def step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output for the next step of the generation."""
-        parts, call = self.parts, len(self.done)
-        self.done.append(Done())
-        self.grid = (x.shape[2] // parts.patch, x.shape[3] // parts.patch)
-        s = self.order[call]
-        tokens = parts.tokens(x)
-        for block, (attention, mlp) in zip(parts.blocks, self.sites, strict=True):
-            modulation = parts.modulation(block, t, y, tokens.dtype)
-            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (part[:, None] for part in modulation)
-            norm_msa, norm_mlp = parts.norms(block)
+        self.chosen.append({})
+        output = walk(self, self.model, x, t, y)
+        # The choice is made before the step, so a renewed map serves from the next step on.
+        for site in self._sites.values():
+            if (site.layer, site.stream) in self._judges:
+                attention, measures = self._judges[site.layer, site.stream]
+                if (site if attention.always_full else attention).full:
+                    site.measures = measures
+        return output
 
-            query, key, value = parts.qkv(block, norm_msa(tokens) * (1 + scale_msa) + shift_msa)
-            attention_map = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.shape[3]), dim=3)
-            mixed = (attention_map @ value).transpose(1, 2).flatten(2)
-            score = _score(mlp.policy, attention_map, key, value)
-            tokens = tokens + gate_msa * self._cached(attention, s, parts.project(block, mixed))
+    def mlp(self, path: str, layer: int, stream: str, computed: Tensor) -> Tensor:
+        """What an MLP contributes to its stream."""
+        return self._site("mlp", path, layer, stream, computed).remember("output", computed)
 
-            computed = parts.mlp(block, norm_mlp(tokens) * (1 + scale_mlp) + shift_mlp)
-            tokens = tokens + gate_mlp * self._cached(mlp, s, computed)
-            # A step's choice is made before the step, so a renewed map serves from the next step on.
-            always = attention.policy.action.mode == "compute"
-            if s in (mlp if always else attention).full_steps:
-                mlp.score = score
-        return parts.output(tokens, t, y)
+    def attention(self, kind: str, layer: int, parts: Sequence[Part]) -> list[Tensor]:
+        """What an attention contributes to each of its streams."""
+        sites = [self._site(kind, part.path, layer, part.stream, part.query) for part in parts]
+        keys, values = [part.key for part in parts], [part.value for part in parts]
+        if kind != "cross_attention":
+            kept = [(site.remember("key", part.key), site.remember("value", part.value)) for site, part in zip(sites, parts, strict=True)]
+            # Fresh queries see the stale tokens as they were. Where no stream is partial, an attention that runs at all runs whole.
+            if any(site.is_partial for site in sites):
+                keys, values = [key for key, _ in kept], [value for _, value in kept]
+        query, key, value = (torch.cat(tensors, dim=1).transpose(1, 2) for tensors in ([part.query for part in parts], keys, values))
+        weights = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.shape[3]), dim=3)
+        mixed = (weights @ value).transpose(1, 2).flatten(2)
+        mean = weights.mean(dim=1)
+        outputs, end = [], 0
+        for site, part in zip(sites, parts, strict=True):
+            start, end = end, end + part.query.shape[1]
+            outputs.append(site.remember("output", part.project(mixed[:, start:end])))
+            if kind == "cross_attention":
+                site.remember("map", mean)
+                self._crossing[layer, part.stream] = site
+            else:
+                self._judges[layer, part.stream] = (
+                    site,
+                    {
+                        "self_attention": _unit(mean.sum(dim=1)[:, start:end]),
+                        "value_norm": _unit(part.value.norm(dim=3).mean(dim=2)),
+                        "key_norm": _unit(part.key.norm(dim=3).mean(dim=2)),
+                    },
+                )
+        return outputs
 
-    def _cached(self, site: _Site, s: int, computed: Tensor) -> Tensor:
-        """What the site contributes on step s, given what it would compute for all tokens."""
-        done = self.done[-1]
-        if site.policy.action.mode == "compute":
-            return computed
-        batch, count, _ = computed.shape
-        done.full[site.path] = s in site.full_steps
-        if s in site.full_steps:
-            site.cache = computed.clone()
-            site.stale = [[0] * count for _ in range(batch)]
-            return computed
-        assert site.cache is not None, "the first step is full"
-        if site.policy.action.mode == "reuse":
-            return site.cache
-        chosen = self._choose(site, s)
-        done.count[site.path], done.chosen[site.path] = len(chosen[0]), chosen
-        for sample, fresh in enumerate(chosen):
+    def _site(self, kind: str, path: str, layer: int, stream: str, like: Tensor) -> _Site:
+        """The site on this step, its fresh tokens chosen."""
+        batch, count = like.shape[:2]
+        s = self.order[len(self.chosen) - 1]
+        if path not in self._sites:
+            own = self.policy.for_site(kind, path, layer)
+            steps = set(self.order) if own.action.mode == "compute" else full_steps(own.N, self.order, self.total)
+            self._sites[path] = _Site(path, layer, stream, own, steps, steps == set(self.order), stale=[[0] * count for _ in range(batch)])
+        site = self._sites[path]
+        site.full = s in site.full_steps
+        if site.full:
+            site.fresh = [list(range(count)) for _ in range(batch)]
+        elif site.is_partial:
+            site.fresh = self.chosen[-1][path] = self._choose(site, s)
+        else:
+            site.fresh = [[] for _ in range(batch)]
+        for sample, fresh in enumerate(site.fresh):
             site.stale[sample] = [0 if token in fresh else missed + 1 for token, missed in enumerate(site.stale[sample])]
-            for token in fresh:
-                site.cache[sample, token] = computed[sample, token]
-        return site.cache.clone()
+        return site
 
     def _choose(self, site: _Site, s: int) -> list[list[int]]:
         if self.choices is not None:
-            return [list(tokens) for tokens in self.choices[len(self.done) - 1][site.path]]
-        assert site.score is not None
-        assert not site.policy.scores.random, "random numbers cannot be repeated here; give choices"
-        batch, count = site.score.shape
-        over = site.policy.scores.staleness_over or site.policy.N.base
-        scores = [
-            [float(site.score[sample, token]) + site.policy.scores.staleness / over * site.stale[sample][token] for token in range(count)]
-            for sample in range(batch)
-        ]
+            return [list(tokens) for tokens in self.choices[len(self.chosen) - 1][site.path]]
+        weights = site.policy.scores
+        assert not weights.random, "random numbers cannot be repeated here; give choices"
+        score = weights.staleness / (weights.staleness_over or site.policy.N.base) * torch.tensor(site.stale, dtype=torch.float64)
+        for name, values in site.measures.items():
+            score = score + getattr(weights, name) * values
+        crossing = self._crossing.get((site.layer, site.stream))
+        text_map = None if crossing is None else crossing.memory["map"]
         if self.policy.guidance.selection == "shared":
-            half = batch // 2
-            for sample in range(half):
-                both = zip(scores[sample], scores[sample + half], strict=True)
-                scores[sample] = scores[sample + half] = [(a + b) / 2 for a, b in both]
+            half = len(score) // 2
+            score = ((score[:half] + score[half:]) / 2).repeat(2, 1)
+            if text_map is not None:  # the two halves' texts as one
+                text_map = torch.cat([text_map[:half] / 2, text_map[half:] / 2], dim=2).repeat(2, 1, 1)
+        if text_map is not None:
+            score = score + weights.cross_attention * _unit(1 - (text_map * torch.log(text_map + 1e-7)).sum(dim=2))
+        rows: list[list[float]] = score.tolist()
         if site.policy.spatial is not None:
-            scores = [bonus_by_hand(row, self.grid, site.policy.spatial.grid, site.policy.spatial.bonus) for row in scores]
-        fresh = fresh_count(site.policy, s, self.total, site.layer, len(self.sites) - 1, count)
-        return [sorted(range(count), key=lambda token: (-row[token], token))[:fresh] for row in scores]
+            grid = self.grids[site.stream]
+            rows = [bonus_by_hand(row, grid, site.policy.spatial.grid, site.policy.spatial.bonus) for row in rows]
+        last_layer = max(other.layer for other in self._sites.values())
+        count = fresh_count(site.policy, s, self.total, site.layer, last_layer, score.shape[1])
+        return [sorted(range(len(row)), key=lambda token: (-row[token], token))[:count] for row in rows]
 
 
-def _score(policy: SitePolicy, attention_map: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """s1 and its alternatives from the explicit map [B, H, N, N], keys and values [B, H, N, D]: [B, N]."""
-
-    def unit(score: Tensor) -> Tensor:
-        return score / score.square().sum(dim=1, keepdim=True).sqrt()
-
-    weights = policy.scores
-    total = weights.self_attention * unit(attention_map.mean(dim=1).sum(dim=1))
-    total = total + weights.value_norm * unit(value.square().sum(dim=3).sqrt().mean(dim=1))
-    return total + weights.key_norm * unit(key.square().sum(dim=3).sqrt().mean(dim=1))
+def _unit(score: Tensor) -> Tensor:
+    """[B, N] with length 1 over the tokens."""
+    return score / score.square().sum(dim=1, keepdim=True).sqrt()
 
 
 def bonus_by_hand(row: Sequence[float], grid: tuple[int, int], block: int, bonus: float) -> list[float]:

@@ -107,7 +107,9 @@ def entropy(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     logits = logits.to(score_dtype(logits))
     if mask is not None:
+        # A query that may attend to nothing gets zeros, as from the fused kernels; softmax would make it NaN.
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(-1).masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)
     return logits.softmax(-1)
 
 
@@ -172,5 +174,7 @@ def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
             part = mask if mask.shape[-2] == 1 else mask[..., rows, :]
             logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
         total = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
+        if mask is not None:
+            total = total.masked_fill(total == -torch.inf, 0.0)  # a query that may attend to nothing adds nothing
         columns.append((logits - total.unsqueeze(-1)).exp().sum(dim=(1, 2)))
     return torch.stack(columns).sum(0) / query.shape[1]

@@ -45,7 +45,7 @@ def has_sizes(node: fx.Node) -> bool:
 def resized(node: fx.Node, axis: int, count: Any) -> list[Any]:
     """The sizes of a view, reshape or expand with ``count`` positions along ``axis``."""
     sizes: Any = node.args[1]
-    return [count if at == axis and size != -1 else size for at, size in enumerate(sizes)]
+    return [count if at == axis else shape_of(node)[at] for at in range(len(sizes))]
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
@@ -97,12 +97,9 @@ def _matmul(node: fx.Node, axis: int) -> Axes | None:
     if axis == rank - 1 or len(shape_of(left)) != rank:
         return None
     if axis == rank - 2:
-        return {left: axis}
-    axes = {left: axis}
-    aligned = axis - rank + len(shape_of(right))
-    if aligned >= 0 and shape_of(right)[aligned] == shape_of(node)[axis]:
-        axes[right] = aligned
-    return axes
+        return {left: axis} if left is not right else None
+    aligned = {left: axis, right: axis - rank + len(shape_of(right))}
+    return {operand: at for operand, at in aligned.items() if at >= 0 and shape_of(operand)[at] == shape_of(node)[axis] != 1} or None
 
 
 def _attention(node: fx.Node, axis: int) -> Axes | None:
@@ -113,7 +110,7 @@ def _attention(node: fx.Node, axis: int) -> Axes | None:
     causal = node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5])
     dropout = node.kwargs.get("dropout_p") or (len(node.args) > 4 and node.args[4])
     rank = len(shape_of(node))
-    if causal or dropout or axis == rank - 1:
+    if causal or dropout or axis == rank - 1 or (axis == rank - 2 and read[0] in read[1:]):
         return None
     mask: Any = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
     axes = dict.fromkeys(read[:1] if axis == rank - 2 else read, axis)

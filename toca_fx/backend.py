@@ -98,7 +98,7 @@ class Dispatcher:
         compile_id = CompileContext.current_compile_id()
         # The place in the code keeps the parts of a broken graph apart; it stays the same across recompilations.
         self._place = (None if compile_id is None else compile_id.frame_id, policy)
-        self._parameter = next((at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None)
+        self._parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
         # Dynamo guards all but the numbers that it made symbolic. Those unused are storage offsets of views.
         nodes = captured.graph.find_nodes(op="placeholder")
         self._varying = [
@@ -127,10 +127,12 @@ class Dispatcher:
 
     def _lane(self, inputs: Sequence[Any]) -> Lane:
         """Dynamo shares code between models of one class, so which model it is shows at the call only."""
-        owner = _no_parameters if self._parameter is None else inputs[self._parameter]
+        parameters = [inputs[at] for at in self._parameters]
+        owner = parameters[0] if parameters else _no_parameters
         if owner not in _lanes:
             _lanes[owner] = {}
-        return _lanes[owner].setdefault(self._place, Lane())
+        # Models may share some parameters, an embedder say.
+        return _lanes[owner].setdefault((self._place, tuple(map(id, parameters))), Lane())
 
 
 def default_policy(model_class: str, inputs: Sequence[Any]) -> Policy:

@@ -149,7 +149,7 @@ class _Matcher:
             segment = segment_of(attention, output, site.shape, self.flow)
             projections: tuple[str, ...] = ()
             if segment is not None and kind != "cross_attention":
-                projections = projections_of(attention, site.shape, segment)
+                projections = projections_of(attention, site.shape, segment, self.flow)
             self.found.append(_Found(replace(site, segment=segment, projections=projections), add))
 
     def _mlp(self, mlp: _Mlp) -> None:

@@ -84,8 +84,11 @@ def segment_of(attention: Attention, output: fx.Node, shape: tuple[int, int, int
     return where.offset if where.axis == queries and samples else None
 
 
-def projections_of(attention: Attention, shape: tuple[int, int, int], segment: int) -> tuple[str, ...]:
-    """Keys and values of one stream as they leave their projections, [batch, tokens, width]; empty if they cannot be followed there."""
+def projections_of(attention: Attention, shape: tuple[int, int, int], segment: int, flow: Flow) -> tuple[str, ...]:
+    """Keys and values of one stream, [batch, tokens, ...], as early as they are apart from queries; empty if they cannot be followed.
+
+    Where no such node is apart from queries (one projection split along an axis in front of the tokens), queries are remembered, too.
+    """
     batch, count, _ = shape
     axis = 2 if attention.layout == "bhnd" else 1
     names: dict[str, None] = {}
@@ -93,23 +96,24 @@ def projections_of(attention: Attention, shape: tuple[int, int, int], segment: i
         if len(axes.shape_of(operand)) != 4 or attention.weights is not None:
             return ()
         region = _upstream(operand, Tokens(batch, count, axis=axis, offset=segment))
-        ways = [node for node in passages(region) if tuple(axes.shape_of(node)[:2]) == (batch, count)]
-        first = next((node for node in ways if len(axes.shape_of(node)) == 3), None)
-        if first is None:
+        whole = [node for node, where in region.items() if where == Tokens(batch, count) and axes.shape_of(node)[:2] == (batch, count)]
+        ways = [node for node in passages(list(region)) if node in whole]
+        apart = [node for node in ways if not flow.reaches(node, attention.query)]
+        if not ways:
             return ()
-        names[first.name] = None
+        names[(apart or ways)[0].name] = None
     return tuple(names)
 
 
-def _upstream(start: fx.Node, where: Tokens) -> list[fx.Node]:
-    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order; tensors only."""
-    found: dict[fx.Node, None] = {}
+def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
+    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order, and where in each; tensors only."""
+    found: dict[fx.Node, Tokens] = {}
     pending = [(start, where)]
     while pending:
         node, there = pending.pop()
         if node in found:
             continue
-        found[node] = None
+        found[node] = there
         source = linear_input(node)
         if source is not None and linear_input(root(source)) is None:
             continue
@@ -118,5 +122,4 @@ def _upstream(start: fx.Node, where: Tokens) -> list[fx.Node]:
             pending.append(moved)
         else:
             pending += (tokenwise.operands(node, there) or {}).items()
-    tensors = {node for node in found if hasattr(node.meta.get("val"), "shape")}
-    return [node for node in start.graph.nodes if node in tensors]
+    return {node: found[node] for node in start.graph.nodes if node in found and hasattr(node.meta.get("val"), "shape")}

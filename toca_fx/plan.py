@@ -155,7 +155,9 @@ def _site_column(
         partial, fresh = "reuse", (0,) * len(indices)
     else:
         partial = "partial"
-    modes = tuple("full" if s in full else partial for s in indices)
+    # An attention of no queries is none: the kernels fail on it. An MLP of no tokens runs through the graph of any other number.
+    none = "reuse" if site.kind != "mlp" else partial
+    modes = tuple("full" if s in full else partial if count else none for s, count in zip(indices, fresh, strict=True))
     return modes, tuple(site.tokens if s in full else count for s, count in zip(indices, fresh, strict=True))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from toca_fx import attention as scoring
+from toca_fx.flow import root
 from toca_fx.patterns import Attention, aten, attention_at, attention_scale
 from toca_fx.plan import Modes, Plan
 from toca_fx.restrict import Restriction
@@ -109,6 +110,7 @@ class _Rewriter:
                     node.replace_all_uses_with(self._buffer(name, node))
                 else:
                     self._write(name, node)
+        self._return_copies()
         rows = self._rows()
         fresh_nodes = self._compute_fresh(rows)
         # FX keeps seeded operators alive, attention among them for its optional dropout.
@@ -121,6 +123,15 @@ class _Rewriter:
         self.graph.lint()
         self.module.recompile()
         return StepGraph(self.module, self.modes, kept, names, fresh_nodes)
+
+    def _return_copies(self) -> None:
+        """What the model returns must not be a buffer, which later steps write to."""
+        buffers = set(self.names.values())
+        for returned in self.end.all_input_nodes:
+            if root(returned) in buffers:
+                with self.graph.inserting_before(self.end):
+                    copied = self.graph.call_function(aten.clone.default, (returned,))
+                self.end.replace_input_with(returned, copied)
 
     def _is_judged(self, site: int) -> bool:
         """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""
@@ -185,7 +196,8 @@ class _Rewriter:
         ranks = self._buffer(f"ranks:{index}")
         batch, tokens, _ = site.shape
         spatial = self.spatial_of(index)
-        with self.graph.inserting_before(self.nodes[site.output]):
+        # As soon as the cross-attention has run: keys and values of the site itself may be merged by these rows.
+        with self.graph.inserting_before(entropy.next):
             order = _inline(self.graph, lambda known, entropy: ranked(known, entropy, weight, self.shared, spatial), (known, entropy))
             chosen = self.graph.call_function(aten.index_select.default, (order, 1, ranks))
             blank = self.graph.call_function(aten.zeros_like.default, (known,), {"dtype": torch.bool})

@@ -56,7 +56,7 @@ def operands(node: fx.Node, where: Tokens) -> Operands | None:
     if where.flat:
         return {operand: replace(where, batch_axis=axis, axis=axis) for operand, axis in by_token.items()}
     by_batch = _batch_operands(node, where.batch_axis, where.batch)
-    if by_batch is None:
+    if by_batch is None or not all(operand in by_batch or _is_shared(node, operand, where.batch_axis) for operand in by_token):
         return None
     return {operand: replace(where, batch_axis=by_batch.get(operand), axis=axis) for operand, axis in by_token.items()}
 
@@ -77,6 +77,13 @@ def _batch_operands(node: fx.Node, axis: int, batch: int) -> axes.Axes | None:
     rank = len(axes.shape_of(node))
     aligned = {operand: axis - rank + len(axes.shape_of(operand)) for operand in axes.tensors(node)}
     return {operand: at for operand, at in aligned.items() if at >= 0 and axes.shape_of(operand)[at] == batch}
+
+
+def _is_shared(node: fx.Node, operand: fx.Node, batch_axis: int) -> bool:
+    """Whether an operand has no samples and is broadcast over those of the output; keys, say, may have them elsewhere and mix them."""
+    shape = axes.shape_of(operand)
+    aligned = batch_axis - len(axes.shape_of(node)) + len(shape)
+    return aligned < 0 or shape[aligned] == 1
 
 
 def _is_flat_source(node: fx.Node, where: Tokens) -> bool:

@@ -105,6 +105,11 @@ class Case:
         """K for each call; ``None`` where the module is full."""
         return self.facts["K"][key]
 
+    @property
+    def counts(self) -> dict[str, list[int | None]]:
+        """K for each call, by the path of the module."""
+        return {self.path(key): self.count(key) for key in self.facts["K"]}
+
     def fresh(self, key: str, call: int) -> list[list[int]]:
         """Per sample the tokens chosen in this call, in descending score."""
         rows = [[token for token in row if token != NOTHING] for row in self.vectors[f"fresh.{key}"][call].tolist()]

@@ -1,26 +1,37 @@
-"""The rules of the reference runs, written out and replayed on the untouched models; nothing of toca_fx is used.
+"""The rules of the reference runs, written out and replayed on the untouched models; nothing of toca_fx is used for it.
 
 Every call runs the whole model. Forward hooks keep the output of each module on full calls; on partial calls they let
 through only the chosen tokens and answer the rest from what they kept. The attention maps come from the operands of
 scaled_dot_product_attention. When a policy's result disagrees with the reference, this is the place to read the rule.
+
+The authors' runs have no masked frames and no padded captions: there the compiled models are held against the replay.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import toca_fx
 from tests.conformance.cases import CASES, Case, load_case
+from tests.models import randomize
+from tests.stdit3 import tiny_inputs, tiny_stdit3
+from toca_fx.policy.types import Guidance, Policy
+from toca_fx.runtime import Session
 
 TOLERANCE = 2e-5
+NEAR_TIES = 2  # selections of a run in another order: single precision, which differs from processor to processor
 
 
 class Maps(TorchFunctionMode):
@@ -31,8 +42,12 @@ class Maps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in enumerate(("query", "key")))
-            self.last = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]), dim=-1).mean(1)
+            names = ("query", "key", "value", "attn_mask")
+            query, key, _, mask = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in enumerate(names))
+            logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+            self.last = torch.softmax(logits, dim=-1).mean(1)
         return func(*args, **kwargs)
 
 
@@ -46,11 +61,14 @@ class Memory:
 
 
 class Replay:
-    """One run of a case with ToCa on ``model``; ``chosen[path]`` are the tokens of the last call, [B, K] in order."""
+    """One run of a case with ToCa on ``model``; ``chosen[path]`` are the tokens of the last call, [B, K] in order.
 
-    def __init__(self, case: Case, model: nn.Module) -> None:
-        self.case, self.call, self.maps = case, 0, Maps()
-        self.counts = {case.path(key): case.count(key) for key in case.facts["K"]}
+    ``halves`` of the batch share a selection by s2.
+    """
+
+    def __init__(self, case: Case | Tiny, model: nn.Module, halves: int = 2) -> None:
+        self.case, self.call, self.maps, self.halves = case, 0, Maps(), halves
+        self.counts = case.counts
         self.chosen: dict[str, Tensor] = {}
         INSTALL[case.name](self, model)
 
@@ -97,11 +115,11 @@ def influence(attention: Tensor, tokens: slice = slice(None)) -> Tensor:
     return unit(attention.mean(1)[:, tokens])
 
 
-def entropy(attention: Tensor) -> Tensor:
-    """s2 [2, N] of the two guidance halves' map [2, N, text], shared: the maps lie side by side, each with half the weight."""
-    both = 0.5 * torch.cat([attention[0], attention[1]], dim=-1)
+def entropy(attention: Tensor, halves: int) -> Tensor:
+    """s2 [B, N] of a map [B, N, text], shared by the guidance halves: their maps lie side by side, each with half the weight."""
+    both = torch.cat([half / halves for half in attention.chunk(halves)], dim=-1)
     disorder = -(both * (both + 1e-7).log()).sum(-1)
-    return unit(1 + disorder).expand(2, -1)
+    return unit(1 + disorder).repeat(halves, 1)
 
 
 def stale(interval: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -136,7 +154,7 @@ def _pixart(replay: Replay, model: nn.Module) -> None:
     """s2 of the block's cross-attention, 4 x 4 cells. The MLP sees the map with the rows that this call renewed."""
     after = with_bonus(3, 0.4, side=8, cell=4)
     for layer, block in enumerate(model.transformer_blocks):
-        path, score = f"transformer_blocks.{layer}", Kept(replay, entropy)
+        path, score = f"transformer_blocks.{layer}", Kept(replay, partial(entropy, halves=replay.halves))
         replay.hook(block.attn1, replay.reused, f"{path}.attn1")
         replay.hook(block.attn2, score.of_full_calls, f"{path}.attn2")
         replay.hook(block.attn2, replay.partial, f"{path}.attn2", score, after)
@@ -148,7 +166,7 @@ def _opensora(replay: Replay, model: nn.Module) -> None:
     """s2 of the block's own cross-attention, as of its last full call; staleness over the 3 of the MLP."""
     for stack in ("spatial_blocks", "temporal_blocks"):
         for layer, block in enumerate(getattr(model, stack)):
-            path, score = f"{stack}.{layer}", Kept(replay, entropy)
+            path, score = f"{stack}.{layer}", Kept(replay, partial(entropy, halves=replay.halves))
             replay.hook(block.attn, replay.reused, f"{path}.attn")
             replay.hook(block.cross_attn, score.of_full_calls, f"{path}.cross_attn")
             replay.hook(block.cross_attn, replay.reused, f"{path}.cross_attn")
@@ -202,13 +220,127 @@ def test_the_rules_give_the_authors_numbers(name: str) -> None:
     case = load_case(name)
     model = case.model()
     replay = Replay(case, model)
-    compared = 0
+    compared, reordered = 0, 0
     for call in range(case.steps):
         error = (replay.run(model, call) - case.expected(call)).abs().max().item()
         for key in case.keys:
-            chosen = replay.chosen.get(case.path(key), torch.empty(0, 0))
             theirs = case.fresh(key, call)
-            assert (chosen.tolist() or [[] for _ in theirs]) == theirs, f"call {call}, {key}"
+            chosen = replay.chosen[case.path(key)].tolist() if case.path(key) in replay.chosen else [[] for _ in theirs]
+            assert [set(tokens) for tokens in chosen] == [set(tokens) for tokens in theirs], f"call {call}, {key}"
+            reordered += chosen != theirs
             compared += len(theirs)
         assert error <= TOLERANCE, f"call {call}"
     assert compared
+    assert reordered <= NEAR_TIES
+
+
+# Masked inputs
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A generation without reference vectors: F or P and K for each call by the ends of the modules' paths, and each call's keywords."""
+
+    name: str
+    full: Mapping[str, str]
+    counts: Mapping[str, list[int]]
+    calls: Sequence[dict[str, Any]]
+
+    def letters(self, path: str) -> str:
+        return next(letters for end, letters in self.full.items() if path.endswith(end))
+
+    def run(self, model: nn.Module, call: int) -> Tensor:
+        output = model(**self.calls[call])
+        return output if isinstance(output, Tensor) else output.sample
+
+
+def picked(run: Session) -> dict[str, list[set[int]]]:
+    """Of each module that computed some of its tokens in the last call, per sample which (from private records)."""
+    (generation,) = (generation for track in run._tracks.values() for generation in track.generations.values())
+    plan = generation.plan
+    choosing = [at for at, mode in enumerate(plan.steps[generation.position - 1].modes) if mode == "partial"]
+    return {plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.buffers[f"picked:{at}"]] for at in choosing}
+
+
+def assert_compiled_follows_the_rules(case: Tiny, model: nn.Module, policy: Policy, halves: int = 2) -> None:
+    replayed = copy.deepcopy(model)
+    replay, fast = Replay(case, replayed, halves), toca_fx.compile(model, policy, inner="eager")
+    computed, cached = 0, 0.0
+    with torch.no_grad(), toca_fx.session(len(case.calls)) as run:
+        for call in range(len(case.calls)):
+            found = case.run(fast, call)
+            expected = replay.run(replayed, call)
+            assert picked(run) == {path: [set(row) for row in chosen.tolist()] for path, chosen in replay.chosen.items()}, f"call {call}"
+            assert (found - expected).abs().max() <= 1e-10, f"call {call}"
+            computed += sum(chosen.shape[1] for chosen in replay.chosen.values())
+            cached = max(cached, (found - case.run(model, call)).abs().max().item())
+    assert computed > 100
+    assert cached > 0.01, "a run that caches nothing would prove nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "cross"),
+    [("reference/opensora", "FFFFPPFPPF", "FFFPPPFPPP"), ("opensora", "FFFPPFPPFP", "FFFPPPPPFP")],
+)
+def test_masked_frames_have_the_modulation_of_the_present_mask(name: str, full: str, cross: str) -> None:
+    """Cached outputs are stored before the gate: a frame that is masked now and was not then takes today's gate, and the other way."""
+    model = tiny_stdit3(depth=1).double()
+    patterns = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    calls = []
+    for call in range(len(full)):
+        timestep = torch.full((2,), 900.0 - 80 * call)
+        x_mask = patterns[[call % 5, (2 * call + 1) % 5]]
+        inputs = tiny_inputs(model, seed=call, timestep=timestep, x_mask=x_mask, mask=torch.tensor([[1] * 7 + [0] * 3]))
+        calls.append({name: value.double() if value.is_floating_point() else value for name, value in inputs.items()})
+    counts = {f"{stack}_blocks.0.mlp": [int(0.1 * 1.495 * 96)] * len(full) for stack in ("spatial", "temporal")}
+    case = Tiny("opensora_rflow30", {".cross_attn": cross, "": full}, counts, calls)
+    assert_compiled_follows_the_rules(case, model, toca_fx.load_policy(name))
+
+
+PIXART_STEPS, PIXART_LAYERS = 8, 2
+PIXART = {
+    # Layer 0 re-evaluates the interval on s = 4, as in the authors' run.
+    "reference/pixart-alpha": ("FPPPFPFP", "FPPPPPFP", 27),
+    "pixart-alpha": ("FPPPFPPF", "FPPPFPPF", PIXART_LAYERS - 1),
+}
+
+
+def pixart_case(name: str, lengths: Sequence[int]) -> Tiny:
+    """One caption of so many tokens for each row of the batch, padded to 10; the same latents in both halves."""
+    first, others, span = PIXART[name]
+    counts = {}
+    for layer in range(PIXART_LAYERS):
+        for module, weight in (("attn2", 0.6), ("ff", 1.6)):
+            shares = [0.3 * (1.9 - 1.8 * s / PIXART_STEPS) * (1.6 - 1.2 * layer / span) * weight for s in range(PIXART_STEPS)]
+            counts[f"transformer_blocks.{layer}.{module}"] = [int(share.clamp(0, 1) * 64) for share in torch.tensor(shares)]
+    generator = torch.Generator().manual_seed(0)
+    batch, halves = len(lengths), 1 + (len(lengths) > 1)
+    text = torch.randn(batch, 10, 24, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()
+    calls = []
+    for call in range(PIXART_STEPS):
+        latents = torch.randn(batch // halves, 4, 16, 16, generator=generator, dtype=torch.float64)
+        given = {"hidden_states": latents.repeat(halves, 1, 1, 1), "timestep": torch.full((batch,), 900 - 100 * call)}
+        size = {"resolution": None, "aspect_ratio": None}
+        calls.append({**given, "encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": size})
+    return Tiny("pixart_dpm20", {f".0.{module}": first for module in ("attn1", "attn2", "ff")} | {"": others}, counts, calls)
+
+
+def tiny_pixart() -> nn.Module:
+    settings = {**load_case("pixart_dpm20").facts["model"]["kwargs"], "num_layers": PIXART_LAYERS}
+    model = PixArtTransformer2DModel(**settings).eval().requires_grad_(False)
+    randomize(model, seed=0)
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("reference/pixart-alpha", (10, 4)), ("pixart-alpha", (4, 10)), ("reference/pixart-alpha", (7, 10, 3, 1)), ("pixart-alpha", (6,))],
+    ids=["one prompt as released", "one prompt", "two prompts", "no guidance"],
+)
+def test_padded_captions_under_caching(name: str, lengths: tuple[int, ...]) -> None:
+    policy = toca_fx.load_policy(name)
+    policy = replace(policy, sampler=replace(policy.sampler, steps=PIXART_STEPS))
+    if len(lengths) == 1:
+        policy = replace(policy, guidance=Guidance())
+    assert_compiled_follows_the_rules(pixart_case(name, lengths), tiny_pixart(), policy, halves=1 + (len(lengths) > 1))

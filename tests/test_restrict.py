@@ -1,0 +1,423 @@
+"""Outputs restricted to chosen rows: the numbers of the whole output, and which operators still work on all tokens."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from tests.helpers import capture
+from toca_fx.restrict import Restriction
+from toca_fx.tokenwise import Tokens
+from toca_fx.trace import to_aten
+
+aten = torch.ops.aten
+
+BATCH, TOKENS, CHANNELS, WIDE, TEXT = 2, 7, 8, 20, 5
+FRESH = 3  # K; all of these sizes differ, and so do B * K and B * N: a shape tells what an operator works on
+
+Function = Callable[["Layers", Tensor, Tensor], Tensor]
+Shapes = dict[Any, list[tuple[int, ...]]]
+
+
+class Layers(nn.Module):
+    """``function(self, x, c)`` of tokens x [B, N, C] and a condition c [B, C], with layers to make it of."""
+
+    table: Tensor
+    long_table: Tensor
+
+    def __init__(self, function: Function, tokens: int = TOKENS, channels: int = CHANNELS) -> None:
+        super().__init__()
+        self.function = function
+        self.norm = nn.LayerNorm(channels)
+        self.modulation, self.text = nn.Linear(channels, 2 * channels), nn.Linear(channels, TEXT * channels)
+        self.up, self.down = nn.Linear(channels, WIDE), nn.Linear(WIDE, channels)
+        self.query, self.key, self.mix = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Linear(tokens, tokens)
+        self.register_buffer("table", torch.randn(tokens, channels))
+        self.register_buffer("long_table", torch.randn(1, tokens + TEXT, channels))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def joint(self, x: Tensor, c: Tensor) -> Tensor:
+        """TEXT tokens made of c, then those of x."""
+        return torch.cat([self.text(c).unflatten(1, (TEXT, -1)), x], dim=1)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, 2, x.shape[2] // 2).transpose(1, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.function(self, x, c)
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps the shape of what each operator returned."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: Shapes = defaultdict(list)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            self.shapes[n.target].append(tuple(value.shape))
+        return value
+
+
+class Restricted:
+    """A captured model whose output is restricted to the fresh tokens, which lie ``where`` in it (default: [B, N, ...]).
+
+    The outputs of operator ``needed`` count as needed whole.
+    """
+
+    def __init__(self, model: nn.Module, *args: Tensor, where: Tokens | None = None, needed: Any = None) -> None:
+        self.model, self.args = model, args
+        captured, self.inputs = capture(model, *args)
+        source = to_aten(captured, self.inputs)
+        self.module = fx.GraphModule(source, copy.deepcopy(source.graph))
+        graph = self.module.graph
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            rows = graph.placeholder("rows")
+        end = graph.output_node()
+        ((whole,),) = end.args
+        self.where = where or Tokens(*whole.meta["val"].shape[:2])
+        self.restrict = Restriction(graph, rows, {node for node in graph.nodes if node.target is needed}, torch.device("cpu"))
+        self.restrict.before = end
+        end.args = ((self.restrict(whole, self.where),),)
+        # As rewrite does: FX keeps attention for its optional dropout.
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        graph.lint()
+        self.module.recompile()
+
+    @property
+    def gathered(self) -> list[Any]:
+        """What rows are taken from: operators, and "input" for the model's inputs and buffers."""
+        return [node.target if node.op == "call_function" else "input" for node in self.restrict.gathered]
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, Shapes]:
+        """The restricted output for ``tokens`` [B, K], and the shapes in between."""
+        recorder = Recorder(self.module)
+        rows = tokens + self.where.count * torch.arange(self.where.batch)[:, None]
+        (output,) = recorder.run(*self.inputs, rows)
+        return output, recorder.shapes
+
+    def error(self, tokens: Tensor) -> float:
+        """The largest difference to the rows of the whole output; they keep the whole output's layout."""
+        output, _ = self.run(tokens)
+        batch_axis, axis = self.where.batch_axis or 0, self.where.axis
+        whole = self.model(*self.args).movedim((batch_axis, axis), (0, 1))
+        expected = torch.stack([sample[chosen + self.where.offset] for sample, chosen in zip(whole, tokens, strict=True)])
+        expected = expected.movedim((0, 1), (batch_axis, axis))
+        assert output.shape == expected.shape
+        return float((output - expected).abs().max()) if output.numel() else 0.0
+
+
+def build(function: Function, batch: int = BATCH, tokens: int = TOKENS, channels: int = CHANNELS) -> tuple[Layers, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Layers(function, tokens, channels).double().eval().requires_grad_(False)
+    return model, torch.randn(batch, tokens, channels, dtype=torch.float64), torch.randn(batch, channels, dtype=torch.float64)
+
+
+def some(batch: int, tokens: int, count: int) -> Tensor:
+    """``count`` tokens of each sample, in no order."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(tokens, generator=generator)[:count] for _ in range(batch)])
+
+
+def modulated(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    shift, scale = model.modulation(F.silu(c)).chunk(2, dim=1)
+    return model.mlp(model.norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+def with_positions(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(x + model.table))
+
+
+def with_positions_of_one_row(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(x + model.long_table[:, :-TEXT]))
+
+
+def samples_and_tokens_flattened(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(x.reshape(x.shape[0] * x.shape[1], x.shape[2]))).view(x.shape)
+
+
+def samples_and_tokens_flattened_late(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.down(F.gelu(model.up(model.norm(x)).flatten(0, 1))).reshape(x.shape)
+
+
+def heads_of_flattened_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    samples, tokens, channels = x.shape
+    heads = x.unflatten(2, (2, -1)).permute(2, 0, 1, 3).flatten(1, 2).cumsum(2)
+    return heads.view(2, samples, tokens, channels // 2).permute(1, 2, 0, 3).reshape(samples, tokens, channels)
+
+
+def one_of_two_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(model.joint(x, c)))[:, TEXT:]
+
+
+def the_other_stream(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(model.joint(x, c)))[:, :TEXT]
+
+
+def streams_split(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    _, image = model.mlp(model.norm(model.joint(x, c))).split([TEXT, x.shape[1]], dim=1)
+    return image
+
+
+def a_slice_of_mixed_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(model.joint(x, c).cumsum(1)))[:, TEXT:]
+
+
+def the_end_of_mixed_streams_but_one(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(model.joint(x, c).cumsum(1)))[:, TEXT - 1 : -1]
+
+
+def two_slices_of_mixed_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    mixed = model.joint(x, c).cumsum(1)
+    return model.mlp(mixed[:, TEXT:] * mixed[:, :-TEXT])
+
+
+def a_slice_with_positions_of_all(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.joint(x, c) + model.long_table)[:, TEXT:]
+
+
+def both_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(model.joint(x, c)))
+
+
+def a_stream_written_into_a_sequence(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    joint = model.joint(x, c).cumsum(1)
+    joint[:, TEXT:] = x
+    return model.mlp(joint)[:, TEXT:]
+
+
+def queries_of_an_attention(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    x = model.norm(x)
+    query, key = model.heads(model.query(x)), model.heads(model.key(x))
+    return model.mlp(F.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2))
+
+
+def a_sum_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.norm(x).cumsum(1))
+
+
+def a_linear_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(model.mix(model.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+def a_softmax_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(x.softmax(1))
+
+
+def a_norm_of_tokens_and_channels(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(F.layer_norm(x, x.shape[1:]))
+
+
+def samples_mixed(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(x.flip(0))
+
+
+def a_mean_over_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(x - x.mean(0, keepdim=True))
+
+
+def tokens_before_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(x.transpose(0, 1).cumsum(2)).transpose(0, 1)
+
+
+def several_tensors_without_a_rule(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return F.gelu(x.topk(x.shape[2] // 2, dim=2)[0])
+
+
+def halves_of_channels(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    left, right = model.up(x).chunk(2, dim=2)
+    return torch.stack([left, right], dim=3).flatten(2) * torch.cat([right, left], dim=2)
+
+
+def a_condition_expanded(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    return model.mlp(x + c[:, None].expand(x.shape))
+
+
+# What rows are taken from, and what some operators returned for K tokens.
+HERE: list[Any] = ["input"]
+K = (BATCH, FRESH)
+MLP = [(*K, WIDE), (*K, CHANNELS)]
+LONG = TEXT + TOKENS
+CASES: dict[Function, tuple[list[Any], Shapes]] = {
+    modulated: (HERE, {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: [(BATCH, 2 * CHANNELS), *MLP]}),
+    with_positions: (HERE * 2, {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    with_positions_of_one_row: (["input", aten.slice.Tensor], {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    samples_and_tokens_flattened: (
+        HERE,
+        {aten.layer_norm.default: [(BATCH * FRESH, CHANNELS)], aten.linear.default: [(BATCH * FRESH, WIDE), (BATCH * FRESH, CHANNELS)]},
+    ),
+    samples_and_tokens_flattened_late: (
+        HERE,
+        {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: [(*K, WIDE), (BATCH * FRESH, CHANNELS)]},
+    ),
+    heads_of_flattened_tokens: ([aten.cumsum.default], {aten.cumsum.default: [(2, BATCH * TOKENS, CHANNELS // 2)]}),
+    one_of_two_streams: (HERE, {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    the_other_stream: ([aten.unflatten.int], {aten.cat.default: [], aten.linear.default: [(BATCH, TEXT * CHANNELS), *MLP]}),
+    streams_split: (HERE, {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    a_slice_of_mixed_streams: (
+        [aten.cumsum.default],
+        {aten.cumsum.default: [(BATCH, LONG, CHANNELS)], aten.layer_norm.default: [(*K, CHANNELS)], aten.slice.Tensor: []},
+    ),
+    the_end_of_mixed_streams_but_one: ([aten.cumsum.default], {aten.layer_norm.default: [(*K, CHANNELS)], aten.slice.Tensor: []}),
+    two_slices_of_mixed_streams: (
+        [aten.cumsum.default] * 2,
+        {aten.slice.Tensor: [], aten.linear.default: [(BATCH, TEXT * CHANNELS), *MLP]},
+    ),
+    a_slice_with_positions_of_all: (HERE * 2, {aten.cat.default: [], aten.linear.default: MLP}),
+    both_streams: ([aten.cat.default], {aten.cat.default: [(BATCH, LONG, CHANNELS)], aten.layer_norm.default: [(*K, CHANNELS)]}),
+    a_stream_written_into_a_sequence: (
+        HERE,
+        {aten.cumsum.default: [], aten.slice_scatter.default: [], aten.linear.default: MLP},
+    ),
+    queries_of_an_attention: (
+        HERE,
+        {
+            aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS), (*K, CHANNELS)],
+            aten.linear.default: [(BATCH, TOKENS, CHANNELS), (*K, CHANNELS), *MLP],
+            aten.scaled_dot_product_attention.default: [(BATCH, 2, FRESH, CHANNELS // 2)],
+        },
+    ),
+    a_sum_over_tokens: (
+        [aten.cumsum.default],
+        {aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS)], aten.cumsum.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
+    ),
+    a_linear_over_tokens: ([aten.linear.default], {aten.linear.default: [(BATCH, CHANNELS, TOKENS), *MLP]}),
+    a_softmax_over_tokens: ([aten.softmax.int], {aten.softmax.int: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP}),
+    a_norm_of_tokens_and_channels: (
+        [aten.layer_norm.default],
+        {aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
+    ),
+    samples_mixed: ([aten.flip.default], {aten.flip.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP}),
+    a_mean_over_samples: (["input", aten.mean.dim], {aten.mean.dim: [(1, TOKENS, CHANNELS)], aten.sub.Tensor: [(*K, CHANNELS)]}),
+    tokens_before_samples: (
+        [aten.cumsum.default],
+        {aten.cumsum.default: [(TOKENS, BATCH, CHANNELS)], aten.linear.default: [(FRESH, BATCH, WIDE), (FRESH, BATCH, CHANNELS)]},
+    ),
+    several_tensors_without_a_rule: ([operator.getitem], {aten.gelu.default: [(*K, CHANNELS // 2)]}),
+    halves_of_channels: (HERE, {aten.linear.default: [(*K, WIDE)], aten.stack.default: [(*K, WIDE // 2, 2)]}),
+    a_condition_expanded: (["input", aten.expand.default], {aten.add.Tensor: [(*K, CHANNELS)], aten.linear.default: MLP}),
+}
+
+
+by_function = pytest.mark.parametrize("function", CASES, ids=lambda function: function.__name__)
+
+
+@cache
+def restricted_once(function: Function) -> Restricted:
+    return Restricted(*build(function))
+
+
+@by_function
+def test_rows_are_taken_as_far_up_as_operators_act_per_token(function: Function) -> None:
+    gathered, expected = CASES[function]
+    restricted = restricted_once(function)
+    assert restricted.gathered == gathered
+    _, shapes = restricted.run(some(BATCH, restricted.where.count, FRESH))
+    assert {target: shapes[target] for target in expected} == expected
+
+
+@by_function
+def test_one_graph_gives_the_rows_of_the_whole_output_for_every_number_of_them(function: Function) -> None:
+    restricted = restricted_once(function)
+    for fresh in range(restricted.where.count + 1):
+        assert restricted.error(some(BATCH, restricted.where.count, fresh)) <= 1e-12
+
+
+@by_function
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels"),
+    [(1, TOKENS, CHANNELS), (4, 4, 4), (2, 1, CHANNELS)],
+    ids=["one sample", "as many samples as tokens and channels", "one token"],
+)
+def test_sizes_that_could_be_mistaken_for_others(function: Function, batch: int, tokens: int, channels: int) -> None:
+    restricted = Restricted(*build(function, batch, tokens, channels))
+    count = restricted.where.count
+    assert restricted.error(some(batch, count, (count + 1) // 2)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("function", "where"),
+    [
+        (both_streams, Tokens(BATCH, TOKENS, offset=TEXT)),
+        (both_streams, Tokens(BATCH, TEXT)),
+        (lambda model, x, c: model.mlp(x).transpose(1, 2), Tokens(BATCH, TOKENS, axis=2)),
+        (lambda model, x, c: model.mlp(x).permute(1, 2, 0).cumsum(1), Tokens(BATCH, TOKENS, batch_axis=2, axis=0)),
+        (lambda model, x, c: model.heads(x).cumsum(3), Tokens(BATCH, TOKENS, axis=2)),
+    ],
+    ids=["behind others", "in front of others", "last", "first, samples last", "of heads"],
+)
+def test_tokens_may_lie_elsewhere_in_the_output(function: Function, where: Tokens) -> None:
+    restricted = Restricted(*build(function), where=where)
+    for fresh in range(where.count + 1):
+        assert restricted.error(some(BATCH, where.count, fresh)) <= 1e-12
+
+
+def test_what_is_needed_whole_is_gathered_from_and_not_computed_again() -> None:
+    restricted = Restricted(*build(modulated), needed=aten.layer_norm.default)
+    assert restricted.gathered == [aten.layer_norm.default]
+    tokens = some(BATCH, TOKENS, FRESH)
+    assert restricted.run(tokens)[1][aten.layer_norm.default] == [(BATCH, TOKENS, CHANNELS)]
+    assert restricted.error(tokens) <= 1e-12
+
+
+def test_the_operators_made_for_fresh_tokens_are_told() -> None:
+    restricted = restricted_once(modulated)
+    made = Counter(node.target for node in restricted.restrict.created)
+    per_token = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor, aten.linear.default, aten.gelu.default)
+    assert made == dict(zip(per_token, (1, 1, 1, 2, 1), strict=True))
+    assert set(restricted.restrict.created) <= set(restricted.module.graph.nodes)
+
+
+def both_branches(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    x = model.norm(x)
+    left, right = model.up(x).topk(WIDE // 2, dim=2)[0].chunk(2, dim=2)
+    return left * right + x.square().sum(2, keepdim=True)
+
+
+def test_a_node_with_two_readers_is_restricted_once() -> None:
+    restricted = Restricted(*build(both_branches))
+    tokens = some(BATCH, TOKENS, FRESH)
+    shapes = restricted.run(tokens)[1]
+    assert shapes[aten.layer_norm.default] == [(BATCH, TOKENS, CHANNELS), (*K, CHANNELS)]
+    assert restricted.gathered == [operator.getitem, "input"]
+    assert restricted.error(tokens) <= 1e-12
+
+
+def test_several_tensors_that_cannot_be_restricted_are_left_to_their_readers() -> None:
+    restricted = restricted_once(several_tensors_without_a_rule)
+    (several,) = restricted.module.graph.find_nodes(op="call_function", target=aten.topk.default)
+    assert restricted.restrict(several, restricted.where) is None
+
+
+def test_new_nodes_go_where_the_caller_says_and_old_ones_are_used_again() -> None:
+    model, x, c = build(lambda model, x, c: model.mlp(model.mlp(model.norm(x)) + x))
+    captured, inputs = capture(model, x, c)
+    graph = to_aten(captured, inputs).graph
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        rows = graph.placeholder("rows")
+    restrict = Restriction(graph, rows, set(), torch.device("cpu"))
+    _, first, _, second = graph.find_nodes(op="call_function", target=aten.linear.default)
+    where, whole = Tokens(BATCH, TOKENS), list(graph.nodes)
+    restrict.before = first.next
+    one = restrict(first, where)
+    assert restrict.before.prev is one
+    restrict.before = second.next
+    other = restrict(second, where)
+    assert restrict.before.prev is other
+    graph.lint()
+    assert restrict(first, where) is one
+    assert [node.target for node in restrict.created].count(aten.linear.default) == 4
+    assert [node for node in graph.nodes if node in whole] == whole
