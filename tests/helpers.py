@@ -90,7 +90,7 @@ def text_inputs(steps: int = 12, batch: int = 2) -> list[Call]:
 
 def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """Call a tiny model with its own argument names; the output image."""
-    if isinstance(model, DiTTransformer2DModel):
+    if isinstance(getattr(model, "_orig_mod", model), DiTTransformer2DModel):
         return model(x, timestep=t, class_labels=y).sample
     return model(x, t=t, y=y)
 

@@ -43,6 +43,10 @@ def joined(target: Any, *rest: Any, **keywords: Any) -> Callable[..., fx.Node]:
     return lambda call, *inputs: call(target, list(inputs), *rest, **keywords)
 
 
+def real_of_complex(call: Callable[..., fx.Node], x: fx.Node) -> fx.Node:
+    return call(aten.view_as_real.default, call(aten.view_as_complex.default, x))
+
+
 def packed(call: Callable[..., fx.Node], x: fx.Node, scales: fx.Node) -> fx.Node:
     """A linear layer over 8-bit weights, in single precision."""
     x, scales = (call(aten.to.dtype, operand, torch.float32) for operand in (x, scales))
@@ -62,6 +66,8 @@ CASES = [
     Case("to", X, op(aten.to.dtype, torch.float32), (0, 1, 2)),
     Case("clone", X, op(aten.clone.default), (0, 1, 2)),
     Case("contiguous", X, op(aten.contiguous.default), (0, 1, 2)),
+    Case("pairs as complex numbers", ((2, 6, 3, 2),), op(aten.view_as_complex.default), (0, 1, 2)),
+    Case("complex numbers as pairs", ((2, 6, 3, 2),), real_of_complex, (0, 1, 2)),
     Case("softmax, last", X, op(aten.softmax.int, -1), (0, 1)),
     Case("softmax, middle", X, op(aten.softmax.int, 1), (0, 2)),
     Case("chunk, last", X, item(aten.chunk.default, 1, 2, -1), (0, 1)),

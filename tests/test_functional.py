@@ -254,8 +254,8 @@ WRITES: dict[Write, list[Any]] = {
     where_a_mask_is_true: [aten.gt.Scalar, aten.index_put.default],
     at_indices: [aten.argsort.default, aten.index_copy.default],
     slice_of_a_slice: [*SCATTERED, aten.slice_scatter.default],
-    slice_of_a_transposition: [aten.mul.Tensor, aten.slice_scatter.default],
-    part_of_a_permutation: [aten.mul.Tensor, aten.slice_scatter.default],
+    slice_of_a_transposition: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
+    part_of_a_permutation: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
     rows_of_a_view: [aten.mul.Tensor, aten.slice_scatter.default],
     rows_of_a_flattened: [aten.fill.Tensor, aten.slice_scatter.default],
     one_head: [aten.clone.default, aten.select_scatter.default],
@@ -272,6 +272,30 @@ def test_a_write_becomes_a_value(write: Write) -> None:
     x, _ = inputs()
     changed = not torch.equal(Writing(write)(*inputs()), x * 2)
     assert changed == (write is not empty_slice)
+
+
+def added_in_less_precision(x: Tensor, y: Tensor) -> Tensor:
+    return x.bfloat16().add_(y)
+
+
+def compared(x: Tensor, y: Tensor) -> Tensor:
+    return x.gt_(0)
+
+
+def laid_out_otherwise(x: Tensor, y: Tensor) -> Tensor:
+    x.copy_(y.mT.contiguous().mT)
+    return x.view(-1)
+
+
+def through_a_transposition(x: Tensor, y: Tensor) -> Tensor:
+    made = x.new_empty(x.shape)
+    made.transpose(1, 2).copy_(y.mT)
+    return made.view(-1)
+
+
+@pytest.mark.parametrize("write", [added_in_less_precision, compared, laid_out_otherwise, through_a_transposition])
+def test_the_memory_keeps_its_dtype_and_its_layout(write: Write) -> None:
+    assert_equal(Writing(write))
 
 
 # Who reads what: before the write the old value, after it the new one, under whatever name

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from toca_fx import buffers, trace
 from toca_fx.buffers import Buffers
-from toca_fx.flops import count_flops
+from toca_fx.flops import Autocast, count_flops
 from toca_fx.hoist import Part, extract, find_hoistable, nbytes_of
 from toca_fx.match import match
 from toca_fx.plan import Modes, Plan, StepPlan, make_plan
@@ -34,6 +34,7 @@ class Analysis:
         self.aspect = aspect_of(inputs)
         self.hoisted = find_hoistable(self.aten.graph, self.matches.sites, policy.hoisting.memory_bytes)
         self._plans: dict[int | None, Plan] = {}
+        self._autocast = Autocast()
         self._lock = threading.RLock()
 
     def plan(self, num_steps: int | None) -> Plan:
@@ -62,12 +63,14 @@ class Analysis:
     @cached_property
     def uncached_flops(self) -> int:
         """FLOPs of one run of the model as it was captured."""
-        return _flops(self.aten)
+        with self._autocast.again():
+            return _flops(self.aten)
 
     @cached_property
     def hoisted_flops(self) -> tuple[int, int]:
         """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
-        return _flops(self.conditions.module), _flops(self.timed.module)
+        with self._autocast.again():
+            return _flops(self.conditions.module), _flops(self.timed.module)
 
     @cached_property
     def hoisted_bytes(self) -> tuple[int, int]:
@@ -102,6 +105,7 @@ class CountedStep:
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
         self.graph = graph
+        self._autocast = Autocast()
         # Every K has a symbol of its own.
         self._shapes = ShapeEnv(duck_shape=False)
         self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
@@ -115,7 +119,8 @@ class CountedStep:
     @cached_property
     def _flops(self) -> tuple[int, dict[int, int]]:
         """FLOPs that do not depend on K, and per site those of computing all of its tokens (they are linear in K)."""
-        flops = count_flops(self.graph.module, self._examples(dynamic=False))
+        with self._autocast.again():
+            flops = count_flops(self.graph.module, self._examples(dynamic=False))
         per_site = {i: sum(flops.get(name, 0) for name in names) for i, names in self.graph.fresh_nodes.items()}
         return sum(flops.values()) - sum(per_site.values()), per_site
 

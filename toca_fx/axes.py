@@ -138,6 +138,11 @@ def _same_axis(node: fx.Node, axis: int) -> Axes | None:
     return {first_operand(node): axis}
 
 
+def _pairs(node: fx.Node, axis: int) -> Axes | None:
+    """Complex numbers as pairs along a new last axis."""
+    return {first_operand(node): axis} if axis != len(shape_of(node)) - 1 else None
+
+
 def axis_argument(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
     """An axis argument, counted from the front; it is given by position or as ``dim``."""
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
@@ -263,6 +268,8 @@ RULES: dict[Any, Rule] = {
     aten.contiguous.default: _same_axis,
     aten.alias.default: _same_axis,
     aten.detach.default: _same_axis,
+    aten.view_as_complex.default: _same_axis,
+    aten.view_as_real.default: _pairs,
     aten.softmax.int: _along_dim(1, -1),
     aten._softmax.default: _along_dim(1, -1),
     aten.glu.default: _along_dim(1, -1),

@@ -45,6 +45,10 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
     backend = Backend(None if policy is None else load_policy(policy), _checked_inner(inner))
     transformer = getattr(model, "transformer", None)
     if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
+        if isinstance(getattr(model, "transformer_2", None), nn.Module):
+            log.warning(
+                "only `transformer` of the pipeline is compiled; compile `transformer_2` too, with a policy for the steps that it runs"
+            )
         twin = copy.copy(model)
         twin.transformer = compile(transformer, backend.policy, inner=inner)  # type: ignore[attr-defined]
         return twin

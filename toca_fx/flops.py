@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ _FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._weight_int8pack_mm: _packed,
 }
+
+
+class Autocast:
+    """Torch's autocast state at some time, to be entered again: graphs keep no casts of it."""
+
+    def __init__(self) -> None:
+        self._states = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Everything inside runs in that state."""
+        with ExitStack() as stack:
+            for device, dtype, enabled in self._states:
+                if enabled or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
 
 
 def count_flops(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:

@@ -116,11 +116,25 @@ def _new_value(node: fx.Node, mutated: fx.Node) -> fx.Node:
             if new.shape != old.shape:
                 value = _call(node, aten.expand.default, (value, list(old.shape)), torch.empty_like(old))
             # A copy: what was copied may be written to later. Compilers drop it.
-            return _call(node, aten.clone.default, (value,), old)
+            return _call(node, aten.clone.default, (value,), old, {"memory_format": _format(old)})
     functional = getattr(getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None), target._overloadname, None)
     if functional is None or functional is target:
         raise _refusal(node, "it has no counterpart that returns a new tensor")
-    return _call(node, functional, node.args, old, node.kwargs)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    result: Tensor = functional(*args, **kwargs)
+    if result.dtype == old.dtype:
+        return _call(node, functional, node.args, old, node.kwargs)
+    # The memory keeps its dtype, whatever the operator returns.
+    return _call(node, aten.to.dtype, (_call(node, functional, node.args, result, node.kwargs), old.dtype), old)
+
+
+def _format(old: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if old.is_contiguous() else torch.preserve_format
+
+
+def _laid_out(node: fx.Node, value: fx.Node, old: Tensor) -> fx.Node:
+    """``value`` with its elements in the order of ``old``, as far as later views may rely on it."""
+    return _call(node, aten.contiguous.default, (value,), old) if old.is_contiguous() else value
 
 
 def _write_through(node: fx.Node, view: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
@@ -131,11 +145,11 @@ def _write_through(node: fx.Node, view: fx.Node, source: fx.Node, value: fx.Node
     if view.target is aten.select.int:
         return _call(node, aten.select_scatter.default, (source, value, *view.args[1:]), old)
     if view.target is aten.transpose.int:
-        return _call(node, aten.transpose.int, (value, *view.args[1:]), old)
+        return _laid_out(node, _call(node, aten.transpose.int, (value, *view.args[1:]), old), old)
     if view.target is aten.permute.default:
         order: Any = view.args[1]
         order = [axis % len(order) for axis in order]
-        return _call(node, aten.permute.default, (value, sorted(range(len(order)), key=order.__getitem__)), old)
+        return _laid_out(node, _call(node, aten.permute.default, (value, sorted(range(len(order)), key=order.__getitem__)), old), old)
     if view.target in _RESHAPES:
         return _call(node, aten.reshape.default, (value, list(old.shape)), old)
     if view.target in _SAME:

@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from toca_fx import axes
 from toca_fx.flow import Flow, passages, root
-from toca_fx.origins import attention_kind, projected, projections_of, segment_of
+from toca_fx.origins import attention_kind, is_sequence_first, projected, projections_of, same_tokens, segment_of, unshaped
 from toca_fx.patterns import (
     CONVOLUTIONS,
     Attention,
@@ -112,12 +113,13 @@ class _Matcher:
         self.graph, self.flow = graph, Flow(graph)
         self.found: list[_Found] = []
         self.misses: list[NearMiss] = []
+        self.sequence_first: set[tuple[str, int, tuple[int, ...]]] = set()
 
     def run(self) -> Matches:
         ending = {node: mlp for node in self.graph.nodes if (mlp := self._mlp_ending_at(node)) is not None}
         readers: dict[fx.Node | None, list[_Mlp]] = {}
         for node, mlp in ending.items():
-            readers.setdefault(linear_input(node), []).append(mlp)
+            readers.setdefault(unshaped(linear_input(node)), []).append(mlp)
         mlps = {same[0].last[0]: replace(same[0], last=tuple(mlp.last[0] for mlp in same)) for same in readers.values()}
         merges = {mlp.merge for mlp in mlps.values() if mlp.merge is not None}
         for node in self.graph.nodes:
@@ -127,6 +129,7 @@ class _Matcher:
             elif node in mlps:
                 self._mlp(mlps[node])
         self._rest()
+        self._drop_sequence_first()
         return Matches(tuple(self._judged()), tuple(self.misses))
 
     def _attention(self, attention: Attention, merges: set[fx.Node]) -> None:
@@ -146,8 +149,12 @@ class _Matcher:
             site = self._site(kind, path, node, output, add)
             if site is None:
                 continue
+            if is_sequence_first(attention, output, site.shape, self.flow):
+                self.sequence_first.add((site.block, site.layer, site.shape[:2]))
             segment = segment_of(attention, output, site.shape, self.flow)
             projections: tuple[str, ...] = ()
+            if segment is not None and kind != "cross_attention" and not same_tokens(attention, site.shape, segment):
+                site, segment = replace(site, segment=None), None
             if segment is not None and kind != "cross_attention":
                 projections = projections_of(attention, site.shape, segment, self.flow)
             self.found.append(_Found(replace(site, segment=segment, projections=projections), add))
@@ -165,6 +172,11 @@ class _Matcher:
         else:
             for add in ends:  # several, if streams are concatenated for it
                 output = self._module_output(mlp.last, self.flow.residuals[add][1], set())
+                if mlp.last[0].target in CONVOLUTIONS and axes.operands(output, 1) is None and axes.operands(mlp.last[0], 1) is None:
+                    shape = tuple(getattr(output.meta["val"], "shape", ()))
+                    if shape == tuple(mlp.last[0].meta["val"].shape):
+                        self._miss("mlp", path, f"its output has shape {shape}: channels come before tokens")
+                        continue
                 site = self._site("mlp", path, mlp.first[0], output, add)
                 if site is not None:
                     self.found.append(_Found(site, add))
@@ -269,6 +281,19 @@ class _Matcher:
             if not explained and not any(attention_at(node) for node in region):
                 products = sorted({str(node.target) for node in heavy})
                 self._miss("module", place, f"no softmax attention and no linear-activation-linear in it, but {', '.join(products)}")
+
+    def _drop_sequence_first(self) -> None:
+        """Where attention runs along the first axis, the second holds samples: no tokens to choose among."""
+        kept = []
+        for found in self.found:
+            site = found.site
+            if (site.block, site.layer, site.shape[:2]) in self.sequence_first:
+                self._miss(
+                    site.kind, site.path, f"its output has shape {site.shape}: [tokens, batch, channels], not [batch, tokens, channels]"
+                )
+            else:
+                kept.append(found)
+        self.found = kept
 
     def _judged(self) -> Iterator[Site]:
         """The sites, each with the attentions whose maps tell about its tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -54,34 +55,115 @@ def projected(linear: fx.Node) -> fx.Node | None:
 
 
 def segment_of(attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow) -> int | None:
-    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens, channels]; None if they are others."""
+    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens, channels]; None if they are others.
+
+    Operands have four axes, or three, with the heads of a sample side by side in the first.
+    """
     batch, count, _ = shape
+    heads = axes.shape_of(attention.output)
+    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
+    tokens = _followed(attention, output, Tokens(batch, count), flow)
+    if tokens is None or tokens.axis != queries:
+        return None
+    if len(heads) == 4:
+        # An axis of one position cannot be followed, nor does it have to be.
+        samples = _followed(attention, output, Tokens(count, batch, batch_axis=1, axis=0), flow) if batch > 1 else replace(tokens, axis=0)
+        return tokens.offset if samples is not None and samples.axis == 0 and heads[0] == batch else None
+    # Without an axis of heads only a map that is there can be read.
+    return tokens.offset if len(heads) == 3 and attention.weights is not None and _samples_first(attention, batch) else None
+
+
+def is_sequence_first(attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow) -> bool:
+    """Whether an attention takes ``output`` for [tokens, batch, channels]: queries lie along its first axis, samples along its second."""
+    rows, columns, _ = shape
+    queries = len(axes.shape_of(attention.output)) - 2 if attention.layout == "bhnd" else 1
+    first = _followed(attention, output, Tokens(columns, rows, batch_axis=1, axis=0), flow)
+    second = _followed(attention, output, Tokens(rows, columns), flow)
+    return first is not None and second is not None and (first.axis, second.axis) == (queries, 0)
+
+
+def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) -> Tokens | None:
+    """Where the positions at ``where`` of ``output`` lie in an attention's result; None if they cannot be followed there."""
     ends: set[Tokens] = set()
-    pending, seen = [(output, Tokens(batch, count))], set()
+    pending, seen = [(output, where)], set()
     while pending:
-        node, where = pending.pop()
-        if (node, where) in seen:
+        node, there = pending.pop()
+        if (node, there) in seen:
             continue
-        seen.add((node, where))
+        seen.add((node, there))
         if node is attention.output:
-            ends.add(where)
+            ends.add(there)
             continue
-        moved = tokenwise.segment(node, where)
+        moved = tokenwise.segment(node, there)
         if moved is not None:
             pending.append(moved)
             continue
-        carried = axes.operands(node, where.axis)
+        carried = axes.operands(node, there.axis)
         if carried is None:
             return None
-        pending += [(operand, replace(where, axis=axis)) for operand, axis in carried.items() if flow.reaches(attention.output, operand)]
-    if len(ends) != 1:
-        return None
-    (where,) = ends
-    heads = axes.shape_of(attention.output)
-    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
-    # Without an axis of heads only a map that is there can be read: samples and heads share an axis.
-    samples = heads[0] == batch if len(heads) == 4 else attention.weights is not None and heads[0] % batch == 0
-    return where.offset if where.axis == queries and samples else None
+        pending += [(operand, replace(there, axis=axis)) for operand, axis in carried.items() if flow.reaches(attention.output, operand)]
+    return next(iter(ends)) if len(ends) == 1 else None
+
+
+def _samples_first(attention: Attention, batch: int) -> bool:
+    """Whether the first axis [batch * heads] of an attention's result has the heads of a sample side by side."""
+    shapes = [list(getattr(user.meta.get("val"), "shape", ())) for user in attention.output.users]
+    return any(len(shape) == 4 and shape[0] == batch for shape in shapes)
+
+
+def same_tokens(attention: Attention, shape: tuple[int, int, int], segment: int) -> bool:
+    """Whether key i and query i, from ``segment`` on, come from the same token of what the projections read."""
+    rank = len(axes.shape_of(attention.output))
+    queries = rank - 2 if attention.layout == "bhnd" else 1
+    batch, count, _ = shape
+    # A key that is multiplied explicitly is transposed.
+    keys = rank - 1 if attention.weights is not None else queries
+    query, key = (
+        _read(operand, Tokens(batch, count, axis=axis, offset=segment))
+        for operand, axis in ((attention.query, queries), (attention.key, keys))
+    )
+    return bool(query & key)
+
+
+def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int]]:
+    """What the projections behind a query or key read, and axis and offset of the tokens in it."""
+    found: set[tuple[fx.Node | None, int, int]] = set()
+    pending, seen = [(operand, where)], set()
+    while pending:
+        node, there = pending.pop()
+        if (node, there) in seen or is_constant(node):
+            continue
+        seen.add((node, there))
+        moved = tokenwise.segment(node, there)
+        carried = axes.operands(node, there.axis) or {}
+        if linear_input(node) is not None:
+            found |= {(unshaped(source), axis, there.offset) for source, axis in carried.items() if not is_constant(source)}
+        elif moved is not None:
+            pending.append(moved)
+        elif node.target is aten.cat.default and not carried:
+            pending += _parts(node, there)
+        else:
+            pending += [(source, replace(there, axis=axis)) for source, axis in carried.items()]
+    return found
+
+
+def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
+    """The parts of a concatenation along the tokens, and which of the tokens at ``where`` each of them has."""
+    begin = 0
+    parts: Any = node.args[0]
+    for part in parts:
+        end = begin + axes.shape_of(part)[where.axis]
+        first, last = max(begin, where.offset), min(end, where.offset + where.count)
+        if first < last:
+            yield part, replace(where, offset=first - begin, count=last - first)
+        begin = end
+
+
+def unshaped(node: fx.Node | None) -> fx.Node | None:
+    """What a node is in another dtype."""
+    while node is not None and node.target in (aten.to.dtype, aten.contiguous.default) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def projections_of(attention: Attention, shape: tuple[int, int, int], segment: int, flow: Flow) -> tuple[str, ...]:

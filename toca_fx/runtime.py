@@ -119,6 +119,11 @@ class Session:
     def call(self, lane: Lane, program: Program, inputs: Sequence[Any], timestep_at: int | None) -> Any:
         """Run the model's next step. ``timestep_at`` is the position of the timestep among the inputs."""
         timestep: Tensor | None = None if timestep_at is None else inputs[timestep_at]
+        if timestep is None and self._implicit:
+            self.warn(
+                "no argument of the model is recognised as the timestep, so that a new generation is not noticed before the policy's steps "
+                "have run; put each generation into a toca_fx.session()"
+            )
         track = self._tracks.setdefault(lane, _Track({}))
         branch = _branch.get()
         if not branch and program.policy.guidance.layout == "separate":
@@ -186,7 +191,7 @@ class Session:
         if timestep is None or timestep.numel() == 0:
             return None
         if timestep.device.type == "cpu" or self._implicit or current is None or current.position < 2:
-            return float(timestep.reshape(-1)[0])
+            return float(timestep.max())  # frames that are given, not denoised, are at timestep 0
         return None
 
     def warn(self, message: str) -> None:

@@ -52,7 +52,8 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     except DataDependentOutputException as error:
         raise UnsupportedModelError(
             f"the graph reads a number out of a tensor ({error.func}): a Python float changes from call to call, or the model "
-            "was compiled with dynamic=True. Pass floats as tensors, and leave dynamic out"
+            "was compiled with dynamic=True. Pass floats as tensors and leave dynamic out; or, for a number that changes between "
+            "generations only (the scale of a LoRA), set torch._dynamo.config.specialize_float = True"
         ) from error
     for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
@@ -73,12 +74,18 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 
 def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
-    """The input that holds the timestep, by the name of the forward's argument; None if there is none."""
+    """The input that holds the timestep, by the name of the forward's argument or else by its shape; None if none can be told."""
     for name in ("timestep", "timesteps", "t", "sigma", "time"):
         for position, source in enumerate(sources):
             if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
                 return position
-    return None
+    # Else the one input that has a number for each sample, or for all of them.
+    candidates = [
+        position
+        for position, (source, value) in enumerate(zip(sources, inputs, strict=True))
+        if source and not is_model_state(source) and isinstance(value, Tensor) and value.is_floating_point() and value.dim() <= 1
+    ]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _mark_roles(graph: fx.Graph, sources: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ REFUSED: dict[str, str] = {
 # Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is cached, the rest is computed.
 PARTLY: dict[str, str] = {
     "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
+    "ErnieImageTransformer2DModel": "a stream [tokens, batch, channels]",
     "LongCatAudioDiTTransformer": "a numbered text encoder of convolutions",
     "SanaTransformer2DModel": "linear attention is no softmax attention",
     "SanaVideoTransformer3DModel": "linear attention is no softmax attention",
