@@ -68,6 +68,7 @@ CASES = [
     Case("contiguous", X, op(aten.contiguous.default), (0, 1, 2)),
     Case("pairs as complex numbers", ((2, 6, 3, 2),), op(aten.view_as_complex.default), (0, 1, 2)),
     Case("complex numbers as pairs", ((2, 6, 3, 2),), real_of_complex, (0, 1, 2)),
+    Case("repeat", ((2, 6, 4),), op(aten.repeat.default, [3, 1, 1, 2]), (1, 2)),
     Case("softmax, last", X, op(aten.softmax.int, -1), (0, 1)),
     Case("softmax, middle", X, op(aten.softmax.int, 1), (0, 2)),
     Case("chunk, last", X, item(aten.chunk.default, 1, 2, -1), (0, 1)),

@@ -190,6 +190,13 @@ def _stack(node: fx.Node, axis: int) -> Axes | None:
     return dict.fromkeys(node.all_input_nodes, axis - (axis > added)) if axis != added else None
 
 
+def _repeat(node: fx.Node, axis: int) -> Axes | None:
+    """Copies side by side along other axes."""
+    repeats: Any = node.args[1]
+    source = axis - len(repeats) + len(shape_of(first_operand(node)))
+    return {first_operand(node): source} if repeats[axis] == 1 and source >= 0 else None
+
+
 def _transpose(node: fx.Node, axis: int) -> Axes | None:
     rank = len(shape_of(node))
     a, b = axis_argument(node, 1, rank), axis_argument(node, 2, rank)
@@ -285,6 +292,7 @@ RULES: dict[Any, Rule] = {
     aten.select_scatter.default: _slice_scatter,
     aten.slice.Tensor: _along_dim(1, 0),
     aten.narrow.default: _along_dim(1, 0),
+    aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _along_dim(2, 0),
     operator.getitem: _same_axis,
     aten.cat.default: _cat,
