@@ -54,7 +54,7 @@ def test_a_ratio_schedule_compiles_one_graph_per_kind_of_step() -> None:
     with toca_fx.session() as run:
         outputs = run_all(fast, inputs)
     report = run.report().to_dict()
-    assert report["compiled_graphs"] == inner.count == 2
+    assert report["compiled_graphs"] == inner.count - 1 == 2
     computed = report["sites"][1]["computed"]
     assert {0, 1}.issubset(computed), "steps without a token and with one go through the same graph"
     assert len(set(computed)) > 20
@@ -62,7 +62,7 @@ def test_a_ratio_schedule_compiles_one_graph_per_kind_of_step() -> None:
     before = compilations()
     with toca_fx.session() as run:
         others = run_all(fast, other)
-    assert inner.count == 2
+    assert inner.count == 3, "full, partial, and what depends on the timestep"
     assert run.report().compiled_graphs == 2
     assert compilations() == before, "a second generation compiles nothing"
 
@@ -117,7 +117,7 @@ def test_a_diffusers_model_with_scores_from_its_attention() -> None:
     with toca_fx.session() as run:
         outputs = run_all(toca_fx.compile(model, policy, inner=inner), inputs)
     expected = run_all(model, inputs)
-    assert inner.count == 2
+    assert inner.count == 3, "full, partial, and what depends on the timestep"
     assert [close(a, b) for a, b in zip(outputs, expected, strict=True)] == [True, False, False, True]
     assert [step.kind for step in run.report().steps] == ["full", "partial", "partial", "full"]
 
@@ -153,7 +153,7 @@ def test_a_model_of_the_paper_in_double_precision(case: str) -> None:
         fast = toca_fx.compile(model, policy, inner=compiler)
         with torch.no_grad(), toca_fx.session() as run:
             outputs.append([prediction(fast(**call))[0].clone() for call in calls])
-    assert inner.count == 2
+    assert inner.count == 3, "full, partial, and what depends on the timestep"
     assert [step.kind for step in run.report().steps] == ["full", "partial", "partial"] * 2
     for step, (ours, theirs) in enumerate(zip(*outputs, strict=True)):
         assert close(ours, theirs), f"step {step}"
@@ -166,5 +166,5 @@ def test_aot_eager_equals_eager() -> None:
     for compiler in (counting, "eager"):
         with toca_fx.session():
             outputs.append(run_all(toca_fx.compile(model, pinned(), inner=compiler), inputs))
-    assert counting.count == 2
+    assert counting.count == 3
     assert all(close(a, b) for a, b in zip(*outputs, strict=True))

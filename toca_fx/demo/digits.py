@@ -98,6 +98,14 @@ def _load(model: Model, name: str) -> Model:
     return model.eval()
 
 
+def timesteps(steps: int) -> Tensor:
+    """The timesteps [steps] at which ``sample`` calls the denoiser."""
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(steps)
+    found: Tensor = scheduler.timesteps
+    return found
+
+
 @torch.no_grad()
 def sample(
     denoiser: Callable[..., tuple[Tensor, ...]],
