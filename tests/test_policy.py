@@ -288,7 +288,7 @@ def test_rules_know_where_they_stand() -> None:
     file = POLICIES / "valid" / "everything.yaml"
     first = load_policy(file).rules[0]
     assert first.position == f"{file}:23:5"
-    assert Problem.at(first.position, "here") == Problem(str(file), 22, 5, "here")
+    assert Problem.at(first.position, "here") == Problem(str(file), 23, 5, "here")
     assert str(Problem.at("rules[0]", "here", "warning")) == "rules[0]: warning: here"
 
 
