@@ -50,7 +50,7 @@ CASES = {
     "dit-xl-2": Case("dit-xl-2-256", "dit-xl-2", 50, {"num_layers": 4}),
     "dit-xl-2-512": Case("dit-xl-2-512", "dit-xl-2", 50, {"num_layers": 2}),
     "pixart-alpha": Case("pixart-alpha-256", "pixart-alpha", 20, {"num_layers": 4}),
-    "flux-dev": Case("flux-dev-512", "flux-dev", 20, {"num_layers": 1, "num_single_layers": 2}),
+    "flux-dev": Case("flux-dev-512", "flux-dev", 12, {"num_layers": 1, "num_single_layers": 1}),
 }
 
 
