@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import toca_fx
 from tests.helpers import capture_calls, make_policy
 from toca_fx.coverage import coverage
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
+from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples, prediction, vary
 from toca_fx.policy.types import Policy
 from toca_fx.program import Program
 from toca_fx.runtime import Lane, Session
@@ -31,6 +33,14 @@ def _generation(program: Program, steps: list[list[Any]]) -> list[Tensor]:
 def test_enough_classes_are_supported() -> None:
     assert len(set(examples()) - set(REFUSED) - set(PARTLY)) >= 20
     assert {*REFUSED, *PARTLY} <= set(examples())
+
+
+def test_the_package_knows_no_model_by_name() -> None:
+    package = Path(toca_fx.__file__).parent
+    files = [file for file in package.rglob("*.*") if file.suffix in (".py", ".json") and "integrations" not in file.parts]
+    assert len(files) > 30
+    named = {(file.name, name) for file in files for name in {*examples(), *UNSUPPORTED} if name in file.read_text(encoding="utf-8")}
+    assert named == set()
 
 
 @pytest.mark.parametrize("name", [name for name in examples() if name not in REFUSED])
