@@ -170,6 +170,40 @@ def test_too_many_timesteps_for_the_memory_are_computed_one_by_one() -> None:
     assert all(flops > 0 for flops in spent(session.report()))
 
 
+@torch.library.custom_op("toca_fx_tests::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+double.register_fake(torch.empty_like)
+
+
+class Modulated(nn.Module):
+    """A block that is modulated through an operator without a batching rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.blocks[0].modulate = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor]:
+        scale = double(self.blocks[0].modulate(timestep[:, None]))
+        return (x + self.blocks[0].mlp(x * scale[:, None]),)
+
+
+def test_an_operator_of_somebody_else_is_computed_for_all_timesteps() -> None:
+    torch.manual_seed(0)
+    model = Modulated().double().eval().requires_grad_(False)
+    calls = [
+        {"x": torch.randn(2, 12, 8, dtype=torch.float64), "timestep": torch.full((2,), 6.0 - step, dtype=torch.float64)}
+        for step in range(STEPS)
+    ]
+    ours, report = run(model, calls, ON, timesteps(calls))
+    assert close(ours, run(model, calls, OFF)[0])
+    assert [flops > 0 for flops in spent(report)] == [True] + [False] * (STEPS - 1)
+
+
 def test_the_number_of_steps_is_that_of_the_timesteps() -> None:
     with toca_fx.session(timesteps=[3.0, 2.0, 1.0]) as session:
         assert session.num_steps == 3
