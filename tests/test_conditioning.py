@@ -31,11 +31,7 @@ def generation(name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A tiny model in float64 and the keywords of its calls: latents and timestep are new at each, all else are the same tensors."""
     example = examples()[name]
     model, first = build(example, dtype=torch.float64)
-    return model, [{**first, **_changed(first, vary(example, first, step, STEPS), example)} for step in range(STEPS)]
-
-
-def _changed(first: dict[str, Any], later: dict[str, Any], example: Any) -> dict[str, Any]:
-    return {key: later[key] for key in first if key in (example.latent, example.timestep)}
+    return model, [vary(example, first, step, STEPS) for step in range(STEPS)]
 
 
 def timesteps(calls: list[dict[str, Any]]) -> list[float]:

@@ -33,6 +33,7 @@ if str(ROOT) not in sys.path:
 from tests.helpers import capture
 from tests.stdit3 import STDiT3, open_sora_1_2_inputs
 from toca_fx import buffers, load_policy, trace
+from toca_fx.analysis import aspect_of
 from toca_fx.flops import count_flops
 from toca_fx.hoist import extract, find_hoistable
 from toca_fx.integrations.diffusers import PRESETS, build
@@ -152,7 +153,7 @@ class Count:
         self._aten = trace.to_aten(captured, inputs)
         self._matches = match(self._aten.graph)
         self._conditions = find_hoistable(self._aten.graph, self._matches.sites, Hoisting().memory_bytes).conditions
-        self._aspect = next((tuple(v.shape[-2:]) for v in inputs if _is_latent(v)), None)
+        self._aspect = aspect_of(inputs)
         self._paths = {node.name: node.meta["path"] for node in self._aten.graph.nodes}
 
     @cached_property
@@ -329,10 +330,6 @@ class Count:
 
 
 _Step = tuple[Counter[tuple[str, int]], Counter[int], int, int]
-
-
-def _is_latent(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() == 4 and value.is_floating_point()
 
 
 def _meta(value: Any) -> Any:
