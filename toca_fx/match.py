@@ -45,7 +45,8 @@ class Site:
     first linear of an MLP. ``segment`` tells of an attention that the rows of its map are, from that row on, the tokens of the output;
     None, if they are others (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or joint
     attention that tells how much this site's tokens are attended to, and of the cross-attention in which they are the
-    queries. ``projections`` are the keys and values of an attention as nodes [batch, tokens, width].
+    queries. ``projections`` are the keys and values of an attention as nodes [batch, tokens, width]. ``residual`` is the add that joins
+    the output, gated, to the stream.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Site:
     entropy: int | None = None
     segment: int | None = None
     projections: tuple[str, ...] = ()
+    residual: str = ""
 
     @property
     def tokens(self) -> int:
@@ -191,7 +193,7 @@ class _Matcher:
         elif any(other.site.output == output.name for other in self.found):
             return None  # two attentions summed before one projection are one site
         else:
-            return Site(kind, path, layer, block, output.name, anchor.name, tuple(shape))
+            return Site(kind, path, layer, block, output.name, anchor.name, tuple(shape), residual=add.name)
         return None
 
     def _residuals_behind(self, anchor: fx.Node) -> list[fx.Node]:

@@ -72,6 +72,7 @@ class Restriction:
                     count = self._graph.call_function(operator.mul, (count, where.batch))
                     copied.prepend(count)
                 copied.args = (copied.args[0], axes.resized(node, where.axis, count), *copied.args[2:])
+        copied.meta.pop("stack", None)  # it belongs to the site now, wherever the original stands
         self.created.append(copied)
         return copied
 
