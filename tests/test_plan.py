@@ -99,6 +99,10 @@ def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
         (Ratio(0.5, layer_weight=0.5), 1.0, 0, 0, 64, 48),
         (Ratio(0.5, layer_weight=0.5), 1.0, 0, 4, 64, 16),
         (Ratio(0.5, layer_weight=0.5, layer_span=8), 1.0, 0, 4, 64, 32),
+        (Ratio(0.93, multiple=16), 1.0, 0, 0, 256, 32),  # 17 rounded up
+        (Ratio(0.5, multiple=16), 1.0, 0, 0, 64, 32),
+        (Ratio(0.0, multiple=16), 1.0, 0, 0, 100, 100),  # never more than all
+        (Ratio(1.0, multiple=16), 1.0, 0, 0, 64, 0),  # none stays none
     ],
 )
 def test_fresh_tokens(ratio: Ratio, weight: float, s: int, layer: int, tokens: int, expected: int) -> None:

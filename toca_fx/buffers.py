@@ -1,7 +1,7 @@
 """The tensors that a step graph takes besides the model's own inputs: their names, shapes and dtypes.
 
 cache:i       output of site i, before its gate                      [B, N, C]   kept over a generation, updated in place
-keys:i:k      k-th projection of keys or values of attention i       [B, N, W]        "
+keys:i:k      k-th projection of keys or values of attention i       [B, N, W]        " (both in the dtype of the policy)
 score:i       base score of the tokens of site i                     [B, N]           "
 entropy:i     entropy of cross-attention i                           [B, N]           "
 picked:i      the tokens that site i computed on this step           [B, N] bool      "
@@ -41,6 +41,13 @@ def site_of(name: str) -> int:
     return int(name.split(":")[1])
 
 
+def dtype_of(plan: Plan, name: str, computed: torch.dtype) -> torch.dtype:
+    """The type in which a cache, or whatever else is kept, holds values that are ``computed`` in another: what the policy says."""
+    wanted = plan.policies[site_of(name)].cache.dtype if name.startswith(("cache:", "keys:")) else "model"
+    found: torch.dtype = computed if wanted == "model" else getattr(torch, wanted)
+    return found
+
+
 class Buffers:
     """Makes the tensors for the sites of one graph and plan; fake ones under a fake mode."""
 
@@ -59,9 +66,14 @@ class Buffers:
         if role == "keys":
             value = self._value(site.projections[int(name.split(":")[2])])
         if role in ("cache", "keys"):
-            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            return torch.empty(value.shape, dtype=dtype_of(self._plan, name, value.dtype), device=value.device)
         dtype = torch.bool if role == "picked" else score_dtype(value)
         return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)
+
+    def clear(self, name: str, buffer: Tensor) -> None:
+        """Make a buffer that was used as good as ``new``."""
+        if name.split(":", maxsplit=1)[0] not in ("cache", "keys"):
+            buffer.zero_()
 
     def example(self, name: str, count: int) -> Tensor:
         """What a step with ``count`` fresh tokens per sample would be given."""

@@ -200,14 +200,15 @@ def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, 
     """K = trunc(rho * tokens), rho = clamp((1 - R) * step factor * layer factor * module weight, 0, 1) in float32.
 
     ``span`` is the highest layer index, used unless the policy says ``layer_span``. The factors fall linearly from
-    1 + w to 1 - w over the steps and over the layers (ToCa, section 3.3).
+    1 + w to 1 - w over the steps and over the layers (ToCa, section 3.3). Then K is rounded up to the policy's ``multiple``.
     """
     ratio: Ratio = policy.R
     step_factor = 1 + ratio.step_weight - 2 * ratio.step_weight * s / total
     layer_factor = 1 + ratio.layer_weight - 2 * ratio.layer_weight * layer / (ratio.layer_span or max(span, 1))
     # 1 - 0.93 is not 0.07 in binary; the rounding undoes the subtraction's last bits.
     share = round(1 - ratio.base, 12) * layer_factor * step_factor * policy.action.weight
-    return math.trunc(_float32(_float32(min(max(share, 0.0), 1.0)) * tokens))
+    count = math.trunc(_float32(_float32(min(max(share, 0.0), 1.0)) * tokens))
+    return min(tokens, -(-count // ratio.multiple) * ratio.multiple)
 
 
 def _float32(value: float) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from toca_fx import attention as scoring
+from toca_fx import buffers
 from toca_fx.flow import root
 from toca_fx.patterns import Attention, aten, attention_at, attention_scale
 from toca_fx.plan import Modes, Plan
@@ -68,10 +69,11 @@ def rewrite(
 
 @dataclass(frozen=True)
 class _Merge:
-    """``scattered`` puts the fresh part of ``value`` into what the site remembers of it."""
+    """``scattered`` puts the fresh part of ``value`` into what the site remembers of it, ``buffer``."""
 
     site: int
     value: fx.Node
+    buffer: fx.Node
     scattered: fx.Node
 
 
@@ -107,7 +109,7 @@ class _Rewriter:
                 if mode == "partial":
                     self.merges.append(self._merge(i, name, node))
                 elif mode == "reuse":
-                    node.replace_all_uses_with(self._buffer(name, node))
+                    node.replace_all_uses_with(self._as(node, self._buffer(name, node), after=node))
                 else:
                     self._write(name, node)
         self._return_copies()
@@ -156,8 +158,19 @@ class _Rewriter:
             with self.graph.inserting_after(self.last_input):
                 self.names[name] = self.last_input = self.graph.placeholder(name.replace(":", "_"))
             if like is not None:
-                self.names[name].meta["val"] = like.meta["val"]
+                value: Tensor = like.meta["val"]
+                self.names[name].meta["val"] = value.to(buffers.dtype_of(self.plan, name, value.dtype))
         return self.names[name]
+
+    def _as(self, like: fx.Node, node: fx.Node, *, after: fx.Node) -> fx.Node:
+        """``node`` in the dtype of ``like``."""
+        dtype = like.meta["val"].dtype
+        if node.meta["val"].dtype == dtype:
+            return node
+        with self.graph.inserting_after(after):
+            converted = self.graph.call_function(aten.to.dtype, (node, dtype))
+        converted.meta["val"] = node.meta["val"].to(dtype)
+        return converted
 
     def _write(self, name: str, value: fx.Node) -> None:
         """One trailing copy per buffer: inductor turns it into the in-place update itself."""
@@ -174,13 +187,14 @@ class _Rewriter:
         with self.graph.inserting_after(flat):
             scattered = self.graph.call_function(aten.index_put.default, (flat, [], value))
         with self.graph.inserting_after(scattered):
-            merged = self.graph.call_function(aten.view.default, (scattered, sizes))
-        merged.meta["val"] = value.meta["val"]
+            kept = self.graph.call_function(aten.view.default, (scattered, sizes))
+        kept.meta["val"] = buffer.meta["val"]
+        merged = self._as(value, kept, after=kept)
         value.replace_all_uses_with(merged, delete_user_cb=lambda user: user is not scattered)
         if self.entropies.get(site) is value:
             self.entropies[site] = merged
-        self._write(name, merged)
-        return _Merge(site, value, scattered)
+        self._write(name, kept)
+        return _Merge(site, value, buffer, scattered)
 
     def _rows(self) -> dict[int, fx.Node]:
         """The fresh tokens of each partial site: given, or chosen in the graph."""
@@ -214,6 +228,9 @@ class _Rewriter:
         """Restrict each partial site's computation to its fresh tokens, up to nodes that are needed whole anyway."""
         writes = [node for node in self.graph.nodes if node.target is aten.copy_.default]
         needed = _ancestors([self.end, *writes], stop={merge.scattered for merge in self.merges})
+        # A stream that only fresh tokens read (a text that ends before the last block) is summed up whole, block by block: for other tokens
+        # in every block, each would go back to the first.
+        needed |= {self.nodes[site.residual] for site in self.plan.sites if site.residual}
         restrictions: dict[int, Restriction] = {}
         order = {node: position for position, node in enumerate(self.graph.nodes)}
         for merge in sorted(self.merges, key=lambda merge: order[merge.scattered]):
@@ -225,6 +242,10 @@ class _Rewriter:
             fresh = restrict(merge.value, Tokens(value.shape[0], value.shape[1]))
             if fresh is None:
                 raise AssertionError(f"{merge.value} is [batch, tokens, ...] and can be gathered itself")
+            kept = merge.buffer.meta["val"].dtype
+            if kept != value.dtype:
+                with self.graph.inserting_before(merge.scattered):
+                    fresh = self.graph.call_function(aten.to.dtype, (fresh, kept))
             merge.scattered.args = (merge.scattered.args[0], [rows[merge.site]], fresh)
             needed |= _ancestors(restrict.gathered, stop={other.scattered for other in self.merges})
         return {site: frozenset(node.name for node in restrict.created) for site, restrict in restrictions.items()}

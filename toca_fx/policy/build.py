@@ -8,6 +8,7 @@ from typing import Any
 from toca_fx.policy.types import (
     MODULE_TYPES,
     Action,
+    Cache,
     Guidance,
     Hoisting,
     Interval,
@@ -22,7 +23,7 @@ from toca_fx.policy.types import (
 
 Data = Mapping[str, Any]
 
-_SECTIONS = ("N", "R", "scores", "spatial")  # what a rule merges key by key
+_SECTIONS = ("N", "R", "scores", "spatial", "cache")  # what a rule merges key by key
 _FALLBACK_STEPS = 50  # stands in while the problems of a policy without a step count are collected
 
 
@@ -40,6 +41,7 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str]) -> Polic
         modules=_modules(data.get("modules", {})),
         scores=Scores(**_section("scores", data)),
         spatial=Spatial(**{"bonus": 0.0, **_section("spatial", data)}) if "spatial" in data else None,
+        cache=Cache(**data.get("cache", {})),
         hoisting=Hoisting(**{key: int(value) for key, value in data.get("hoisting", {}).items()}),
         seed=int(data.get("seed", 0)),
         rules=tuple(_rule(rule, place_of_rule(index)) for index, rule in enumerate(data.get("rules", ()))),
@@ -73,7 +75,7 @@ def _steps(values: list[Any]) -> tuple[int, ...]:
 
 # JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
 _CONVERT: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span"), int),
+    **dict.fromkeys(("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span", "R.multiple"), int),
     **dict.fromkeys(("scores.staleness_over", "spatial.grid"), int),
     **dict.fromkeys(("N.drift", "R.base", "R.step_weight", "R.layer_weight", "spatial.bonus"), float),
     **{f"scores.{name}": float for name in ("self_attention", "cross_attention", "staleness", "value_norm", "key_norm", "random")},

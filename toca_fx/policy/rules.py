@@ -125,7 +125,7 @@ def _kinds(rule: Rule) -> tuple[str, ...]:
 
 
 def _before_rules(policy: Policy, kind: str) -> SitePolicy:
-    return SitePolicy(policy.N, policy.R, dict(policy.modules)[kind], policy.scores, policy.spatial)
+    return SitePolicy(policy.N, policy.R, dict(policy.modules)[kind], policy.scores, policy.spatial, policy.cache)
 
 
 def _modes(policy: Policy, rule: Rule, rules: list[Rule]) -> set[str]:
@@ -151,8 +151,9 @@ def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -
             fate = "reused whole" if modes == {"reuse"} else "reused whole or computed in full"
             fate = "computed in full" if modes == {"compute"} else fate
             yield Note(path, f"`{section}` has no effect: the modules that this rule matches are {fate}", "warning", key=True)
-        if section == "N" and modes == {"compute"}:
-            yield Note(path, "`N` has no effect: the modules that this rule matches are computed on every step", "warning", key=True)
+        if section in ("N", "cache") and modes == {"compute"}:
+            message = f"`{section}` has no effect: the modules that this rule matches are computed on every step"
+            yield Note(path, message, "warning", key=True)
     leaves = _leaves(rule)
     if policy.N.full_steps is not None and "N.full_steps" not in leaves:
         for leaf in sorted(leaves & _REPLACED_BY_FULL_STEPS):

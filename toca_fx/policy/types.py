@@ -46,13 +46,14 @@ class Ratio:
 
     Computed share rho = clamp((1 - base) * step_factor * layer_factor * module weight, 0, 1) with
     step_factor = 1 + w - 2 w s/T (w = `step_weight`) and layer_factor = 1 + w - 2 w l/layer_span (w = `layer_weight`).
-    A `layer_span` of None stands for the number of layers less one.
+    A `layer_span` of None stands for the number of layers less one. K is rounded up to a multiple of `multiple`.
     """
 
     base: float
     step_weight: float = 0.0
     layer_weight: float = 0.0
     layer_span: int | None = None
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,13 @@ class Guidance:
 
     layout: Literal["none", "batched", "separate"] = "none"
     selection: Literal["independent", "shared"] = "independent"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The type in which outputs are kept: "model", or the name of one in torch."""
+
+    dtype: str = "model"
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,7 @@ class SitePolicy:
     action: Action
     scores: Scores
     spatial: Spatial | None
+    cache: Cache = Cache()
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,7 @@ class Policy:
     modules: tuple[tuple[str, Action], ...]
     scores: Scores
     spatial: Spatial | None
+    cache: Cache
     hoisting: Hoisting
     seed: int
     rules: tuple[Rule, ...]
@@ -199,7 +209,7 @@ class Policy:
 
         Raises KeyError for a `kind` that is not one of MODULE_TYPES.
         """
-        site = SitePolicy(self.N, self.R, dict(self.modules)[kind], self.scores, self.spatial)
+        site = SitePolicy(self.N, self.R, dict(self.modules)[kind], self.scores, self.spatial, self.cache)
         for rule in self.rules:
             if rule.applies(kind, path, layer):
                 site = rule.apply(site)
