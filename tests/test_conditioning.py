@@ -207,3 +207,41 @@ def test_the_number_of_steps_is_that_of_the_timesteps() -> None:
         assert session.num_steps == 3
     with pytest.raises(ValueError, match="2 timesteps were given"), toca_fx.session(3, timesteps=[2.0, 1.0]):
         pass
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device whose tensors are not read in every call."""
+    monkeypatch.setattr("toca_fx.conditioning._READ_FREELY", frozenset())
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
+def test_on_an_accelerator_timesteps_are_looked_up_there(name: str) -> None:
+    model, calls = generation(name)
+    plain, _ = run(model, calls, OFF)
+    outputs, report = run(model, calls, ON, timesteps(calls))
+    assert close(outputs, plain)
+    assert spent(report)[1:] == [0] * (STEPS - 1)
+    assert not any("timestep" in warning for warning in report.warnings)
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_on_an_accelerator_a_lost_timestep_is_nan_and_told() -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    plain, _ = run(model, calls, OFF)
+    known = timesteps(calls)
+    known[3] += 1
+    outputs, report = run(model, calls, ON, known)
+    assert [bool(output.isnan().any()) for output in outputs] == [step >= 3 for step in range(STEPS)], "caches too"
+    assert close([*outputs[:3]], [*plain[:3]])
+    assert any("are NaN" in warning for warning in report.warnings)
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_on_an_accelerator_timesteps_in_another_unit_are_noticed_at_once() -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    plain, _ = run(model, calls, OFF)
+    outputs, report = run(model, calls, ON, [timestep / 1000 for timestep in timesteps(calls)])
+    assert close(outputs, plain)
+    assert any("at another timestep" in warning for warning in report.warnings)

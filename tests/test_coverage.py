@@ -12,6 +12,7 @@ from torch import Tensor
 import toca_fx
 from tests.helpers import capture_calls, make_policy
 from toca_fx.coverage import coverage
+from toca_fx.inner import Inner
 from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples, prediction, vary
 from toca_fx.policy.types import Policy
 from toca_fx.program import Program
@@ -53,7 +54,7 @@ def test_a_transformer_of_diffusers(name: str) -> None:
     captured, steps = capture_calls(model, calls)
 
     def program(policy: Policy) -> Program:
-        return Program(captured, steps[0], policy, "eager")
+        return Program(captured, steps[0], policy, Inner("eager"))
 
     never = program(NEVER)
     assert (coverage(never.aten, never.matches).share >= SUPPORTED_SHARE) == (name not in PARTLY)

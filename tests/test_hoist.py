@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from tests.helpers import capture, make_policy
 from toca_fx.analysis import Analysis
 from toca_fx.hoist import extract
+from toca_fx.inner import Inner
 from toca_fx.integrations.diffusers import build, examples
 from toca_fx.patterns import aten, linear_input
 from toca_fx.program import Program
@@ -125,7 +126,7 @@ def test_a_modulation_of_each_token_stays_where_fresh_tokens_can_be_picked(token
 
 def test_a_part_computes_what_the_model_computes() -> None:
     model, inputs = build(examples()["PixArtTransformer2DModel"], dtype=torch.float64)
-    program = Program(*(given := capture(model, **inputs)), make_policy(), "eager")
+    program = Program(*(given := capture(model, **inputs)), make_policy(), Inner("eager"))
     wanted = program.hoisted.names
     values: dict[str, Tensor] = {}
 

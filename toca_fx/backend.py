@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import CompileContext
 from torch.utils.weak import WeakIdKeyDictionary
 
 from toca_fx import trace
 from toca_fx.diagnostics import did_you_mean
+from toca_fx.inner import Compiler, Inner
 from toca_fx.policy import Policy, PolicySource, load_policy, shipped_policies
-from toca_fx.program import Inner, Program
+from toca_fx.program import Program
 from toca_fx.runtime import Lane, current_session
 
 log = logging.getLogger(__name__)
@@ -29,20 +29,22 @@ _MANY_PROGRAMS = 8
 Model = TypeVar("Model")
 
 
-def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = "inductor") -> Model:  # noqa: A001 - as torch.compile
+def compile(  # noqa: A001 - as torch.compile
+    model: Model, policy: PolicySource | None = None, *, inner: Compiler = "inductor", mode: str | None = None
+) -> Model:
     """A twin of ``model`` that computes only the tokens that matter on most denoising steps.
 
     ``model`` is a denoising transformer (any ``torch.nn.Module``) or a diffusers pipeline with a ``transformer``. The twin
     shares all parameters and attributes with it and has its class; ``model`` itself stays as it is. ``policy`` is a
     shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the shipped policy that names the model's
     class, else ``default-image`` or ``default-video``. ``inner`` compiles the rewritten graphs: "inductor", "aot_eager",
-    "eager" or any other torch.compile backend.
+    "eager" or any other torch.compile backend; ``mode`` is inductor's, as in torch.compile ("reduce-overhead": CUDA graphs).
 
     Raises:
         PolicyError: the policy has problems (all are listed).
-        ValueError, TypeError: an unknown ``inner``, or a ``model`` of another kind.
+        ValueError, TypeError: an unknown ``inner`` or ``mode``, or a ``model`` of another kind.
     """
-    backend = Backend(None if policy is None else load_policy(policy), _checked_inner(inner))
+    backend = Backend(None if policy is None else load_policy(policy), Inner(inner, mode))
     transformer = getattr(model, "transformer", None)
     if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
         if isinstance(getattr(model, "transformer_2", None), nn.Module):
@@ -50,7 +52,7 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
                 "only `transformer` of the pipeline is compiled; compile `transformer_2` too, with a policy for the steps that it runs"
             )
         twin = copy.copy(model)
-        twin.transformer = compile(transformer, backend.policy, inner=inner)  # type: ignore[attr-defined]
+        twin.transformer = compile(transformer, backend.policy, inner=inner, mode=mode)  # type: ignore[attr-defined]
         return twin
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module or a diffusers pipeline with a transformer, got {type(model).__name__}")
@@ -60,15 +62,16 @@ def compile(model: Model, policy: PolicySource | None = None, *, inner: Inner = 
 
 
 def toca(captured: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Any:
-    """``torch.compile(model, backend="toca", options={"policy": ..., "inner": ...})``; both options may be left out."""
-    if mode is not None:
-        raise ValueError(f"backend toca has no mode `{mode}`; name the compiler by options={{'inner': ...}}")
+    """``torch.compile(model, backend="toca", options={"policy": ..., "inner": ..., "mode": ...})``; all may be left out.
+
+    torch.compile takes either ``options`` or ``mode``, so that the mode may be given in both ways.
+    """
     options = dict(options or {})
-    policy, inner = options.pop("policy", None), options.pop("inner", "inductor")
+    policy, inner, mode = options.pop("policy", None), options.pop("inner", "inductor"), options.pop("mode", mode)
     if options:
         unknown = next(iter(options))
-        raise ValueError(f"backend toca: unknown option `{unknown}`{did_you_mean(unknown, ('policy', 'inner'))}")
-    return Backend(None if policy is None else load_policy(policy), _checked_inner(inner))(captured, inputs)
+        raise ValueError(f"backend toca: unknown option `{unknown}`{did_you_mean(unknown, ('policy', 'inner', 'mode'))}")
+    return Backend(None if policy is None else load_policy(policy), Inner(inner, mode))(captured, inputs)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Backend:
                 "gradients are enabled: the model runs uncached, because cached features have no gradient. "
                 "Sample under torch.no_grad() or torch.inference_mode()"
             )
-            return _compiler(self.inner)(captured, inputs)
+            return self.inner(captured, list(inputs))
         model_class = trace.model_class()
         policy = self.policy or default_policy(model_class, call_inputs(captured, inputs))
         if warning := written_for_another(policy, model_class):
@@ -174,23 +177,6 @@ def call_inputs(captured: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
         for source, value in zip(sources, inputs, strict=True)
         if not trace.is_model_state(source) and not isinstance(value, nn.Parameter)
     ]
-
-
-def _checked_inner(inner: Inner) -> Inner:
-    _compiler(inner)
-    return inner
-
-
-def _compiler(inner: Inner) -> Any:
-    if callable(inner):
-        return inner
-    if not isinstance(inner, str):
-        raise TypeError(f"inner={inner!r}: expected the name of a torch.compile backend, or a callable")
-    try:
-        return lookup_backend(inner)
-    except Exception as error:
-        known = torch.compiler.list_backends(exclude_tags=())
-        raise ValueError(f"unknown inner backend `{inner}`{did_you_mean(str(inner), known)}; known: {', '.join(known)}") from error
 
 
 # By a model's first parameter: lanes go when the model goes. Parameters compare by identity here, not by value.

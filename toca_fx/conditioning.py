@@ -13,6 +13,10 @@ from toca_fx.program import Program
 
 log = logging.getLogger(__name__)
 
+# Reading a timestep waits for an accelerator, so there it is done for the first calls of a generation only.
+_READ_FREELY = frozenset({"cpu"})
+_READ_CALLS = 2
+
 
 class Conditioning:
     """Computes what is hoisted out of the steps of ``program`` for one generation.
@@ -28,6 +32,8 @@ class Conditioning:
         self._conditions: dict[str, Tensor] = {}
         self._table: dict[str, Tensor] = {}
         self._seen: dict[str, list[tuple[Any, int]]] = {}
+        self._as_given = True
+        self._lost: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,26 +62,47 @@ class Conditioning:
         kept = [inputs[position] for position in program.timed.kept if position != self._position]
         if self._changed("timed", kept) or not self._table:
             self._table = self._all_timesteps(inputs)
-            spent += program.hoisted_flops[1] * len(self._table[program.hoisted.timed[0]])
-        return self._named({**self._conditions, **{name: values[row] for name, values in self._table.items()}}), spent
+            spent += program.hoisted_flops[1] * (0 if self._timesteps is None else len(self._timesteps))
+        return self._named({**self._conditions, **{name: _take(values, row) for name, values in self._table.items()}}), spent
+
+    def close(self) -> None:
+        """Tell of what nobody waited for."""
+        if self._lost is not None and bool(self._lost):
+            self._warn(
+                "on an accelerator, the model was called at a timestep that session(timesteps=...) does not list, after two that it does; "
+                "the outputs from there on are NaN. Give the values of the model's timestep argument, call by call"
+            )
 
     def _fits(self, timesteps: Tensor | None) -> bool:
         """Whether the values for all timesteps fit into the memory that the policy allows."""
         conditions, timed = self._program.hoisted_bytes
         return timesteps is not None and conditions + timed * len(timesteps) <= self._program.policy.hoisting.memory_bytes
 
-    def _row(self, inputs: Sequence[Any], call: int) -> int | None:
+    def _row(self, inputs: Sequence[Any], call: int) -> int | Tensor | None:
         """Which of the timesteps this call is at; None if that is not known."""
         if self._timesteps is None or self._position is None:
             return None
         timestep = inputs[self._position]
+        if timestep.device.type not in _READ_FREELY and self._as_given and call >= _READ_CALLS:
+            return self._row_on_device(timestep)
         if call < len(self._timesteps) and bool((timestep == self._timesteps[call].to(timestep)).all()):
             return call
+        self._as_given = False
         self._warn(
             "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
             "computed in the call; give the values of the model's timestep argument, call by call"
         )
         return None
+
+    def _row_on_device(self, timestep: Tensor) -> Tensor:
+        """The row [] of the table, without waiting for the device; its last one, which is NaN, if the timestep is not listed."""
+        if self._timesteps is None:
+            raise AssertionError("no timesteps are known")
+        self._timesteps = self._timesteps.to(timestep)  # stays there from the first call on
+        matches = (self._timesteps[:, None] == timestep.reshape(1, -1)).all(dim=1)
+        lost = ~matches.any()
+        self._lost = lost if self._lost is None else self._lost | lost
+        return torch.where(lost, len(matches), matches.to(torch.uint8).argmax())
 
     def _all_timesteps(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """The values of all timesteps, [T, ...] each."""
@@ -88,7 +115,10 @@ class Conditioning:
         given += [self._conditions[name] for name in part.given]
         axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(part.given)
         with torch.no_grad():
-            return dict(zip(part.names, torch.func.vmap(part.module, in_dims=axes)(*given), strict=True))
+            values = torch.func.vmap(part.module, in_dims=axes)(*given)
+            if timestep.device.type not in _READ_FREELY:
+                values = [torch.cat([value, torch.full_like(value[:1], torch.nan if value.is_floating_point() else 0)]) for value in values]
+            return dict(zip(part.names, values, strict=True))
 
     def _changed(self, what: str, values: Iterable[Any]) -> bool:
         """Whether ``values`` are others than at the last call, or were written to since; they are kept, and so are their addresses."""
@@ -101,6 +131,10 @@ class Conditioning:
 
     def _named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"hoisted:{name}": value for name, value in values.items()}
+
+
+def _take(values: Tensor, row: int | Tensor) -> Tensor:
+    return values.index_select(0, row[None])[0] if isinstance(row, Tensor) else values[row]
 
 
 def _version(value: Any) -> int:

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_fx import buffers
-from toca_fx.buffers import Buffers
 from toca_fx.conditioning import Conditioning
 from toca_fx.plan import StepPlan
 from toca_fx.program import Program
@@ -46,11 +44,13 @@ class Generation:
         self.ambiguous = False
         self.timestep: float | None = None
         self.direction = 0.0
-        # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            made = Buffers(program.aten, self.plan)
-            self.buffers = {name: made.new(name) for name in buffers.kept(self.plan)}
+        self.buffers = program.lend(self.plan)
         self.selector = Selector(self.plan, program.policy, self.buffers, program.aspect)
+
+    def close(self) -> None:
+        """Give the tensors back; nothing can be run any more."""
+        self.program.take_back(self.buffers)
+        self.conditioning.close()
 
     @property
     def finished(self) -> bool:
@@ -134,7 +134,7 @@ class Session:
             outputs, record = generation.run(inputs, branch)
         except BaseException:
             if self._implicit:
-                del track.generations[branch]
+                track.generations.pop(branch).close()
             raise
         track.calls += 1
         if now is not None:
@@ -171,6 +171,8 @@ class Session:
                 "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
             )
         if current is None:
+            if branch in track.generations:
+                track.generations.pop(branch).close()
             conditioning = Conditioning(program, self._timesteps, timestep_at, self.warn)
             current = track.generations[branch] = Generation(program, self.num_steps, position, conditioning)
             generations = [generation for track in self._tracks.values() for generation in track.generations.values()]
@@ -202,6 +204,9 @@ class Session:
 
     def close(self) -> None:
         """Free the caches; records and report stay."""
+        for track in self._tracks.values():
+            for generation in track.generations.values():
+                generation.close()
         self._tracks.clear()
 
     def report(self) -> Report:
