@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +67,11 @@ class Analysis:
             return _flops(self.aten)
 
     @cached_property
+    def uncached_bytes(self) -> int:
+        """Bytes of what one run of the model as it was captured has to read: weights and inputs."""
+        return _nbytes(node.meta.get("val") for node in self.aten.graph.find_nodes(op="placeholder"))
+
+    @cached_property
     def hoisted_flops(self) -> tuple[int, int]:
         """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
         with self._autocast.again():
@@ -100,6 +105,10 @@ def _flops(module: fx.GraphModule) -> int:
     return sum(count_flops(module, [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]).values())
 
 
+def _nbytes(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
 class CountedStep:
     """A step graph and its FLOPs, for every number of fresh tokens. Nothing is compiled or run."""
 
@@ -115,6 +124,11 @@ class CountedStep:
         """FLOPs of one run with the fresh tokens of ``step``, scoring included."""
         fixed, per_site = self._flops
         return fixed + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the inputs: what one run has to read or write at least."""
+        return _nbytes(self._examples(dynamic=False))
 
     @cached_property
     def _flops(self) -> tuple[int, dict[int, int]]:

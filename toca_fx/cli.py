@@ -154,14 +154,16 @@ def add_bench(subparsers: Subparsers) -> None:
         description="Time models with random weights, uncached and cached, both compiled by inductor.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    cases = ("dit-xl-2", "dit-xl-2-512", "pixart-alpha", "flux-dev")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(cases)} (without any: dit-xl-2)")
+    from toca_fx.bench.cases import CASES
+
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} (without any: dit-xl-2)")
     parser.add_argument("--policy", help="shipped name or path (default: the case's own)")
     parser.add_argument("--blocks", type=_positive, help="transformer blocks of each kind (default: what a small machine stands)")
     parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the case's own)")
-    parser.add_argument("--rounds", type=_positive, default=3, help="generations measured, after one that warms up")
+    parser.add_argument("--rounds", type=_positive, default=5, help="generations measured, after one that warms up")
     parser.add_argument("--threads", type=_positive, default=2, help="CPU threads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
+    parser.add_argument("--alone", action="store_true", help="leave out FORA, the caches of diffusers and cache-dit")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--chart", metavar="FILE", help="draw work against time to this picture")
     parser.set_defaults(run=_bench)
@@ -183,7 +185,7 @@ def add_demo(subparsers: Subparsers) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    return _with_extra("bench", "toca_fx.bench", arguments)
+    return _with_extra("bench", "toca_fx.bench.run", arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -57,6 +57,36 @@ def pixart_alpha_256(text: int = 27) -> Example:
     )
 
 
+def _latte(frames: int, side: int, text: int = 120) -> Example:
+    """Latte-1 on ``frames`` latents of ``side`` x ``side`` and ``text`` caption tokens."""
+    return Example(
+        "LatteTransformer3DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "cross_attention_dim": 1152,
+            "attention_bias": True,
+            "sample_size": side,
+            "patch_size": 2,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": 4096,
+            "video_length": frames,
+        },
+        lambda d: {
+            "hidden_states": d.normal(4, frames, side, side),
+            "encoder_hidden_states": d.normal(text, 4096),
+            "timestep": d.full(500),
+        },
+    )
+
+
 def _flux_dev(side: int) -> Example:
     """FLUX.1-dev on ``side`` x ``side`` packed latents: pixels / 16."""
     return Example(
@@ -94,6 +124,7 @@ PRESETS = {
     "dit-xl-2-256": _dit_xl_2(32),
     "dit-xl-2-512": _dit_xl_2(64),
     "pixart-alpha-256": pixart_alpha_256(),
+    "latte-256": _latte(16, 32),
     "flux-dev-512": _flux_dev(32),
     "flux-dev-1024": _flux_dev(64),
 }
