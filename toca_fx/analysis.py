@@ -125,10 +125,12 @@ class CountedStep:
         fixed, per_site = self._flops
         return fixed + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the inputs: what one run has to read or write at least."""
-        return _nbytes(self._examples(dynamic=False))
+    def nbytes(self, step: StepPlan) -> int:
+        """Bytes that one run of ``step`` has to read or write at least: its inputs, but for weights that no token passes through."""
+        idle = {name for i, names in self.graph.fresh_nodes.items() if not step.fresh[i] for name in names}
+        inputs = self.graph.module.graph.find_nodes(op="placeholder")
+        used = [any(user.name not in idle for user in node.users) for node in inputs]
+        return _nbytes(value for value, read in zip(self._examples(dynamic=False), used, strict=True) if read)
 
     @cached_property
     def _flops(self) -> tuple[int, dict[int, int]]:

@@ -52,7 +52,7 @@ class Program(Analysis):
 
     def step_bytes(self, num_steps: int | None, step: StepPlan) -> int:
         """Bytes of what one call that did ``step`` has to read or write: weights, inputs and caches."""
-        return self.step(self.plan(num_steps), step.modes).nbytes
+        return self.step(self.plan(num_steps), step.modes).nbytes(step)
 
     @cached_property
     def run_timed(self) -> Callable[..., Any]:

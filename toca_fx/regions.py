@@ -59,7 +59,23 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
     body = sorted(region, key=region.__getitem__)
     for before, after in itertools.pairwise(body):
         before.append(after)
-    return split_module(module, module, region.__getitem__, keep_original_order=True, tuple_return=True)
+    pieces = split_module(module, module, region.__getitem__, keep_original_order=True)
+    _return_tuples(pieces)
+    return pieces
+
+
+def _return_tuples(pieces: fx.GraphModule) -> None:
+    """Compilers want graphs that return tuples; what was split returns a single value as it is."""
+    for call in pieces.graph.find_nodes(op="call_module"):
+        piece: Any = pieces.get_submodule(call.target)
+        (end,) = piece.graph.find_nodes(op="output")
+        if not isinstance(end.args[0], tuple):
+            end.args = ((end.args[0],),)
+            piece.recompile()
+            with pieces.graph.inserting_after(call):
+                only = pieces.graph.call_function(operator.getitem, (call, 0))
+            call.replace_all_uses_with(only, delete_user_cb=lambda user, only=only: user is not only)
+    pieces.recompile()
 
 
 def assign(graph: fx.Graph) -> dict[fx.Node, int]:
