@@ -35,7 +35,7 @@ def test_bench_prints_writes_and_draws_every_figure(tmp_path: Path, capsys: pyte
         "partial",
         "roofline",
         "latency ratio",
-        "choosing tokens",
+        "choosing tokens ahead",
         "instead: FORA",
         "instead: ",
         "FLOPs ratio",

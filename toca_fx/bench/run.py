@@ -90,13 +90,11 @@ def show(result: BenchResult, console: Console) -> None:
     figures.add_row("FLOPs ratio", f"{result.flops_ratio:.3f}x")
     figures.add_row("quotient", f"{result.quotient:.3f}")
     partial = result.median("partial") if any(kind.kind == "partial" for kind in result.kinds) else float("nan")
-    spent = result.selection + result.scoring
-    figures.add_row(
-        "choosing tokens, per partial step", f"{spent * 1e3:.2f} ms ({spent / partial:.1%}), {result.selection * 1e3:.2f} ahead of it"
-    )
-    figures.add_row(
-        "scoring them, per full step", f"{result.scoring_full * 1e3:.2f} ms ({result.scoring_full / result.median('full'):.1%})"
-    )
+    figures.add_row("choosing tokens ahead of a partial step", f"{result.selection * 1e3:.2f} ms ({result.selection / partial:.1%})")
+    if result.scoring is not None and result.scoring_full is not None:
+        figures.add_row("scoring tokens in a partial step", f"{result.scoring * 1e3:.2f} ms ({result.scoring / partial:.1%})")
+        share = result.scoring_full / result.median("full")
+        figures.add_row("scoring tokens in a full step", f"{result.scoring_full * 1e3:.2f} ms ({share:.1%})")
     figures.add_row("compile time, torch.compile", f"{result.compile_uncached:.1f} s")
     figures.add_row("compile time, all step kinds", f"{result.compile_toca:.1f} s")
     figures.add_row("caches", f"{result.cache_bytes / 2**20:.1f} MiB")
