@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,11 @@ def programs(run: Session) -> list[Program]:
     return list(dict.fromkeys(program for program, _ in run._records))
 
 
+def chosen_rows(given: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The rows of each site that selects ahead of the step, out of what the step is given."""
+    return {site_of(name): order[:, given[f"ranks:{site_of(name)}"]] for name, order in given.items() if name.startswith("order:")}
+
+
 Chosen = dict[str, list[list[int]]]
 
 
@@ -117,7 +122,7 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     def recording(self: Selector, step: StepPlan) -> dict[str, Tensor]:
         given = select(self, step)
         sites = self._plan.sites
-        chosen = {site_of(name): rows for name, rows in given.items() if name.startswith("rows:")}
+        chosen = chosen_rows(given)
         record.append((step.index, {sites[i].path: (rows % sites[i].tokens).tolist() for i, rows in chosen.items()}))
         for i, rows in chosen.items():
             samples = torch.arange(rows.shape[0])[:, None].expand_as(rows)

@@ -21,7 +21,7 @@ def test_buffers_of_a_dit_whose_attention_is_partial(dtype: torch.dtype) -> None
     assert [name for name in names if not name.startswith("keys")] == ["cache:0", "cache:1", "score:0", "score:1", "picked:0", "picked:1"]
     assert any(name.startswith("keys:0:") for name in names)
     partial = next(step.modes for step in plan.steps if step.kind == "partial")
-    assert given(plan, partial) == ["rows:0", "rows:1"]
+    assert given(plan, partial) == ["order:0", "order:1", "ranks:0", "ranks:1"]
     assert given(plan, plan.full_modes) == []
     made = Buffers(source, plan)
     for name in names:
@@ -30,6 +30,6 @@ def test_buffers_of_a_dit_whose_attention_is_partial(dtype: torch.dtype) -> None
         assert buffer.dtype == (torch.bool if role == "picked" else dtype)
         assert buffer.is_contiguous()
         assert site_of(name) in (0, 1)
-    assert tuple(made.example("rows:1", 5).shape) == (2, 5)
+    assert tuple(made.example("order:1", 5).shape) == (2, 64)
     assert tuple(made.example("ranks:1", 5).shape) == (5,)
     assert tuple(made.example("known:1", 5).shape) == (2, 64)

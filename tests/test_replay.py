@@ -78,9 +78,9 @@ def test_parameters_and_caches_are_static_and_nothing_else(told: tuple[Static, P
 def test_numbers_of_fresh_tokens_are_inputs(told: tuple[Static, Program, Any]) -> None:
     inner, _, step = told
     (inputs,) = inner.inputs
-    rows = [name for name in step.graph.names if name.startswith("rows")]
-    assert [isinstance(value, torch.SymInt) for value in inputs[: len(rows)]] == [True] * len(rows)
-    assert not any(isinstance(value, torch.SymInt) for value in inputs[len(rows) :])
+    sized = [name for name in step.graph.names if name.startswith("ranks")]
+    assert [isinstance(value, torch.SymInt) for value in inputs[: len(sized)]] == [True] * len(sized)
+    assert not any(isinstance(value, torch.SymInt) for value in inputs[len(sized) :])
 
 
 def test_the_mode_changes_no_output_and_generations_share_their_memory() -> None:

@@ -90,8 +90,9 @@ def run(
     graphs: Graphs, graph: StepGraph, caches: dict[int, Tensor], scores: dict[int, Tensor], rows: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     with torch.no_grad():
-        chosen = dict(zip(sites_with(graph, "rows"), rows, strict=True))
-        tensors = {"cache": caches, "score": scores, "rows": chosen}
+        chosen = dict(zip(sites_with(graph, "order"), rows, strict=True))
+        ranks = {i: torch.arange(order.shape[1]) for i, order in chosen.items()}
+        tensors = {"cache": caches, "score": scores, "order": chosen, "ranks": ranks}
         return list(
             graph.module(*(graphs.inputs[i] for i in graph.kept), *(tensors[name.split(":")[0]][site_of(name)] for name in graph.names))
         )
@@ -192,7 +193,10 @@ def test_operators_of_a_partial_step(graphs: Graphs, kind: str) -> None:
     assert operators[aten.matmul.default] == count(graphs.source.graph)[aten.matmul.default]
     assert operators[aten.layer_norm.default] == LAYERS + 1  # those of the MLPs and of the output
     assert operators[aten.copy_.default] == operators[aten.index_put.default] == operators[aten.index.Tensor] == LAYERS
-    assert {*graph.names} == {*(f"cache:{i}" for i in range(2 * LAYERS)), "rows:1", "rows:3", "rows:5"}
+    assert {*graph.names} == {
+        *(f"cache:{i}" for i in range(2 * LAYERS)),
+        *(f"{role}:{i}" for role in ("order", "ranks") for i in (1, 3, 5)),
+    }
 
 
 def test_a_partial_step_drops_the_weights_that_it_does_not_need(graphs: Graphs, kind: str) -> None:
@@ -207,7 +211,8 @@ def test_the_gather_sits_on_the_residual_stream(graphs: Graphs) -> None:
     gathers = graph.find_nodes(op="call_function", target=aten.index.Tensor)
     for number, gather in enumerate(gathers):
         (rows,) = gather.args[1]
-        assert (rows.op, rows.name) == ("placeholder", f"rows_{2 * number + 1}")
+        assert rows.target is aten.index_select.default
+        assert [operand.name for operand in rows.all_input_nodes] == [f"order_{2 * number + 1}", f"ranks_{2 * number + 1}"]
         stream = behind_views(gather.args[0])
         assert stream.target is aten.add.Tensor
         # stream = x + gate * cache of this block's attention
@@ -221,7 +226,7 @@ def test_each_mlp_is_scattered_once_and_written_once(graphs: Graphs) -> None:
     graph = graphs.graph("partial").module.graph
     for number, scatter in enumerate(graph.find_nodes(op="call_function", target=aten.index_put.default)):
         assert behind_views(scatter.args[0]).name == f"cache_{2 * number + 1}"
-        assert [rows.name for rows in scatter.args[1]] == [f"rows_{2 * number + 1}"]
+        assert [rows.args[0].name for rows in scatter.args[1]] == [f"order_{2 * number + 1}"]
     writes = [node for node in graph.nodes if node.target is aten.copy_.default]
     assert [node.args[0].name for node in writes] == [f"cache_{i}" for i in (1, 3, 5)]
     end = next(iter(graph.find_nodes(op="output")))
@@ -234,7 +239,7 @@ def test_all_tokens_fresh_recompute_the_caches(graphs: Graphs) -> None:
     full, partial = graphs.graph("full"), graphs.graph("partial")
     caches, scores = buffers(graphs.plan, full)
     expected = run(graphs, full, caches, scores)
-    for i in sites_with(partial, "rows"):
+    for i in sites_with(partial, "order"):
         caches[i].fill_(7.0)
     outputs = run(graphs, partial, caches, {}, [all_rows()] * LAYERS)
     for output, other in zip(outputs, expected, strict=True):
@@ -250,13 +255,13 @@ def test_only_the_fresh_rows_change(graphs: Graphs, fresh: int) -> None:
     run(graphs, graph, caches, {}, [rows] * LAYERS)
     for i, cache in caches.items():
         changed = (cache != before[i]).flatten(0, 1).any(dim=1).nonzero().flatten().tolist()
-        assert changed == (sorted(rows.flatten().tolist()) if i in sites_with(graph, "rows") else [])
+        assert changed == (sorted(rows.flatten().tolist()) if i in sites_with(graph, "order") else [])
 
 
 def test_fresh_nodes_are_the_mlp_on_the_fresh_tokens(graphs: Graphs) -> None:
     graph = graphs.graph("partial")
     nodes = {node.name: node for node in graph.module.graph.nodes}
-    assert graph.fresh_nodes.keys() == set(sites_with(graph, "rows"))
+    assert graph.fresh_nodes.keys() == set(sites_with(graph, "order"))
     for names in graph.fresh_nodes.values():
         targets = Counter(nodes[name].target for name in names)
         assert (targets[aten.linear.default], targets[aten.layer_norm.default], targets[aten.gelu.default]) == (2, 1, 1)
@@ -278,7 +283,7 @@ def test_computed_attention_stays(graphs: Graphs) -> None:
     operators = count(graph.module.graph)
     assert operators[aten.linear.default] == count(graphs.source.graph)[aten.linear.default]
     assert operators[aten.scaled_dot_product_attention.default] == LAYERS
-    assert sites_with(graph, "cache") == sites_with(graph, "rows") == (1, 3, 5)
+    assert sites_with(graph, "cache") == sites_with(graph, "order") == (1, 3, 5)
 
 
 def test_a_mixed_step(graphs: Graphs) -> None:
@@ -382,7 +387,7 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: s
     source = to_aten(captured, inputs)
     plan = make_plan(match(source.graph), make_policy(scores={"staleness": 1.0}))
     graph = rewrite(source, plan, plan.steps[1].modes)
-    assert {*graph.names} == {"cache:0", "rows:0"}
+    assert {*graph.names} == {"cache:0", "order:0", "ranks:0"}
     cache = torch.randn(batch, 6, 8, dtype=torch.float64)
     tokens = torch.tensor([[5, 0, 3], [1, 2, 4], [4, 3, 2]])[:batch]
     expected = cache.clone()
@@ -390,6 +395,7 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: s
         for token in tokens[sample].tolist():
             expected[sample, token] = (model(x) - x)[sample, token]
     rows = tokens + 6 * torch.arange(batch)[:, None]
-    (output,) = graph.module(*(inputs[i] for i in graph.kept), *({"cache:0": cache, "rows:0": rows}[name] for name in graph.names))
+    tensors = {"cache:0": cache, "order:0": rows, "ranks:0": torch.arange(rows.shape[1])}
+    (output,) = graph.module(*(inputs[i] for i in graph.kept), *(tensors[name] for name in graph.names))
     assert (output - x - expected).abs().max() < 1e-12
     assert (cache - expected).abs().max() < 1e-12

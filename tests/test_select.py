@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import make_policy
+from tests.helpers import chosen_rows, make_policy
 from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
 from toca_fx.attention import normalize
-from toca_fx.buffers import site_of
 from toca_fx.match import Matches, Site
 from toca_fx.plan import Plan, StepPlan, make_plan
 from toca_fx.policy.types import Policy
@@ -80,7 +79,7 @@ def choose(selector: Selector, step: StepPlan) -> dict[int, Tensor]:
     """The rows of each partial site, as they are given to a step, which then has run."""
     given = selector.select(step)
     selector.advance()
-    return {site_of(name): rows for name, rows in given.items() if name.startswith("rows:")}
+    return {site: rows for site, rows in chosen_rows(given).items() if step.modes[site] == "partial"}
 
 
 def run_partial_steps(plan: Plan, selector: Selector, site: int = 1) -> list[list[list[int]] | None]:
@@ -139,7 +138,6 @@ def test_rows_index_the_flattened_batch() -> None:
     base = torch.stack([torch.arange(8.0), -torch.arange(8.0), torch.tensor([0.0, 9, 0, 9, 0, 9, 0, 9])])
     rows = choose(selector_for(plan, policy, [base]), step)[1]
     assert rows.dtype == torch.int64
-    assert rows.is_contiguous()
     assert rows.tolist() == [[7, 6, 5, 4], [8, 9, 10, 11], [17, 19, 21, 23]]
 
 

@@ -154,8 +154,8 @@ class CountedStep:
         # The hint only guides the compiler; it must not be 0 or 1, which would be taken for constants.
         example = made.example(name, max(2, tokens // 8) if dynamic else tokens)
         sizes = [DimDynamic.STATIC] * example.dim()
-        if dynamic and not name.startswith("known"):
-            sizes[-1] = DimDynamic.DYNAMIC
+        if dynamic and name.startswith("ranks"):
+            sizes = [DimDynamic.DYNAMIC]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context)
 

@@ -5,10 +5,10 @@ keys:i:k      k-th projection of keys or values of attention i       [B, N, W]  
 score:i       base score of the tokens of site i                     [B, N]           "
 entropy:i     entropy of cross-attention i                           [B, N]           "
 picked:i      the tokens that site i computed on this step           [B, N] bool      "
-rows:i        the fresh tokens of site i, as rows of [B * N]         [B, K]      given for one step
+order:i       all tokens of site i, best first, as rows of [B * N]   [B, N]      given for one step
 known:i       score of site i but for this step's cross-attention    [B, N]           "
 hoisted:NAME  what the node NAME computes from timestep and conditions    as it is       "
-ranks:i       0 .. K - 1: how many tokens site i selects in the step [K]              "
+ranks:i       0 .. K - 1: how many of them site i computes           [K]              "
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ def kept(plan: Plan) -> list[str]:
 
 def given(plan: Plan, modes: Modes) -> list[str]:
     """Names of what a step is given."""
-    inside = plan.inside(modes)
-    names = [f"rows:{i}" for i in plan.scored if modes[i] == "partial" and i not in inside]
-    return names + [f"known:{i}" for i in inside] + [f"ranks:{i}" for i in inside]
+    inside, partial = plan.inside(modes), [i for i in plan.scored if modes[i] == "partial"]
+    return [f"known:{i}" if i in inside else f"order:{i}" for i in partial] + [f"ranks:{i}" for i in partial]
 
 
 def site_of(name: str) -> int:
@@ -79,10 +78,8 @@ class Buffers:
         """What a step with ``count`` fresh tokens per sample would be given."""
         role = name.split(":", maxsplit=1)[0]
         value = self._value(self._plan.sites[site_of(name)].output)
-        if role == "known":
-            return torch.zeros(value.shape[:2], dtype=score_dtype(value), device=value.device)
-        shape = (count,) if role == "ranks" else (value.shape[0], count)
-        return torch.zeros(shape, dtype=torch.int64, device=value.device)
+        shape = (count,) if role == "ranks" else value.shape[:2]
+        return torch.zeros(shape, dtype=score_dtype(value) if role == "known" else torch.int64, device=value.device)
 
     def _value(self, name: str) -> Tensor:
         value = self._nodes[name].meta["val"]

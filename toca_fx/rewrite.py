@@ -200,7 +200,13 @@ class _Rewriter:
         """The fresh tokens of each partial site: given, or chosen in the graph."""
         inside = self.plan.inside(self.modes)
         partial = dict.fromkeys(merge.site for merge in self.merges)
-        return {i: self._select(i) if i in inside else self._buffer(f"rows:{i}") for i in partial}
+        return {i: self._select(i) if i in inside else self._take(i) for i in partial}
+
+    def _take(self, index: int) -> fx.Node:
+        """The best tokens of an order that was made ahead of the step; [B, K] rows."""
+        order, ranks = self._buffer(f"order:{index}"), self._buffer(f"ranks:{index}")
+        with self.graph.inserting_after(self.last_input):
+            return self.graph.call_function(aten.index_select.default, (order, 1, ranks))
 
     def _select(self, index: int) -> fx.Node:
         """Choose within the step, once the cross-attention has run; [B, K] rows."""

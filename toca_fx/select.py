@@ -111,6 +111,10 @@ class Selector:
         self._stale = [torch.zeros(len(g.sites), g.batch, g.tokens, device=device, dtype=dtype) for g in self._groups]
         self._first_row = [torch.arange(g.batch, device=device)[:, None] * g.tokens for g in self._groups]
         self._ranks = [torch.arange(g.tokens, device=device) for g in self._groups]
+        # All at once, and ahead of the steps: a number from the host would have to wait for the device.
+        fresh = [[[[[step.fresh[i]]] for i in g.sites] for step in plan.steps] for g in self._groups]
+        self._counts = [torch.tensor(counts, device=device) for counts in fresh]
+        self._step = {step.index: at for at, step in enumerate(plan.steps)}
 
     def nbytes(self) -> int:
         """Bytes of the staleness counters."""
@@ -122,27 +126,24 @@ class Selector:
             counter.zero_()
 
     def select(self, step: StepPlan) -> dict[str, Tensor]:
-        """What the step is given (see ``buffers.given``): rows, in descending score, of the sites that select ahead of it."""
-        inside = self._plan.inside(step.modes)
+        """What the step is given (see ``buffers.given``)."""
+        inside = set(self._plan.inside(step.modes))
         given: dict[str, Tensor] = {}
         for at, group in enumerate(self._groups):
             known = self._known(at, group)
             for position, site in enumerate(group.sites):
+                given[f"ranks:{site}"] = self._ranks[at][: step.fresh[site]]
                 if site in inside:
-                    given[f"known:{site}"] = known[position].contiguous()
-                    given[f"ranks:{site}"] = self._ranks[at][: step.fresh[site]]
-            if all(site in inside for site in group.sites):
+                    given[f"known:{site}"] = known[position]
+            ahead = {position: site for position, site in enumerate(group.sites) if site not in inside}
+            if not ahead:
                 continue
             order = ranked(known, self._entropy(group), self._cross_weight[at], self._shared, group.spatial)
-            counts = torch.tensor([step.fresh[i] for i in group.sites], device=order.device)[:, None, None]
-            picked = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, (self._ranks[at] < counts).expand_as(order))
+            chosen = self._ranks[at] < self._counts[at][self._step[step.index]]
+            picked = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen.expand_as(order))
+            torch._foreach_copy_([self._buffers[f"picked:{site}"] for site in ahead.values()], [picked[position] for position in ahead])
             rows = order + self._first_row[at]
-            for position, site in enumerate(group.sites):
-                if site in inside:
-                    continue
-                self._buffers[f"picked:{site}"].copy_(picked[position])
-                if step.modes[site] == "partial":
-                    given[f"rows:{site}"] = rows[position, :, : step.fresh[site]].contiguous()
+            given |= {f"order:{site}": rows[position] for position, site in ahead.items()}
         return given
 
     def advance(self) -> None:
