@@ -8,7 +8,8 @@ one stream, s2 as 1 + H. For s1 there are three ways, fastest first; all return 
 
     in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
                 the processor. Both products are those of the attention itself, so s1 costs a sum over the block.
-    fused       CPU otherwise: the fused kernel returns the row log-sum-exp, and a second product gives the columns.
+    fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second product gives the columns;
+                on CUDA in one kernel (``columns``).
     recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
                 log-sum-exp computed beside it.
 
@@ -21,8 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toca_fx.columns import column_sums, has_kernel
+
+aten = torch.ops.aten
+
 _BLOCK_ELEMENTS = 2**22  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
-_MOST_BLOCKS = 8
+_MOST_BLOCKS = 16
 _QUERY_CHUNK = 512
 _MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
 
@@ -137,14 +142,34 @@ def attention_and_influence(
         if query.dtype in (torch.float32, torch.float64) and query.shape[2] <= block * _MOST_BLOCKS:
             return _in_blocks(query, key, value, factor, block)
         if query.shape[-1] == value.shape[-1]:
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-            output, logsumexp = kernel(query, key, value, scale=scale)
+            output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, scale=scale)
             return output, influence(query, key, factor, logsumexp)
+    if plain and has_kernel(query) and (fused := _fused_on_gpu(query, key, value, scale)) is not None:
+        output, logsumexp = fused
+        return output, column_sums(query, key, logsumexp, factor).mean(dim=1)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     return output, influence(query, key, factor, None, attn_mask)
+
+
+def _fused_on_gpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp [B, H, N] of the fused kernel that takes such operands; None if neither does."""
+    width, itemsize = query.shape[-1], query.element_size()
+    if value.shape[-1] != width or any(operand.stride(-1) != 1 for operand in (query, key, value)):
+        return None
+    if itemsize == 2 and width % 8 == 0 and width <= 256 and _has_flash(query.device):
+        output, logsumexp, *_ = aten._scaled_dot_product_flash_attention.default(query, key, value, scale=scale)
+        return output, logsumexp
+    if itemsize <= 4 and width * itemsize % 16 == 0:
+        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention.default(query, key, value, None, True, scale=scale)
+        return output, logsumexp.narrow(2, 0, query.shape[2])  # it is padded
+    return None
+
+
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, block: int) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,19 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from toca_fx import columns
+
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_args: Any, **_kwargs: Any) -> int:
     """The CPU's fused kernel is missing from the registry of torch 2.13; it does the same work as the others."""
     flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
     return flops
+
+
+def _columns(query: torch.Size, key: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    """s1 on a GPU: one product of queries and keys."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * width
 
 
 def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -> int:
@@ -25,6 +33,7 @@ def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -
 _FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._weight_int8pack_mm: _packed,
+    columns.column_sums._opoverload.overloadpacket: _columns,
 }
 
 
