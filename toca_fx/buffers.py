@@ -1,6 +1,7 @@
 """The tensors that a step graph takes besides the model's own inputs: their names, shapes and dtypes.
 
 cache:i       output of site i, before its gate                      [B, N, C]   kept over a generation, updated in place
+              (of a run that starts with i: what it adds to the stream)
 keys:i:k      k-th projection of keys or values of attention i       [B, N, W]        " (both in the dtype of the policy)
 score:i       base score of the tokens of site i                     [B, N]           "
 entropy:i     entropy of cross-attention i                           [B, N]           "
@@ -22,7 +23,7 @@ from toca_fx.plan import Modes, Plan
 
 def kept(plan: Plan) -> list[str]:
     """Names of what a generation keeps."""
-    names = [f"cache:{i}" for i in plan.cached]
+    names = [f"cache:{i}" for i in plan.cached if i not in plan.shared_by]
     names += [f"keys:{i}:{k}" for i in plan.remembering for k in range(len(plan.sites[i].projections))]
     names += [f"score:{i}" for i in plan.scored]
     names += [f"entropy:{i}" for i in plan.entropies]
@@ -62,6 +63,8 @@ class Buffers:
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         site = self._plan.sites[site_of(name)]
         value = self._value(site.output)
+        if role == "cache" and any(run[0] == site_of(name) for run in self._plan.runs):
+            value = self._value(site.residual)
         if role == "keys":
             value = self._value(site.projections[int(name.split(":")[2])])
         if role in ("cache", "keys"):

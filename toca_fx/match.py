@@ -46,7 +46,8 @@ class Site:
     None, if they are others (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or joint
     attention that tells how much this site's tokens are attended to, and of the cross-attention in which they are the
     queries. ``projections`` are the keys and values of an attention as nodes [batch, tokens, width]. ``residual`` is the add that joins
-    the output, gated, to the stream.
+    the output, gated, to the ``stream``. ``follows`` is the site of the block that changed the stream last, if nothing but this site reads
+    the state between them, or that ends in the same add.
     """
 
     kind: str
@@ -61,6 +62,8 @@ class Site:
     segment: int | None = None
     projections: tuple[str, ...] = ()
     residual: str = ""
+    stream: str = ""
+    follows: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -193,7 +196,8 @@ class _Matcher:
         elif any(other.site.output == output.name for other in self.found):
             return None  # two attentions summed before one projection are one site
         else:
-            return Site(kind, path, layer, block, output.name, anchor.name, tuple(shape), residual=add.name)
+            stream = self.flow.residuals[add][0]
+            return Site(kind, path, layer, block, output.name, anchor.name, tuple(shape), residual=add.name, stream=stream.name)
         return None
 
     def _residuals_behind(self, anchor: fx.Node) -> list[fx.Node]:
@@ -317,7 +321,26 @@ class _Matcher:
             peers.sort(key=lambda at: (self.found[at].add not in chain, at > index, abs(at - index)))
             crossing = [at for at in peers if self.found[at].site.kind == "cross_attention"]
             mutual = [at for at in peers if self.found[at].site.kind != "cross_attention" and at <= index]
-            yield replace(found.site, influence=mutual[0] if mutual else None, entropy=crossing[0] if crossing else None)
+            yield replace(
+                found.site,
+                influence=mutual[0] if mutual else None,
+                entropy=crossing[0] if crossing else None,
+                follows=self._followed(index),
+            )
+
+    def _followed(self, index: int) -> int | None:
+        """The site that ``follows`` is to name for the site at ``index``."""
+        add = self.found[index].add
+        stream = self.flow.residuals[add][0]
+        for at in reversed(range(index)):
+            other = self.found[at]
+            if (other.site.block, other.site.layer) == (self.found[index].site.block, self.found[index].site.layer):
+                if other.add is add:
+                    return at
+                if other.add is stream:
+                    region = {*self.flow.between(stream, add)}
+                    return at if all(user in region for node in region - {add} for user in node.users) else None
+        return None
 
     def _miss(self, kind: str, path: str, reason: str) -> None:
         self.misses.append(NearMiss(kind, path, reason))

@@ -85,6 +85,27 @@ class Plan:
         anchors = {self.sites[i].anchor for i in self.scored if self.sites[i].projections}
         return tuple(i for i in self.cached if self.sites[i].anchor in anchors and self.sites[i].projections)
 
+    @cached_property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """Sites of a block that share the first one's cache: they follow each other, and are always reused together."""
+        runs: dict[int, list[int]] = {}
+        head: dict[int, int] = {}
+        for i, site in enumerate(self.sites):
+            if site.follows is not None and self._reused_with(site.follows, i):
+                first = head[i] = head.get(site.follows, site.follows)
+                runs.setdefault(first, [first]).append(i)
+        return tuple(map(tuple, runs.values()))
+
+    def _reused_with(self, one: int, other: int) -> bool:
+        together = all(step.modes[one] == step.modes[other] in ("full", "reuse") for step in self.steps)
+        same = self.policies[one].cache == self.policies[other].cache
+        return together and same and self.policies[one].cache.grain == "block" and one in self.cached
+
+    @cached_property
+    def shared_by(self) -> dict[int, int]:
+        """Sites without a cache of their own, and the first of their run."""
+        return {i: run[0] for run in self.runs for i in run[1:]}
+
     def inside(self, modes: Modes) -> tuple[int, ...]:
         """Indices of the sites that select within the step: their score needs a cross-attention that runs before them in it."""
         chosen = []
@@ -127,11 +148,11 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
         StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns)) for at, s in enumerate(indices)
     )
     plan = Plan(sites, policies, steps)
-    return replace(plan, warnings=tuple(_unjudged(plan)))
+    return replace(plan, warnings=tuple(_doubts(plan)))
 
 
-def _unjudged(plan: Plan) -> Iterator[str]:
-    """One warning per kind of score that some sites cannot have."""
+def _doubts(plan: Plan) -> Iterator[str]:
+    """One warning per kind of score that some sites cannot have, and one for caches that nobody shares."""
     kinds: tuple[tuple[Callable[[Scores], object], str, str, str], ...] = (
         (lambda scores: scores.needs_attention, "influence", "self- or joint attention", "self_attention, value_norm and key_norm count"),
         (lambda scores: scores.cross_attention, "entropy", "cross-attention", "cross_attention counts"),
@@ -141,6 +162,8 @@ def _unjudged(plan: Plan) -> Iterator[str]:
         if paths:
             more = f" (and {len(paths) - 1} more sites)" if len(paths) > 1 else ""
             yield f"no {what} of the same block and tokens judges `{paths[0]}`{more}: the score {names} as 0 there"
+    if plan.cached and not plan.runs and all(plan.policies[i].cache.grain == "block" for i in plan.cached):
+        yield "cache.grain is block, but no two modules that follow each other in a block are always reused together: each has its own"
 
 
 def _site_column(

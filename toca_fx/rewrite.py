@@ -5,6 +5,11 @@
     reuse     out = cache                                      (the module and its projections are dead code)
     compute   unchanged
 
+Modules that share a cache (``cache.grain: block``) are replaced together:
+
+    full      after = module_2(module_1(stream))               cache <- after - stream
+    reuse     after = stream + cache
+
 Whatever else a site remembers from step to step is treated as its output is: the keys and values of an attention whose queries are
 computed for fresh tokens only, and the entropies of a cross-attention. K, the number of rows, is the size of an index
 tensor: one graph serves every K.
@@ -104,6 +109,8 @@ class _Rewriter:
         for i in self.plan.scored_by_attention:
             if self._is_judged(i):
                 self._write(f"score:{i}", self._base_score(i))
+        for run in self.plan.runs:
+            self._share(run)
         for i, mode in enumerate(self.modes):
             for name, node in self._remembered(i):
                 if mode == "partial":
@@ -149,9 +156,26 @@ class _Rewriter:
             found += [(f"keys:{index}:{k}", self.nodes[name]) for k, name in enumerate(site.projections)]
         if index in self.entropies:
             found.append((f"entropy:{index}", self.entropies[index]))
-        if mode != "compute":
+        if mode != "compute" and not any(index in run for run in self.plan.runs):
             found.append((f"cache:{index}", self.nodes[site.output]))
         return found
+
+    def _share(self, run: tuple[int, ...]) -> None:
+        """One cache for what all sites of ``run`` add to the stream."""
+        name, stream, residual = f"cache:{run[0]}", self.nodes[self.plan.sites[run[0]].stream], self.plan.sites[run[-1]].residual
+        end = self.nodes[residual]
+        if self.modes[run[0]] == "reuse":
+            added = self._as(end, self._buffer(name, end), after=end)
+            with self.graph.inserting_after(end if added.op == "placeholder" else added):
+                total = self.graph.call_function(aten.add.Tensor, (stream, added))
+            total.meta["val"] = end.meta["val"]
+            end.replace_all_uses_with(total)
+            self.nodes[residual] = total
+        else:
+            with self.graph.inserting_after(end):
+                added = self.graph.call_function(aten.sub.Tensor, (end, stream))
+            added.meta["val"] = end.meta["val"]
+            self._write(name, added)
 
     def _buffer(self, name: str, like: fx.Node | None = None) -> fx.Node:
         if name not in self.names:

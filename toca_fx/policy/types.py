@@ -92,9 +92,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Cache:
-    """The type in which outputs are kept: "model", or the name of one in torch."""
+    """The type in which outputs are kept, "model" or the name of one in torch; and for what there is a cache of its own."""
 
     dtype: str = "model"
+    grain: Literal["module", "block"] = "module"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Modules that are always reused together share one cache, of what they add to the stream (cache.grain: block)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_fx
+from tests.helpers import capture, capture_tiny, make_inputs, make_policy, programs, run_all, text_inputs, tiny
+from toca_fx import buffers
+from toca_fx.analysis import Analysis
+from toca_fx.integrations.diffusers import build, examples
+from toca_fx.match import Matches, match
+from toca_fx.patterns import aten
+from toca_fx.plan import Plan, make_plan
+
+REUSED = {"modules": {"mlp": "reuse"}, "scores": {"staleness": 1.0}}
+TOGETHER = {**REUSED, "cache": {"grain": "block"}}
+
+
+def plan_of(kind: str, **sections: Any) -> Plan:
+    source, _ = capture_tiny(kind, layers=2)
+    return make_plan(match(source.graph), make_policy(**sections))
+
+
+def test_all_modules_of_a_block_share_the_cache_of_the_first() -> None:
+    plan = plan_of("original", **TOGETHER)
+    assert plan.runs == ((0, 1), (2, 3))
+    assert buffers.kept(plan) == ["cache:0", "cache:2"]
+    assert not plan.warnings
+
+
+def test_only_what_is_reused_on_the_same_steps_shares() -> None:
+    assert plan_of("original", **REUSED).runs == ()
+    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 0, "N": {"base": 6}}]).runs == ((2, 3),)
+    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"grain": "module"}}]).runs == ((0, 1),)
+    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"dtype": "bfloat16"}}]).runs == ((0, 1),)
+    partial = plan_of("original", cache={"grain": "block"})
+    assert partial.runs == ()
+    assert [warning for warning in partial.warnings if "grain" in warning]
+
+
+def test_a_state_that_something_else_reads_is_computed() -> None:
+    """A site follows another only if nothing but itself reads the stream between them."""
+    source, _ = capture_tiny("original", layers=1)
+    assert [site.follows for site in match(source.graph).sites] == [None, 0]
+    between = next(node for node in source.graph.nodes if node.name == match(source.graph).sites[1].stream)
+    end = next(iter(source.graph.find_nodes(op="output")))
+    with source.graph.inserting_before(end):
+        end.args = ((*end.args[0], source.graph.call_function(aten.relu.default, (between,))),)
+    assert [site.follows for site in match(source.graph).sites] == [None, None]
+
+
+def test_a_partial_step_adds_what_the_last_full_one_added() -> None:
+    """Against hooks on the blocks of the model itself."""
+    model, inputs = tiny("original", layers=3).double(), make_inputs(dtype=torch.float64)
+    with toca_fx.session() as run:
+        ours = run_all(toca_fx.compile(model, make_policy(**TOGETHER), inner="eager"), inputs)
+        report = run.report()
+    added: dict[nn.Module, Tensor] = {}
+    kind = ""
+
+    def hook(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if kind == "full":
+            added[block] = output - args[0]
+        return args[0] + added[block]
+
+    handles = [block.register_forward_hook(hook) for block in model.blocks]  # type: ignore[union-attr]
+    for step, call, output in zip(report.steps, inputs, ours, strict=True):
+        kind = step.kind
+        (expected,) = run_all(model, [call])
+        assert (output - expected).abs().max() < 1e-10, (step.index, kind)
+    for handle in handles:
+        handle.remove()
+    assert {step.kind for step in report.steps} == {"full", "partial"}
+    assert report.cache_bytes == 3 * 2 * 64 * 32 * 8
+
+
+@pytest.mark.parametrize("kind", ["cross", "joint"])
+def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) -> None:
+    model, inputs = tiny(kind, layers=2).double(), text_inputs()
+    inputs = [(x, inputs[0][1], text) for x, _, text in inputs]
+    outputs = {}
+    for grain in ("module", "block"):
+        policy = make_policy(**{**TOGETHER, "cache": {"grain": grain}})
+        with toca_fx.session() as run:
+            outputs[grain] = run_all(toca_fx.compile(model, policy, inner="eager"), inputs)
+            (program,) = programs(run)
+    assert bool(program.plan(None).runs)
+    for one, other in zip(outputs["module"], outputs["block"], strict=True):
+        assert (one - other).abs().max() < 1e-10 * one.abs().max()
+    assert (outputs["block"][1] - run_all(model, inputs)[1]).abs().max() > 1e-3, "partial steps do reuse"
+    plan = program.plan(None)
+    partial = program.step_graph(plan, plan.steps[1].modes).module.graph
+    blocks = [node for node in partial.nodes if "blocks" in node.meta.get("path", "")]
+    assert not [node for node in blocks if node.target in (aten.scaled_dot_product_attention.default, aten.layer_norm.default)]
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize("dtype", ["model", "bfloat16"])
+def test_bytes_are_predicted_and_fewer(name: str, dtype: str) -> None:
+    model, inputs = build(examples()[name], dtype=torch.float64)
+    captured, flat = capture(model, **inputs)
+    sizes = {}
+    for grain in ("module", "block"):
+        policy = make_policy(**{**TOGETHER, "cache": {"grain": grain, "dtype": dtype}})
+        found = Analysis(captured, flat, policy)
+        sizes[grain] = found.nbytes(found.plan(None))
+        torch._dynamo.reset()
+        with toca_fx.session() as run, torch.no_grad():
+            fast = toca_fx.compile(model, policy, inner="eager")
+            for _ in range(2):
+                fast(**inputs)
+        assert run.report().cache_bytes == sizes[grain]
+    assert sizes["block"] <= sizes["module"] / 2
+
+
+def test_inductor_keeps_to_it() -> None:
+    model, outputs = tiny("original", layers=2), []
+    for inner in ("inductor", "eager"):
+        torch._dynamo.reset()
+        with toca_fx.session() as run:
+            outputs.append(run_all(toca_fx.compile(model, make_policy(**TOGETHER), inner=inner), make_inputs()))
+        assert run.report().compiled_graphs == 2
+    for ours, theirs in zip(*outputs, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_a_site_that_follows_nothing_has_its_own() -> None:
+    source, _ = capture_tiny("original", layers=1)
+    sites = tuple(replace(site, follows=None) for site in match(source.graph).sites)
+    assert make_plan(Matches(sites, ()), make_policy(**TOGETHER)).runs == ()
