@@ -17,6 +17,7 @@ from toca_fx import buffers, trace
 from toca_fx.analysis import Analysis, CountedStep, like
 from toca_fx.buffers import Buffers
 from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.few_rows import use_few_rows
 from toca_fx.inner import Inner
 from toca_fx.plan import Modes, Plan, StepPlan
 from toca_fx.policy import Policy
@@ -100,6 +101,9 @@ class CompiledStep(CountedStep):
         super().__init__(graph, source, plan)
         # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
         module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
+        if inner.backend == "inductor":
+            use_few_rows(module.graph, set().union(*graph.fresh_nodes.values()))
+            module.recompile()
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too (some steps compute no
         # token at all) is shown by tests/test_inductor.py, not by the compiler.
         examples = self._examples(dynamic=True)
