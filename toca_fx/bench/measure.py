@@ -1,4 +1,8 @@
-"""Time a case: contestants take turns step by step, so that all see the same machine; medians over rounds."""
+"""Time a case: contestants take turns step by step, so that all see the same machine.
+
+A machine's speed drifts, and by more than what is to be seen. So every step is compared with the uncached step beside it, and the
+median over rounds is that of the share; times are the share of the uncached model's median.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,8 +149,15 @@ def run_bench(
         if not round_index:
             report = ours.run.report()
             ours.compile_seconds = sum(sorted(record.seconds for record in report.steps)[-report.compiled_graphs :])
-    medians = {contestant.name: [statistics.median(times) for times in row] for contestant, row in zip(contestants, rows, strict=True)}
+    plain = rows[0]
+    usual = statistics.median(chain.from_iterable(plain))
+    medians = {contestant.name: _medians(row, plain, usual) for contestant, row in zip(contestants, rows, strict=True)}
     return replace(_result(name, policy, ours, uncached, others, medians, limits), failed=failed)
+
+
+def _medians(row: Sequence[Sequence[float]], plain: Sequence[Sequence[float]], usual: float) -> list[float]:
+    """Per step, the median share of the uncached step beside it, in seconds of the ``usual`` uncached step."""
+    return [usual * statistics.median(one / other for one, other in zip(*times, strict=True)) for times in zip(row, plain, strict=True)]
 
 
 def _result(
