@@ -143,7 +143,7 @@ class Selector:
             picked = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen.expand_as(order))
             torch._foreach_copy_([self._buffers[f"picked:{site}"] for site in ahead.values()], [picked[position] for position in ahead])
             rows = order + self._first_row[at]
-            given |= {f"order:{site}": rows[position] for position, site in ahead.items()}
+            given |= {f"order:{site}": rows[position] for position, site in ahead.items() if step.modes[site] == "partial"}
         return given
 
     def advance(self) -> None:
