@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import make_policy
+from toca_fx.conditioning import _distance
 from toca_fx.integrations.diffusers import build, examples, prediction, vary
 from toca_fx.report import Report
 
@@ -245,3 +246,20 @@ def test_on_an_accelerator_timesteps_in_another_unit_are_noticed_at_once() -> No
     outputs, report = run(model, calls, ON, [timestep / 1000 for timestep in timesteps(calls)])
     assert close(outputs, plain)
     assert any("at another timestep" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("steps", [20, 28, 50])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_timestep_is_found_whatever_way_it_was_rounded(steps: int, dtype: torch.dtype) -> None:
+    """diffusers' FLUX pipeline rounds t to the model's type and divides then; who lists timesteps divides first."""
+    listed = torch.linspace(1000, 1000 / steps, steps, dtype=torch.float64) * 0.9987
+    called = listed.to(dtype) / 1000
+    assert dtype != torch.bfloat16 or (called != (listed / 1000).to(dtype)).any()
+    apart = _distance(called[:, None], listed[None] / 1000)
+    assert torch.equal(apart.argmin(dim=1), torch.arange(steps))
+    assert (apart.amin(dim=1) <= 0).all()
+    assert (_distance(called[:1], listed[1:2] / 1000) > 0).all()
+
+
+def test_whole_timesteps_are_not_rounded() -> None:
+    assert _distance(torch.tensor([500, 501]), torch.tensor([500.0, 500.0])).tolist() == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -449,7 +450,7 @@ def test_two_calls_with_one_timestep_are_warned_of(model: nn.Module, caplog: pyt
         for step in make_inputs(3):
             call(fast, *step)
             call(fast, *step)
-    (warning,) = run.report().warnings
+    (warning, _) = run.report().warnings
     assert "two calls in a row" in warning
     assert "toca_fx.branch(name)" in warning
     assert warning in caplog.messages
@@ -502,11 +503,43 @@ def test_calls_beyond_the_last_step_are_full(model: nn.Module, caplog: pytest.Lo
 def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
     fast = fast_twin(model, N={"base": 3, "drift": 0.4})
     with toca_fx.session(num_steps=20) as run:
-        run_all(fast, make_inputs(2))
+        run_all(fast, make_inputs(20))
     assert run.report().warnings == ("policy `test` was tuned for 12 steps and runs 20: its slopes and windows are stretched over them",)
     with toca_fx.session(num_steps=12) as run:
-        run_all(fast, make_inputs(2))
+        run_all(fast, make_inputs(12))
     assert run.report().warnings == ()
+
+
+def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
+    """As when a scheduler was asked for its timesteps before it knew the number of steps."""
+    fast = fast_twin(model)
+    with toca_fx.session(timesteps=torch.arange(999, -1, -1)) as run:
+        run_all(fast, make_inputs(12))
+    (warning,) = [warning for warning in run.report().warnings if "was planned for" in warning]
+    assert "planned for 1000 steps and had 12" in warning
+    stack = contextlib.ExitStack()
+    run = stack.enter_context(toca_fx.session())
+    run_all(fast, make_inputs(2))
+    with pytest.raises(MemoryError), stack:
+        raise MemoryError
+    assert run.report().warnings == (), "what failed has other troubles"
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"), [(7, "a generation ended after 7 steps; the policy has 12"), (20, "a generation went on after them")]
+)
+def test_without_a_session_another_number_of_steps_is_noticed(
+    model: nn.Module, steps: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = fast_twin(model)
+    for _ in range(2):
+        run_all(fast, make_inputs(steps))
+    assert [message for message in caplog.messages if words in message]
+    caplog.clear()
+    runtime._implicit.clear()
+    for _ in range(3):
+        run_all(fast, make_inputs(12))
+    assert not caplog.messages
 
 
 def test_listed_steps_refuse_another_number_of_steps(model: nn.Module) -> None:

@@ -85,7 +85,7 @@ class Conditioning:
         timestep = inputs[self._position]
         if timestep.device.type not in _READ_FREELY and self._as_given and call >= _READ_CALLS:
             return self._row_on_device(timestep)
-        if call < len(self._timesteps) and bool((timestep == self._timesteps[call].to(timestep)).all()):
+        if call < len(self._timesteps) and bool(_distance(timestep, self._timesteps[call]).amax() <= 0):
             return call
         self._as_given = False
         self._warn(
@@ -98,11 +98,11 @@ class Conditioning:
         """The row [] of the table, without waiting for the device; its last one, which is NaN, if the timestep is not listed."""
         if self._timesteps is None:
             raise AssertionError("no timesteps are known")
-        self._timesteps = self._timesteps.to(timestep)  # stays there from the first call on
-        matches = (self._timesteps[:, None] == timestep.reshape(1, -1)).all(dim=1)
-        lost = ~matches.any()
+        self._timesteps = self._timesteps.to(timestep.device, torch.float32)  # stays there from the first call on
+        apart = _distance(timestep.reshape(1, -1), self._timesteps[:, None]).amax(dim=1)
+        lost = apart.amin() > 0
         self._lost = lost if self._lost is None else self._lost | lost
-        return torch.where(lost, len(matches), matches.to(torch.uint8).argmax())
+        return torch.where(lost, len(apart), apart.argmin())
 
     def _all_timesteps(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """The values of all timesteps, [T, ...] each."""
@@ -131,6 +131,12 @@ class Conditioning:
 
     def _named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"hoisted:{name}": value for name, value in values.items()}
+
+
+def _distance(timestep: Tensor, listed: Tensor) -> Tensor:
+    """How far apart they are, beyond the rounding of the timestep's type: bfloat16(t) / 1000 is not bfloat16(t / 1000)."""
+    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+    return (timestep.to(listed) - listed).abs() - rounding * listed.abs()
 
 
 def _take(values: Tensor, row: int | Tensor) -> Tensor:

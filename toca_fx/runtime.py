@@ -155,7 +155,16 @@ class Session:
                     "dropped; if two kinds of calls alternate, wrap one of them in toca_fx.branch(name)"
                 )
             current = None
-        if current is not None and self._implicit and (current.finished or (now is not None and current.runs_backwards(now))):
+        turned = current is not None and now is not None and current.runs_backwards(now)
+        if current is not None and self._implicit and now is not None and current.direction and current.finished != turned:
+            planned = len(current.plan.steps)
+            self.warn(
+                f"the policy has {planned} steps, and a generation went on after them; the next one began in the middle of it"
+                if current.finished
+                else f"a generation ended after {current.position} steps; the policy has {planned}, of which it had the first ones"
+                " only. Put each generation into a toca_fx.session(num_steps=...)"
+            )
+        if current is not None and self._implicit and (current.finished or turned):
             current = None
         if current is not None and current.finished:
             self.warn(
@@ -201,6 +210,17 @@ class Session:
         if message not in self._warnings:
             self._warnings[message] = None
             log.warning(message)
+
+    def complete(self) -> None:
+        """The run has come to its end: warn if the clock has not."""
+        for track in self._tracks.values():
+            for generation in track.generations.values():
+                if not generation.finished:
+                    self.warn(
+                        f"the session was planned for {len(generation.plan.steps)} steps and had {generation.position}, so that the "
+                        "policy's last steps were left out. Give session(num_steps=...) the number of model calls, or "
+                        "session(timesteps=...) those of the scheduler after its set_timesteps"
+                    )
 
     def close(self) -> None:
         """Free the caches; records and report stay."""
@@ -258,6 +278,7 @@ def session(num_steps: int | None = None, *, timesteps: Sequence[float] | Tensor
     token = _session.set(run)
     try:
         yield run
+        run.complete()
     finally:
         _session.reset(token)
         run.close()
