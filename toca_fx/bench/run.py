@@ -66,11 +66,11 @@ def main(args: argparse.Namespace) -> int:
         results.append(result)
         torch._dynamo.reset()
         gc.collect()
-    if args.chart:
-        chart(results, args.chart)
     if args.json:
         figures = {**machine, "limits": asdict(limits), "results": [result.to_dict() for result in results]}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.chart:
+        chart(results, args.chart)
     return 0
 
 
