@@ -45,6 +45,7 @@ CASES = [
     (2, 3, 100, 100, 72, "float32", "bnhd"),  # the heads of DiT-XL/2; no block is whole
     (1, 2, 130, 70, 64, "float32", "bhnd"),
     (2, 1, 33, 65, 128, "float16", "bnhd"),
+    (1, 1, 70, 40, 128, "float32", "bhnd"),  # blocks of 32 rows
 ]
 
 
@@ -69,7 +70,8 @@ def on_gpu(dtype: torch.dtype, width: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "flash", "kernel"), [(torch.float16, True, FLASH), (torch.bfloat16, False, EFFICIENT), (torch.float32, True, EFFICIENT)]
+    ("dtype", "flash", "kernel"),
+    [(torch.float16, True, FLASH), (torch.bfloat16, True, FLASH), (torch.float16, False, EFFICIENT), (torch.float32, True, EFFICIENT)],
 )
 def test_a_gpu_takes_a_fused_kernel_and_the_operator(
     dtype: torch.dtype, flash: bool, kernel: object, monkeypatch: pytest.MonkeyPatch
@@ -90,12 +92,27 @@ def test_a_gpu_takes_a_fused_kernel_and_the_operator(
     assert (tuple(score.shape), score.dtype) == ((2, 50), torch.float32)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float16, 65), (torch.float64, 64), (torch.float16, 264)])
-def test_what_no_fused_kernel_takes_is_recomputed(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "width", "flash"),
+    [
+        (torch.float16, 65, True),  # rows that are not aligned
+        (torch.float64, 64, True),
+        (torch.bfloat16, 64, False),  # before Ampere no fused kernel takes it
+        (torch.float32, 256, True),  # more than the kernel's shared memory
+    ],
+)
+def test_what_no_fused_kernel_takes_is_recomputed(dtype: torch.dtype, width: int, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash", lambda device: flash)
+    with FakeTensorMode():
+        assert attention._fused_on_gpu(*on_gpu(dtype, width), None) is None
+
+
+def test_operands_of_several_types_are_left_to_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_has_flash", lambda device: True)
     with FakeTensorMode():
-        taken = attention._fused_on_gpu(*on_gpu(dtype, width), None)
-    assert (taken is None) == (width * dtype.itemsize % 16 != 0 or dtype == torch.float64)
+        query, key, value = on_gpu(torch.float32, 64)
+        assert attention._fused_on_gpu(query, key, value, None) is not None
+        assert attention._fused_on_gpu(query, key, value.half(), None) is None
 
 
 def test_its_work_is_one_more_product() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import toca_fx
@@ -53,6 +53,45 @@ def test_only_layers_of_fresh_tokens_in_float32_decide() -> None:
         assert len(graph.module.graph.find_nodes(op="call_function", target=aten.linear.default)) == before - expected
         # Another compiler gets the graph as it is.
         assert not [node for node in program.step(plan, plan.steps[1].modes)._run.__self__.graph.nodes if "toca_fx" in str(node.target)]
+
+
+class Quantised(nn.Module):
+    """A linear layer whose weight is computed: int8 and a scale."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 128, (outside, inside), dtype=torch.int8))
+        self.register_buffer("scale", torch.full((outside, 1), 1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def test_a_weight_that_is_computed_counts_by_its_type() -> None:
+    for dtype, expected in ((torch.float32, 2), (torch.float64, 0)):
+        torch._dynamo.reset()
+        model = tiny("original", layers=1).to(dtype)
+        mlp = model.blocks[0].mlp  # type: ignore[union-attr, index]
+        for name, child in list(mlp.named_modules()):
+            if isinstance(child, nn.Linear):
+                mlp.set_submodule(name, Quantised(child.in_features, child.out_features))
+        x, t, y = next(iter(make_inputs(1, dtype=dtype)))
+        captured, inputs = capture(model, x, t=t, y=y)
+        program = toca_fx.program.Program(captured, inputs, make_policy(), toca_fx.inner.Inner("eager"))
+        graph = program.step_graph(program.plan(None), program.plan(None).steps[1].modes)
+        use_few_rows(graph.module.graph, set().union(*graph.fresh_nodes.values()))
+        assert len(graph.module.graph.find_nodes(op="call_function", target=torch.ops.toca_fx.linear.default)) == expected
+
+
+def test_autocast_gets_what_it_casts() -> None:
+    """The operator is unknown to it."""
+    model, outputs = tiny("original", layers=1), []
+    for inner in ("inductor", "eager"):
+        torch._dynamo.reset()
+        with toca_fx.session(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(run_all(toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner), make_inputs()))
+    for ours, theirs in zip(*outputs, strict=True):
+        assert (ours.float() - theirs.float()).abs().max() < 0.05 * theirs.float().abs().max()
 
 
 def test_inductor_gets_the_operator_and_flops_stay(monkeypatch: pytest.MonkeyPatch) -> None:

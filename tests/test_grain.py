@@ -44,6 +44,107 @@ def test_only_what_is_reused_on_the_same_steps_shares() -> None:
     assert [warning for warning in partial.warnings if "grain" in warning]
 
 
+def test_no_cache_is_shared_where_another_site_joins_the_same_add() -> None:
+    """The add would be replaced, and with it what the other site computes."""
+    source, _ = capture_tiny("original", layers=1)
+    first, second = match(source.graph).sites
+    sites = (first, second, replace(second, path="blocks.0.other", output=first.output, follows=None))
+    assert make_plan(Matches(sites, ()), make_policy(**TOGETHER)).runs == ()
+    assert make_plan(Matches(sites[:2], ()), make_policy(**TOGETHER)).runs == ((0, 1),)
+
+
+def test_a_branch_that_is_no_site_is_never_cached() -> None:
+    """Work that joins the stream together with a site's, and is none itself, is done on every step."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+            self.norm2, self.mlp2 = nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+            self.extra = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mlp(self.norm(x))
+            return x + (self.mlp2(self.norm2(x)) + self.extra(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(1, 16, 32, dtype=torch.float64)
+    captured, flat = capture(model, x, torch.tensor([1.0]))
+    found = Analysis(captured, flat, make_policy(**TOGETHER))
+    assert [site.kind for site in found.matches.sites] == ["mlp", "mlp"]
+    assert [site.follows for site in found.matches.sites] == [None, None]
+
+
+def test_plans_of_other_lengths_share_no_graph_that_caches_otherwise() -> None:
+    """In three steps all are reused together, in twelve they are not."""
+    policy = make_policy(**TOGETHER, rules=[{"match": "mlp", "N": {"base": 6}}])
+    model, inputs = tiny("original", layers=2).double(), list(make_inputs(12, dtype=torch.float64))
+    for lengths in ((3, 12), (12, 3)):
+        torch._dynamo.reset()
+        fast, outputs = toca_fx.compile(model, policy, inner="eager"), {}
+        for length in lengths:
+            with toca_fx.session(num_steps=length) as run:
+                outputs[length] = run_all(fast, inputs[:length])
+            (program,) = programs(run)
+        assert program.plan(3).runs
+        assert not program.plan(12).runs
+        for length, found in outputs.items():
+            torch._dynamo.reset()
+            with toca_fx.session(num_steps=length):
+                alone = run_all(toca_fx.compile(model, policy, inner="eager"), inputs[:length])
+            for one, other in zip(found, alone, strict=True):
+                assert torch.equal(one, other)
+
+
+def test_a_run_may_end_in_another_type_than_it_began() -> None:
+    class Gated(nn.Module):
+        """An MLP in bfloat16, then one whose output is gated in float32."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).bfloat16()
+            self.second = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).bfloat16()
+            self.gate = nn.Parameter(torch.ones(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x)
+            return (x + self.gate * self.second(x)).bfloat16()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Gated(), Gated()])
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(1, 16, 32).bfloat16()
+    policy = make_policy(**TOGETHER)
+    captured, flat = capture(model, x, torch.tensor([1.0]))
+    found = Analysis(captured, flat, policy)
+    plan = found.plan(None)
+    assert plan.runs
+    with toca_fx.session() as run, torch.no_grad():
+        fast = toca_fx.compile(model, policy, inner="eager")
+        full, partial = (fast(x, torch.tensor([t])) for t in (1.0, 0.9))
+    assert run.report().cache_bytes == found.nbytes(plan)
+    assert full.dtype == partial.dtype == torch.bfloat16
+    assert torch.allclose(full.float(), partial.float(), rtol=0.02, atol=0.02)
+
+
 def test_a_state_that_something_else_reads_is_computed() -> None:
     """A site follows another only if nothing but itself reads the stream between them."""
     source, _ = capture_tiny("original", layers=1)

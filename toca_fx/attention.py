@@ -29,6 +29,7 @@ aten = torch.ops.aten
 _BLOCK_ELEMENTS = 2**22  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
 _MOST_BLOCKS = 16
 _QUERY_CHUNK = 512
+_KERNEL_BYTES = 512  # of a query, for one head: what the kernel of ``columns`` holds in shared memory, and flash attention takes
 _MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
 
 
@@ -155,14 +156,16 @@ def attention_and_influence(
 
 
 def _fused_on_gpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp [B, H, N] of the fused kernel that takes such operands; None if neither does."""
-    width, itemsize = query.shape[-1], query.element_size()
-    if value.shape[-1] != width or any(operand.stride(-1) != 1 for operand in (query, key, value)):
+    """Output and log-sum-exp [B, H, N] of the fused kernel that takes such operands; None if neither does, or ``columns`` does not."""
+    operands, dtype, nbytes = (query, key, value), query.dtype, query.shape[-1] * query.element_size()
+    if any(operand.stride(-1) != 1 or operand.dtype != dtype or operand.shape[-1] != query.shape[-1] for operand in operands):
         return None
-    if itemsize == 2 and width % 8 == 0 and width <= 256 and _has_flash(query.device):
+    if nbytes % 16 or nbytes > _KERNEL_BYTES:
+        return None
+    if dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device):
         output, logsumexp, *_ = aten._scaled_dot_product_flash_attention.default(query, key, value, scale=scale)
         return output, logsumexp
-    if itemsize <= 4 and width * itemsize % 16 == 0:
+    if dtype in (torch.float16, torch.float32):  # bfloat16 runs where flash attention does
         output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention.default(query, key, value, None, True, scale=scale)
         return output, logsumexp.narrow(2, 0, query.shape[2])  # it is padded
     return None
@@ -191,6 +194,8 @@ def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None
     ``logsumexp`` [B, H, N] is computed where no kernel returned it; ``mask`` broadcasts to [B, H, N, M], boolean (True
     takes part) or added to the logits. Memory O(N).
     """
+    if query.device.type == "cpu":  # products in half precision are slow on many, and rounded logits would count
+        query, key = query.to(score_dtype(query)), key.to(score_dtype(key))
     columns = []
     for start in range(0, query.shape[2], _QUERY_CHUNK):
         rows = slice(start, start + _QUERY_CHUNK)

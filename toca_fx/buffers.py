@@ -63,8 +63,10 @@ class Buffers:
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         site = self._plan.sites[site_of(name)]
         value = self._value(site.output)
-        if role == "cache" and any(run[0] == site_of(name) for run in self._plan.runs):
-            value = self._value(site.residual)
+        if role == "cache":
+            for run in self._plan.runs:
+                if run[0] == site_of(name):
+                    value = self._value(self._plan.sites[run[-1]].residual)
         if role == "keys":
             value = self._value(site.projections[int(name.split(":")[2])])
         if role in ("cache", "keys"):

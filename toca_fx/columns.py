@@ -22,7 +22,8 @@ def column_sums(query: Tensor, key: Tensor, logsumexp: Tensor, scale: float) -> 
     from toca_fx.columns_triton import launch
 
     sums = torch.empty(key.shape[:3], dtype=torch.float32, device=query.device)
-    launch(query, key, logsumexp, sums, scale)
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        launch(query, key, logsumexp, sums, scale)
     return sums
 
 

@@ -82,11 +82,14 @@ class Conditioning:
         """Which of the timesteps this call is at; None if that is not known."""
         if self._timesteps is None or self._position is None:
             return None
-        timestep = inputs[self._position]
-        if timestep.device.type not in _READ_FREELY and self._as_given and call >= _READ_CALLS:
+        timestep, freely = inputs[self._position], inputs[self._position].device.type in _READ_FREELY
+        if not freely and not self._as_given:
+            return None
+        if not freely and call >= _READ_CALLS:
             return self._row_on_device(timestep)
         if call < len(self._timesteps) and bool(_distance(timestep, self._timesteps[call]).amax() <= 0):
-            return call
+            exact = not freely or bool((timestep == self._timesteps[call].to(timestep)).all())
+            return call if exact else None
         self._as_given = False
         self._warn(
             "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of x [..., in] and weight [out, in]; which library multiplies is decided by the number of rows."""
     rows = x.numel() // x.shape[-1]
     most = _WIDENING_ROWS if weight.shape[0] > weight.shape[1] else _OTHER_ROWS
-    if 0 < rows <= most and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if 0 < rows <= most and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:  # type: ignore[no-untyped-call]
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)
@@ -36,11 +36,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
     """Let the linear layers among the nodes ``fresh``, which work on fresh tokens only, decide by their number of rows."""
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        if node.name in fresh and all(_is_plain(operand) for operand in node.all_input_nodes if operand.op == "placeholder"):
-            weight, *bias = node.args[1:]
+        weight, *bias = node.args[1:]
+        if node.name in fresh and _is_plain(node) and all(_is_plain(operand) for operand in (weight, *bias) if operand is not None):
             node.target, node.args = torch.ops.toca_fx.linear.default, (node.args[0], weight, bias[0] if bias else None)
 
 
-def _is_plain(parameter: fx.Node) -> bool:
-    value = parameter.meta["val"]
+def _is_plain(node: fx.Node) -> bool:
+    value = node.meta["val"]  # of a layer: for all tokens, and under autocast in the type that it casts to
     return bool(value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous())

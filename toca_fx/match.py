@@ -47,7 +47,7 @@ class Site:
     attention that tells how much this site's tokens are attended to, and of the cross-attention in which they are the
     queries. ``projections`` are the keys and values of an attention as nodes [batch, tokens, width]. ``residual`` is the add that joins
     the output, gated, to the ``stream``. ``follows`` is the site of the block that changed the stream last, if nothing but this site reads
-    the state between them, or that ends in the same add.
+    the state between them, or that ends in the same add; and if neither add joins anything to the stream that is no site.
     """
 
     kind: str
@@ -336,11 +336,20 @@ class _Matcher:
             other = self.found[at]
             if (other.site.block, other.site.layer) == (self.found[index].site.block, self.found[index].site.layer):
                 if other.add is add:
-                    return at
+                    return at if self._joins_sites_only(add) else None
                 if other.add is stream:
                     region = {*self.flow.between(stream, add)}
-                    return at if all(user in region for node in region - {add} for user in node.users) else None
+                    alone = all(user in region for node in region - {add} for user in node.users)
+                    return at if alone and self._joins_sites_only(add) and self._joins_sites_only(stream) else None
         return None
+
+    def _joins_sites_only(self, add: fx.Node) -> bool:
+        """Whether all work between a stream and what ``add`` makes of it belongs to sites."""
+        stream, branch = self.flow.residuals[add]
+        region = self.flow.between(self.flow.read_by(branch, stream) or root(stream), branch)
+        names = {found.site.output for found in self.found if found.add is add}
+        outputs = [node for node in region if node.name in names]
+        return all(is_cheap(node) or any(self.flow.reaches(node, output) for output in outputs) for node in region)
 
     def _miss(self, kind: str, path: str, reason: str) -> None:
         self.misses.append(NearMiss(kind, path, reason))

@@ -94,7 +94,12 @@ class Plan:
             if site.follows is not None and self._reused_with(site.follows, i):
                 first = head[i] = head.get(site.follows, site.follows)
                 runs.setdefault(first, [first]).append(i)
-        return tuple(map(tuple, runs.values()))
+        return tuple(tuple(run) for run in runs.values() if self._is_whole(run))
+
+    def _is_whole(self, run: Sequence[int]) -> bool:
+        """Whether no other site adds to the stream where those of ``run`` do."""
+        ends = {self.sites[i].residual for i in run}
+        return all(i in run for i, site in enumerate(self.sites) if site.residual in ends)
 
     def _reused_with(self, one: int, other: int) -> bool:
         together = all(step.modes[one] == step.modes[other] in ("full", "reuse") for step in self.steps)

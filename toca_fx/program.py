@@ -42,7 +42,7 @@ class Program(Analysis):
     def step(self, plan: Plan, modes: Modes) -> CompiledStep:
         """The compiled graph for steps in these modes; built at the first call, shared between plans."""
         with self._lock:
-            key = (modes, plan.scored_by_attention, plan.entropies, plan.remembering)
+            key = (modes, plan.scored_by_attention, plan.entropies, plan.remembering, plan.runs)
             if key not in self._steps:
                 self._steps[key] = CompiledStep(self.step_graph(plan, modes), self.aten, plan, self._inner)
             return self._steps[key]

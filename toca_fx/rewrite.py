@@ -164,17 +164,20 @@ class _Rewriter:
         """One cache for what all sites of ``run`` add to the stream."""
         name, stream, residual = f"cache:{run[0]}", self.nodes[self.plan.sites[run[0]].stream], self.plan.sites[run[-1]].residual
         end = self.nodes[residual]
+        buffer = self._buffer(name, end)
         if self.modes[run[0]] == "reuse":
-            added = self._as(end, self._buffer(name, end), after=end)
-            with self.graph.inserting_after(end if added.op == "placeholder" else added):
+            added = self._as(end, buffer, after=end)
+            with self.graph.inserting_after(end if added is buffer else added):
                 total = self.graph.call_function(aten.add.Tensor, (stream, added))
-            total.meta["val"] = end.meta["val"]
-            end.replace_all_uses_with(total)
-            self.nodes[residual] = total
+            total.meta["val"] = stream.meta["val"] + added.meta["val"]
+            # The type of the stream may change along the run.
+            after = self._as(end, total, after=total)
+            end.replace_all_uses_with(after)
+            self.nodes[residual] = after
         else:
             with self.graph.inserting_after(end):
                 added = self.graph.call_function(aten.sub.Tensor, (end, stream))
-            added.meta["val"] = end.meta["val"]
+            added.meta["val"] = end.meta["val"] - stream.meta["val"]
             self._write(name, added)
 
     def _buffer(self, name: str, like: fx.Node | None = None) -> fx.Node:

@@ -213,9 +213,12 @@ class Session:
 
     def complete(self) -> None:
         """The run has come to its end: warn if the clock has not."""
+        called = sum(track.calls for track in self._tracks.values())
         for track in self._tracks.values():
             for generation in track.generations.values():
-                if not generation.finished:
+                # Experts that share the steps of one run (`transformer` and `transformer_2`) have a part of them each.
+                shared = len(self._tracks) > 1 and called >= len(generation.plan.steps)
+                if not generation.finished and not shared:
                     self.warn(
                         f"the session was planned for {len(generation.plan.steps)} steps and had {generation.position}, so that the "
                         "policy's last steps were left out. Give session(num_steps=...) the number of model calls, or "

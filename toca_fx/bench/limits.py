@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 # A layer of a transformer in the size of DiT-XL/2: compute-bound, and as large as those that are timed.
 _ROWS, _WIDTH = 2048, 1152
 _MOVED_BYTES = 2**28
-_REPEATS = 7
+_REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -46,4 +45,4 @@ def _seconds(work: Callable[[], Tensor]) -> float:
         began = time.perf_counter()
         float(work().flatten()[0])  # waits for the device
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return min(times)  # a limit: other work on the machine only adds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -56,7 +57,9 @@ class BenchResult:
 
     ``uncached`` and ``kinds`` are the step kinds; ``limits`` what the machine can do. ``selection`` and ``scoring`` are what choosing
     tokens costs a partial step, ahead of its graph and in it, ``scoring_full`` what it costs a full one (None: not measured). Ratios are
-    of whole generations. ``peak_bytes`` is the process's, or the device's. ``failed`` names the alternatives that do not run this model,
+    of whole generations. Compile times are those of the first calls, with what
+    inductor's cache holds by then (tools/compile_times.py: cold ones).
+    ``peak_bytes`` is the process's, or the device's. ``failed`` names the alternatives that do not run this model,
     and why.
     """
 
@@ -125,6 +128,8 @@ def run_bench(
     model, first = build(example, **place)
     calls = calls_of(example, first, steps)
     ground = Field(model, calls, [float(call[example.timestep].flatten()[0]) for call in calls])
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     uncached, ours = ground.uncached(), ground.toca("toca", policy)
     others = [ground.toca("unscored", unscored(policy)), *ground.alternatives(policy)] if alternatives else []
     failed = {other.name: reason for other in others if (reason := other.refusal(calls[0]))}
@@ -173,11 +178,14 @@ def _result(
     plain, cached, steps = medians[uncached.name], medians[ours.name], len(report.steps)
     (program,) = {id(program): program for program, _ in ours.run._records}.values()
     kinds = _kinds(report, cached, program)
-    plainly = _kinds(others[0].run.report(), medians["unscored"], None) if others else ()
+    unscored_run = next((other.run.report() for other in others if other.name == "unscored"), None)
+    plainly = () if unscored_run is None else _kinds(unscored_run, medians["unscored"], None)
     scoring = {kind: max(0.0, _median(kinds, kind) - _median(plainly, kind)) if plainly else None for kind in ("full", "partial")}
     fewer = max(1, round(steps / report.flops_ratio))
     found = [Alternative(f"{fewer} steps instead of {steps}", steps / fewer, steps / fewer)]
-    found += [Alternative(other.name, sum(plain) / sum(medians[other.name]), _flops_ratio(other)) for other in others[1:]]
+    found += [
+        Alternative(other.name, sum(plain) / sum(medians[other.name]), _flops_ratio(other)) for other in others if other.name != "unscored"
+    ]
     return BenchResult(
         case=name,
         policy=policy.name,
@@ -226,4 +234,4 @@ def _flops_ratio(contestant: Contestant) -> float | None:
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
