@@ -40,7 +40,7 @@ def test_bench_prints_writes_and_draws_every_figure(tmp_path: Path, capsys: pyte
         "instead: ",
         "FLOPs ratio",
         "quotient",
-        "compile time",
+        "first calls",
         "peak memory",
     )
     assert [word for word in words if word not in printed] == []
