@@ -33,7 +33,8 @@ class Program(Analysis):
 
     def __init__(self, captured: fx.GraphModule, inputs: Sequence[Any], policy: Policy, inner: Inner) -> None:
         super().__init__(captured, inputs, policy)
-        trace.verify(captured, self.aten, inputs)
+        if self.aten.meta["writes"]:
+            trace.verify(captured, self.aten, inputs)
         self._inner = inner
         self._steps: dict[tuple[object, ...], CompiledStep] = {}
         self._idle: dict[tuple[str, ...], list[dict[str, Tensor]]] = {}

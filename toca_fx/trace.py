@@ -37,7 +37,8 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``, which are not modified.
 
     Placeholders keep their order. Every node carries ``meta["val"]`` (fake tensors with concrete shapes) and
-    ``meta["path"]`` (the module path such as ``transformer_blocks.3.ff``, "" outside any submodule).
+    ``meta["path"]`` (the module path such as ``transformer_blocks.3.ff``, "" outside any submodule). The module's
+    ``meta["writes"]`` tells whether the model writes to tensors in place, which the graph that is returned does not.
 
     Raises:
         UnsupportedModelError: the model writes to memory of the caller in place, or a number depends on a tensor's values.
@@ -55,6 +56,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             "was compiled with dynamic=True. Pass floats as tensors and leave dynamic out; or, for a number that changes between "
             "generations only (the scale of a LoRA), set torch._dynamo.config.specialize_float = True"
         ) from error
+    graph_module.meta["writes"] = False
     for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
@@ -62,6 +64,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         nothing = node.target is aten.detach_.default
         nothing |= node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
         if is_mutable(node) and not nothing:
+            graph_module.meta["writes"] = True
             make_functional(node)
         elif nothing:
             node.replace_all_uses_with(node.args[0])
@@ -159,7 +162,9 @@ def is_model_state(source: str) -> bool:
 
 
 def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Run both graphs on the first real inputs and compare: re-tracing can lose writes through ``.data``.
+    """Run both graphs on the first real inputs and compare.
+
+    For models that write in place: whether a write was followed to all that see it is not certain where tensors share memory.
 
     Raises:
         UnsupportedModelError: the outputs differ by more than rounding.
@@ -171,7 +176,7 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
             error = (left - right).abs().amax().item()
             raise UnsupportedModelError(
                 f"the canonical graph differs from the captured one by {error:.1e} (outputs up to {scale:.1e}); the "
-                "model probably writes through .data or an alias, which cannot be followed"
+                "model probably writes in place through an alias, which cannot be followed"
             )
 
 
