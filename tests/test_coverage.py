@@ -11,12 +11,14 @@ from torch import Tensor
 
 import toca_fx
 from tests.helpers import capture_calls, make_policy
+from toca_fx import trace
 from toca_fx.coverage import coverage
 from toca_fx.inner import Inner
 from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples, prediction, vary
 from toca_fx.policy.types import Policy
 from toca_fx.program import Program
 from toca_fx.runtime import Lane, Session
+from toca_fx.trace import to_aten
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 
 STEPS = 3
@@ -45,13 +47,16 @@ def test_the_package_knows_no_model_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in examples() if name not in REFUSED])
-def test_a_transformer_of_diffusers(name: str) -> None:
+def test_a_transformer_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     example = examples()[name]
     model, first = build(example)
     calls = [vary(example, first, step, STEPS) for step in range(STEPS)]
     with torch.no_grad():
         expected = [prediction(model(**call))[0] for call in calls]
     captured, steps = capture_calls(model, calls)
+    # One trace for all policies: no program may change it.
+    module = to_aten(captured, steps[0])
+    monkeypatch.setattr(trace, "to_aten", lambda *_: module)
 
     def program(policy: Policy) -> Program:
         return Program(captured, steps[0], policy, Inner("eager"))
