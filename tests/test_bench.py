@@ -24,11 +24,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_bench_prints_writes_and_draws_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_writes_and_draws_every_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     options = ["bench", "--rounds", "1", "--threads", str(torch.get_num_threads()), "--json", str(figures), "--chart", str(picture)]
     assert cli.main(options) == 0
     printed = capsys.readouterr().out
+    assert "the session was planned for" not in caplog.text
     words = (
         "uncached",
         "full",

@@ -49,10 +49,13 @@ def test_a_batch_shows_each_digit_as_it_is_alone() -> None:
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
-def test_demo_command_writes_a_picture_and_prints_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_command_writes_a_picture_and_prints_the_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     picture = tmp_path / "demo.png"
     assert run.main(argparse.Namespace(policy="digits", per_class=1, seed=0, output=str(picture))) == 0
     printed = capsys.readouterr().out
     for word in ("latency ratio", "FLOPs ratio", "PSNR", "recognised", "uncached, 50 steps", "digits, 50 steps"):
         assert word in printed
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("toca_fx") and record.levelname != "INFO"] == []

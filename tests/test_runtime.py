@@ -523,6 +523,10 @@ def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
     with pytest.raises(MemoryError), stack:
         raise MemoryError
     assert run.report().warnings == (), "what failed has other troubles"
+    with toca_fx.session() as run:
+        run_all(fast, make_inputs(2))
+        run.close()
+    assert run.report().warnings == (), "closed early on purpose"
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class Session:
                     )
 
     def close(self) -> None:
-        """Free the caches; records and report stay."""
+        """Free the caches; records and report stay. A session that is closed before its last step gives no warning."""
         for track in self._tracks.values():
             for generation in track.generations.values():
                 generation.close()

@@ -58,6 +58,8 @@ class Contestant:
         except Exception as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
         finally:
+            if isinstance(self.run, Session):
+                self.run.close()  # after one step, on purpose
             self.end()
         return None
 

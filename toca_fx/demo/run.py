@@ -97,8 +97,9 @@ def warm_up(progress: Progress, models: list[Denoiser], classes: Tensor, steps: 
     task = progress.add_task("compiling", total=few * len(models))
     known = [*digits.timesteps(few), *[0] * (steps - few)]
     for model in models:
-        with toca_fx.session(timesteps=known):
+        with toca_fx.session(timesteps=known) as run:
             digits.sample(model, classes, steps=few, on_step=lambda: progress.advance(task))
+            run.close()  # before its steps are over, on purpose
 
 
 @torch.no_grad()
