@@ -72,13 +72,30 @@ def test_in_blocks(tokens: int, scale: float | None, kernels: list[str]) -> None
     assert (score - column_sums(query, key, scale or WIDTH**-0.5)).abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 100])
-def test_the_size_of_a_block_changes_nothing(block: int) -> None:
-    query, key, value = operands(100)
-    whole, expected = attention._in_blocks(query, key, value, 0.3, 100)
-    output, score = attention._in_blocks(query, key, value, 0.3, block)
+@pytest.mark.parametrize(("samples", "rows"), [(5, 1), (5, 7), (2, 100), (3, 64), (1, 100)])
+def test_the_size_of_a_block_changes_nothing(samples: int, rows: int) -> None:
+    query, key, value = operands(100, batch=5)
+    whole, expected = attention._in_blocks(query, key, value, 0.3, 5, 100)
+    output, score = attention._in_blocks(query, key, value, 0.3, samples, rows)
     assert (output - whole).abs().max() < 1e-13
     assert (score - expected).abs().max() < 1e-13
+
+
+def test_blocks_are_whole_maps_as_long_as_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, _ = operands(100, batch=5)
+    found = []
+    for queries in (1000, 200, 100, 99, 34, 33, 31):  # that fit
+        monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", HEADS * 100 * queries)
+        found.append(attention._blocks(query, key))
+    assert found == [(10, 100), (2, 100), (1, 100), (1, 99), (1, 34), None, None], "16 blocks at most"
+
+
+def test_a_key_for_all_samples(kernels: list[str]) -> None:
+    query, (_, key, value) = operands(20)[0], operands(20, batch=1)
+    output, score = attention_and_influence(query, key, value)
+    assert kernels == ["recomputed"]
+    assert (output - F.scaled_dot_product_attention(query, key, value)).abs().max() < 1e-13
+    assert (score - column_sums(query, key)).abs().max() < 1e-13
 
 
 def test_large_maps_take_the_fused_kernel(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

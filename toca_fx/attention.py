@@ -137,11 +137,10 @@ def attention_and_influence(
 ) -> tuple[Tensor, Tensor]:
     """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not normalised: ([B, H, N, D], [B, M])."""
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    plain = attn_mask is None and not dropout_p and not is_causal and query.shape[1] == key.shape[1]
+    plain = attn_mask is None and not dropout_p and not is_causal and query.shape[:2] == key.shape[:2] == value.shape[:2]
     if plain and query.device.type == "cpu":
-        block = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
-        if query.dtype in (torch.float32, torch.float64) and query.shape[2] <= block * _MOST_BLOCKS:
-            return _in_blocks(query, key, value, factor, block)
+        if query.dtype in (torch.float32, torch.float64) and (blocks := _blocks(query, key)) is not None:
+            return _in_blocks(query, key, value, factor, *blocks)
         if query.shape[-1] == value.shape[-1]:
             output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, scale=scale)
             return output, influence(query, key, factor, logsumexp)
@@ -175,17 +174,34 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, block: int) -> tuple[Tensor, Tensor]:
+def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
+    """How many samples, and queries of each, have a map that stays in the cache; None if those are too many blocks to write out.
+
+    Whole maps as long as one fits: a product of few queries with all keys, for many samples, is slow.
+    """
+    batch, heads, queries, _ = query.shape
+    of_query = max(1, heads * key.shape[2])
+    samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
+    rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
+    return (samples, rows) if -(batch // -samples) * -(queries // -rows) <= _MOST_BLOCKS else None
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, samples: int, rows: int) -> tuple[Tensor, Tensor]:
     outputs, columns = [], []
-    for rows in torch.split(query, block, dim=2):
-        logits = (rows * scale) @ key.transpose(-1, -2)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
-        reciprocal = weights.sum(-1, keepdim=True).reciprocal()
-        outputs.append((weights @ value) * reciprocal)
-        columns.append((weights * reciprocal).sum(dim=(1, 2)))
+    for q, k, v in zip(*(torch.split(operand, samples) for operand in (query, key, value)), strict=True):
+        parts = [_of_block(part * scale, k, v) for part in torch.split(q, rows, dim=2)]
+        outputs.append(torch.cat([output for output, _ in parts], dim=2))
+        columns.append(torch.stack([column for _, column in parts]).sum(0))
     # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
-    output = torch.cat(outputs, dim=2).transpose(1, 2).contiguous().transpose(1, 2)
-    return output, torch.stack(columns).sum(0) / query.shape[1]
+    output = torch.cat(outputs).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, torch.cat(columns) / query.shape[1]
+
+
+def _of_block(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    logits = query @ key.transpose(-1, -2)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    reciprocal = weights.sum(-1, keepdim=True).reciprocal()
+    return (weights @ value) * reciprocal, (weights * reciprocal).sum(dim=(1, 2))
 
 
 def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
