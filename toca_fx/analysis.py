@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, StrictMinMaxConstraint
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from toca_fx import buffers, trace
 from toca_fx.buffers import Buffers
@@ -22,6 +23,8 @@ from toca_fx.plan import Modes, Plan, StepPlan, make_plan
 from toca_fx.policy import Policy
 from toca_fx.rewrite import StepGraph, rewrite
 from toca_fx.select import spatial_of
+
+_INT32_MAX = torch.iinfo(torch.int32).max
 
 
 class Analysis:
@@ -150,14 +153,25 @@ class CountedStep:
         return examples + [kept[name] if name in kept else self._given(made, name, dynamic) for name in self.graph.names]
 
     def _given(self, made: Buffers, name: str, dynamic: bool) -> Tensor:
-        tokens = self._plan.sites[buffers.site_of(name)].tokens
-        # The hint only guides the compiler; it must not be 0 or 1, which would be taken for constants.
-        example = made.example(name, max(2, tokens // 8) if dynamic else tokens)
-        sizes = [DimDynamic.STATIC] * example.dim()
-        if dynamic and name.startswith("ranks"):
-            sizes = [DimDynamic.DYNAMIC]
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        return self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context)
+        site = buffers.site_of(name)
+        count = self._count(site, name) if dynamic and name.startswith("ranks") else self._plan.sites[site].tokens
+        with self._mode:
+            return made.example(name, count)
+
+    def _count(self, site: int, name: str) -> Any:
+        """A symbol for the number of fresh tokens of a site: anything up to all of them.
+
+        The range lets a compiler prove what it would guard otherwise: that 32 bits are enough for an index. Where it can prove nothing
+        it goes by the example, and for all tokens it takes 64 bits if any number of tokens needs them.
+        """
+        tokens = self._plan.sites[site].tokens
+        fresh = (node.meta.get("val") for node in self.graph.module.graph.nodes if node.name in self.graph.fresh_nodes[site])
+        wide = any(isinstance(value, Tensor) and value.numel() > _INT32_MAX for value in fresh)
+        # It must not be 0 or 1, which would be taken for constants.
+        example = torch.empty(max(2, tokens if wide else tokens // 8), device="meta")
+        range_ = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, max(2, tokens)))
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[range_])
+        return self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context).shape[0]
 
 
 def like(mode: FakeTensorMode, value: Any) -> Any:

@@ -14,6 +14,8 @@ ranks:i       0 .. K - 1: how many of them site i computes           [K]        
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -79,8 +81,8 @@ class Buffers:
         if name.split(":", maxsplit=1)[0] not in ("cache", "keys"):
             buffer.zero_()
 
-    def example(self, name: str, count: int) -> Tensor:
-        """What a step with ``count`` fresh tokens per sample would be given."""
+    def example(self, name: str, count: Any) -> Tensor:
+        """What a step with ``count`` (a number or a symbol) fresh tokens per sample would be given."""
         role = name.split(":", maxsplit=1)[0]
         value = self._value(self._plan.sites[site_of(name)].output)
         shape = (count,) if role == "ranks" else value.shape[:2]
