@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.split_module import split_module
 
@@ -172,7 +173,8 @@ class _Survey(fx.Interpreter):
 
     def kinds(self, examples: Sequence[Any]) -> dict[str, _Kind]:
         """The kind of each piece, in the order of their calls."""
-        with self._mode, torch.no_grad():
+        # Python's decompositions know symbols; the C++ ones of torch 2.11 (matmul's, for one) make them numbers.
+        with self._mode, torch.no_grad(), enable_python_dispatcher():
             self.run(*examples)
         return self._kinds
 
