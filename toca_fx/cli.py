@@ -140,6 +140,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _blocks(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
 def _explain(arguments: argparse.Namespace) -> int:
     from toca_fx import explain_command
 
@@ -151,18 +155,24 @@ def add_bench(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure time saved against work saved",
-        description="Time models with random weights, uncached and cached, both compiled by inductor.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time models with random weights, uncached and cached, both compiled by inductor: step by step in turn on a CPU; whole "
+        "generations in turn on a GPU, where the uncached model runs with and without CUDA graphs, and the faster one counts.",
     )
     from toca_fx.bench.cases import CASES
 
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} (without any: dit-xl-2)")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} (default: dit-xl-2)")
     parser.add_argument("--policy", help="shipped name or path (default: the case's own)")
-    parser.add_argument("--blocks", type=_positive, help="transformer blocks of each kind (default: what a small machine stands)")
+    parser.add_argument(
+        "--blocks", type=_blocks, help="transformer blocks of each kind, or `all` of the model's (default: what a small machine stands)"
+    )
     parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the case's own)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="generations measured, after one that warms up")
-    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and inputs")
+    parser.add_argument(
+        "--images", type=_positive, default=1, help="images of a generation; with guidance each has two rows of the batch (default: 1)"
+    )
+    parser.add_argument("--rounds", type=_positive, default=5, help="generations measured, after those that warm up (default: 5)")
+    parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and inputs (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--mode", help="of toca_fx.compile, as of torch.compile, say reduce-overhead (default: none, toca_fx decides)")
     parser.add_argument("--alone", action="store_true", help="leave out FORA, the caches of diffusers and cache-dit")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--chart", metavar="FILE", help="draw work against time to this picture")

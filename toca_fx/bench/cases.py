@@ -1,18 +1,20 @@
-"""What is benchmarked: the paper's models at their real width, tokens and batch, with as many blocks as a small machine stands."""
+"""What is benchmarked: the paper's models at their real width, tokens and batch, with as many blocks as a small machine stands, or all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from toca_fx.integrations.diffusers import Example
 
+Blocks = int | Literal["all"] | None
+
 
 @dataclass(frozen=True)
 class Case:
-    """A preset of ``toca_fx.integrations.diffusers`` with ``config`` changed, and what is run with it."""
+    """A preset of ``toca_fx.integrations.diffusers`` with ``config`` changed for a small machine, and what is run with it."""
 
     preset: str
     policy: str
@@ -24,16 +26,20 @@ CASES = {
     "dit-xl-2": Case("dit-xl-2-256", "dit-xl-2", 50, {"num_layers": 4}),
     "dit-xl-2-512": Case("dit-xl-2-512", "dit-xl-2", 50, {"num_layers": 2}),
     "pixart-alpha": Case("pixart-alpha-256", "pixart-alpha", 20, {"num_layers": 4}),
+    "pixart-alpha-1024": Case("pixart-alpha-1024", "pixart-alpha", 20, {"num_layers": 1}),
     "latte": Case("latte-256", "opensora", 30, {"num_layers": 1}),
     "flux-dev": Case("flux-dev-512", "flux-dev", 12, {"num_layers": 1, "num_single_layers": 1}),
-    "flux-dev-1024": Case("flux-dev-1024", "flux-dev", 12, {"num_layers": 1, "num_single_layers": 1}),
+    "flux-dev-1024": Case("flux-dev-1024", "flux-dev", 50, {"num_layers": 1, "num_single_layers": 1}),
+    "wan-1.3b": Case("wan-1.3b-480p", "default-video", 50, {"num_layers": 1}),
 }
 """Latte stands for Open-Sora, which diffusers does not have: spatial and temporal blocks, a caption, 4096 tokens."""
 
 
-def example_of(case: Case, blocks: int | None) -> Example:
-    """The model of a case, with ``blocks`` of each kind if given."""
+def example_of(case: Case, blocks: Blocks) -> Example:
+    """The model of a case: with ``blocks`` of each kind, as in its preset for "all", or as a small machine stands for None."""
     from toca_fx.integrations.diffusers import PRESETS
 
     example = PRESETS[case.preset]
+    if blocks == "all":
+        return example
     return replace(example, config={**example.config, **{key: blocks or number for key, number in case.config.items()}})

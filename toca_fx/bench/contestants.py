@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, cast
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 import toca_fx
-from toca_fx.integrations.diffusers import prediction
 from toca_fx.policy import Policy
 from toca_fx.policy.types import Action, Ratio, Scores
 from toca_fx.runtime import Session
@@ -27,61 +25,66 @@ Call = Mapping[str, Any]
 
 
 class Contestant:
-    """A way to run the model, timed step by step; ``generation`` opens what one sampling run needs."""
+    """A way to run the model. ``run`` is what was opened for its latest generation.
 
-    def __init__(self, name: str, module: Callable[..., Any], generation: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.name, self._module, self._generation = name, module, generation
+    ``compile_seconds`` are those of its first calls, as far as they compiled. All steps are as fast as they get after ``warm_ups``
+    generations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: Callable[..., Any],
+        open_run: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        warm_ups: int = 1,
+    ) -> None:
+        self.name, self._module, self._open_run, self.warm_ups = name, module, open_run, warm_ups
         self.run: Any = None
         self.compile_seconds = 0.0
         self._context = contextvars.copy_context()
-        self._stack = ExitStack()
 
-    def begin(self) -> None:
-        """Open a generation."""
-        self.run = self._context.run(self._stack.enter_context, self._generation())
-
-    def end(self) -> None:
-        """Close it."""
-        self._context.run(self._stack.close)
-
-    def seconds(self, call: Call) -> float:
-        """Run one step; its wall time."""
-        began = time.perf_counter()
-        self._context.run(self._step, call)
-        return time.perf_counter() - began
-
-    def refusal(self, call: Call) -> str | None:
-        """Why the model cannot be run in this way, if so: the first line of the error."""
-        self.begin()
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """What one sampling run needs; one that fails is not reported as too short."""
+        opened = ExitStack()
+        self.run = self._context.run(opened.enter_context, self._open_run())
         try:
-            self.seconds(call)
-        except Exception as error:
-            return str(error).strip().partition("\n")[0] or type(error).__name__
-        finally:
+            yield
+        except BaseException:
             if isinstance(self.run, Session):
-                self.run.close()  # after one step, on purpose
-            self.end()
-        return None
+                self.run.close()
+            raise
+        finally:
+            self._context.run(opened.close)
 
-    def _step(self, call: Call) -> None:
-        float(prediction(self._module(**call))[0].flatten()[0])  # waits for the device
+    def step(self, call: Call) -> None:
+        """Run one model call; does not wait for the device."""
+        self._context.run(self._module, **call)
 
 
 @dataclass(frozen=True)
 class Field:
-    """The model, its calls, and the timesteps of them."""
+    """The model, its calls, and the timesteps of them; ``mode`` is that of ``toca_fx.compile``."""
 
     model: nn.Module
     calls: Sequence[Call]
     timesteps: Sequence[float]
+    mode: str | None = None
 
     def uncached(self) -> Contestant:
         """``torch.compile(model)``."""
         return Contestant("torch.compile", cast(nn.Module, torch.compile(self.model, fullgraph=True)))
 
+    def uncached_recorded(self) -> Contestant:
+        """``torch.compile(model)`` with its calls recorded as CUDA graphs."""
+        recorded = torch.compile(self.model, fullgraph=True, mode="reduce-overhead")
+        return Contestant("torch.compile, CUDA graphs", cast(nn.Module, recorded))
+
     def toca(self, name: str, policy: Policy) -> Contestant:
         """Ours under ``policy``."""
-        return Contestant(name, toca_fx.compile(self.model, policy), self._session)
+        # On a GPU a step may be run, then recorded and only then replayed; a number of fresh tokens may come once in a generation.
+        warm_ups = 1 if next(self.model.parameters()).device.type == "cpu" else 3
+        return Contestant(name, toca_fx.compile(self.model, policy, mode=self.mode), self._session, warm_ups)
 
     def _session(self) -> AbstractContextManager[Session]:
         return toca_fx.session(timesteps=self.timesteps)
@@ -106,7 +109,9 @@ class Field:
             spatial_attention_timestep_skip_range=(100, 800),
             current_timestep_callback=lambda: now["timestep"],
         )
+        # Not read from the call: a value on a GPU is waited for.
         scale = 1000 / max(self.timesteps)
+        known = {id(call["timestep"]): timestep * scale for call, timestep in zip(self.calls, self.timesteps, strict=True)}
         found = []
         for name, config in (
             ("first-block cache, 0.05", FirstBlockCacheConfig(threshold=0.05)),
@@ -122,7 +127,7 @@ class Field:
             _compile_blocks(twin)
 
             def step(twin: Any = twin, **call: Any) -> Any:
-                now["timestep"] = float(call["timestep"].flatten()[0]) * scale
+                now["timestep"] = known[id(call["timestep"])]
                 return twin(**call)
 
             found.append(Contestant(name, step, lambda twin=twin: _fresh_hooks(twin)))  # type: ignore[misc]

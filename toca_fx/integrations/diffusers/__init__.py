@@ -55,11 +55,13 @@ def build(
     """The model in eval mode without gradients, with random weights, and the keyword arguments of one call.
 
     Floating-point inputs take ``dtype`` too. Below 32 bits, what diffusers keeps in float32 stays so. On the device "meta"
-    there are no weights, and no memory is taken for them.
+    there are no weights, and no memory is taken for them. On a GPU the weights are made in place, and differ from those on the CPU.
     """
     device = torch.device(device)
-    with torch.device("meta") if device.type == "meta" else torch.device("cpu"):
-        model: nn.Module = getattr(diffusers, example.model)(**example.config)
+    # 12 billion parameters are 48 GB in float32 and take minutes to draw on a CPU, but 24 GB and seconds where they are needed.
+    in_place = device.type == "cuda"
+    with device if in_place or device.type == "meta" else torch.device("cpu"):
+        model = _construct(example, dtype if in_place else torch.get_default_dtype())
     if device.type != "meta":
         _randomize(model, seed)
     # Not model.to(): that of diffusers warns about the parameters that stay float32, which is seen to below.
@@ -97,10 +99,22 @@ def vary(example: Example, inputs: Mapping[str, Any], step: int, steps: int, see
     return {**inputs, example.latent: latent, example.timestep: timestep}
 
 
+def _construct(example: Example, dtype: torch.dtype) -> nn.Module:
+    """The model as its class makes it, on the device in force; ``dtype`` where the class says none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model: nn.Module = getattr(diffusers, example.model)(**example.config)
+        return model
+    finally:
+        torch.set_default_dtype(before)
+
+
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
     """Weights that leave nothing degenerate: no zero gates or outputs, attention maps far from uniform, streams of order 1."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
         mean, deviation = 0.0, 0.3  # tables of shifts, scales and gates, learned queries and positions
@@ -112,4 +126,4 @@ def _randomize(model: nn.Module, seed: int) -> None:
             mean, deviation = (1.0, 0.1) if parameter.ndim == 1 else (0.0, parameter[0].numel() ** -0.5)
             if _QUERY_OR_KEY.search(name):
                 mean, deviation = 1.5 * mean, 1.5 * deviation
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation + mean)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * deviation + mean)

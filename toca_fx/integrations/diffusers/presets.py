@@ -30,6 +30,24 @@ def _dit_xl_2(side: int) -> Example:
 
 def pixart_alpha_256(text: int = 27) -> Example:
     """PixArt-alpha XL/2 at 256 x 256 pixels with ``text`` caption tokens, none of them padding."""
+    return _pixart_alpha(32, text)
+
+
+def _pixart_alpha(side: int, text: int) -> Example:
+    """PixArt-alpha XL/2 on latents of ``side`` x ``side``; the one for 1024 pixels is told the size of the picture too."""
+    sized = side == 128
+
+    def inputs(d: Draw) -> dict[str, object]:
+        return {
+            "hidden_states": d.normal(4, side, side),
+            "encoder_hidden_states": d.normal(text, 4096),
+            "timestep": d.full(500),
+            "added_cond_kwargs": {
+                "resolution": d.full(8.0 * side, 2) if sized else None,
+                "aspect_ratio": d.full(1.0, 1) if sized else None,
+            },
+        }
+
     return Example(
         "PixArtTransformer2DModel",
         {
@@ -39,21 +57,16 @@ def pixart_alpha_256(text: int = 27) -> Example:
             "out_channels": 8,
             "num_layers": 28,
             "cross_attention_dim": 1152,
-            "sample_size": 32,
+            "sample_size": side,
             "patch_size": 2,
             "num_embeds_ada_norm": 1000,
             "norm_type": "ada_norm_single",
             "norm_elementwise_affine": False,
             "norm_eps": 1e-6,
             "caption_channels": 4096,
-            "use_additional_conditions": False,
+            "use_additional_conditions": sized,
         },
-        lambda d: {
-            "hidden_states": d.normal(4, 32, 32),
-            "encoder_hidden_states": d.normal(text, 4096),
-            "timestep": d.full(500),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
+        inputs,
     )
 
 
@@ -120,12 +133,46 @@ def _flux_inputs(d: Draw, side: int) -> dict[str, object]:
     }
 
 
+def _wan_1_3b(frames: int, height: int, width: int, text: int = 512) -> Example:
+    """Wan 2.1 1.3B on ``frames`` latents of ``height`` x ``width``: pixels / 8, and (frames of the clip + 3) / 4."""
+    return Example(
+        "WanTransformer3DModel",
+        {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 12,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "ffn_dim": 8960,
+            "num_layers": 30,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "eps": 1e-6,
+            "rope_max_seq_len": 1024,
+        },
+        lambda d: {
+            "hidden_states": d.normal(16, frames, height, width),
+            "encoder_hidden_states": d.normal(text, 4096),
+            "timestep": d.full(500),
+        },
+        batch=1,
+    )
+
+
 PRESETS = {
     "dit-xl-2-256": _dit_xl_2(32),
     "dit-xl-2-512": _dit_xl_2(64),
     "pixart-alpha-256": pixart_alpha_256(),
+    "pixart-alpha-1024": _pixart_alpha(128, 120),
     "latte-256": _latte(16, 32),
     "flux-dev-512": _flux_dev(32),
     "flux-dev-1024": _flux_dev(64),
+    "wan-1.3b-480p": _wan_1_3b(9, 60, 104),
 }
-"""Examples in real size by name; flux-dev is distilled from guidance, so one image is a batch of 1."""
+"""Examples in real size by name.
+
+The batch is 1 for flux-dev, which is distilled from guidance, and for Wan (480p, 33 frames), whose pipeline calls the model once with the
+prompt and once without; it is 2 for the others.
+"""

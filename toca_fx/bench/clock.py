@@ -1,0 +1,159 @@
+"""Two ways to time contestants; both turn what they measured into medians over rounds.
+
+On a CPU contestants take turns step by step, so that all see the same machine: its speed drifts, and by more than what is to be seen. So
+every step is compared with the uncached step beside it, and the median over rounds is that of the share.
+
+A GPU runs behind the host. Waiting for it after each step would hide what the host costs while it queues, and what the two do at the
+same time. So contestants take turns generation by generation, and nothing waits inside one: events tell the time of each step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, Protocol
+
+import torch
+
+_FLUSHED_BYTES = 2**28
+
+
+class Timed(Protocol):
+    """What is timed."""
+
+    def generation(self) -> AbstractContextManager[Any]:
+        """Open what one sampling run needs."""
+
+    def step(self, call: Any) -> None:
+        """Give one model call to the device; does not wait for it."""
+
+
+class Event(Protocol):
+    """A mark in the work of a device, as ``torch.cuda.Event``."""
+
+    def record(self) -> None:
+        """Put it behind the work given so far."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from here to another mark; both have been reached."""
+
+
+class Device(Protocol):
+    """What runs behind the host."""
+
+    def event(self) -> Event:
+        """A new mark."""
+
+    def synchronize(self) -> None:
+        """Wait until all work is done."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One generation in seconds: each step on the device and on the host, and the whole on the wall's clock."""
+
+    device: Sequence[float]
+    host: Sequence[float]
+    wall: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over rounds in seconds: of each step on the device and on the host, and of the generation; and every round's generation.
+
+    ``host`` is how long a call kept the caller. On a CPU that is the step itself.
+    """
+
+    device: tuple[float, ...]
+    host: tuple[float, ...]
+    generation: float
+    rounds: tuple[float, ...]
+
+
+class Clock(Protocol):
+    """Times contestants."""
+
+    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+        """Time ``rounds`` generations of each; the first contestant is the uncached one.
+
+        ``advance`` is told the share of the work that was done since the last time, never while something is timed.
+        """
+
+
+class StepsInTurn:
+    """For a CPU."""
+
+    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+        """See ``Clock``."""
+        flush = torch.empty(_FLUSHED_BYTES, dtype=torch.int8)
+        taken = [[list[float]() for _ in calls] for _ in contestants]
+        for _ in range(rounds):
+            with ExitStack() as generations:
+                for contestant in contestants:
+                    generations.enter_context(contestant.generation())
+                for step, call in enumerate(calls):
+                    for contestant, steps in zip(contestants, taken, strict=True):
+                        # Nobody finds weights in the processor's cache that the one before has read.
+                        flush.zero_()
+                        began = time.perf_counter()
+                        contestant.step(call)
+                        steps[step].append(time.perf_counter() - began)
+                    advance(1 / (rounds * len(calls)))
+        return paired(taken)
+
+
+class WholeGenerations:
+    """For a GPU."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+        """See ``Clock``."""
+        taken = [list[Taken]() for _ in contestants]
+        for _ in range(rounds):
+            for contestant, generations in zip(contestants, taken, strict=True):
+                generations.append(self._generation(contestant, calls))
+                advance(1 / (rounds * len(contestants)))
+        return [medians(generations) for generations in taken]
+
+    def _generation(self, contestant: Timed, calls: Sequence[Any]) -> Taken:
+        marks, host = [self._device.event() for _ in range(len(calls) + 1)], list[float]()
+        with contestant.generation():
+            self._device.synchronize()
+            began = time.perf_counter()
+            marks[0].record()
+            for call, mark in zip(calls, marks[1:], strict=True):
+                asked = time.perf_counter()
+                contestant.step(call)
+                host.append(time.perf_counter() - asked)
+                mark.record()
+            self._device.synchronize()
+            wall = time.perf_counter() - began
+        return Taken([start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)], host, wall)
+
+
+def medians(generations: Sequence[Taken]) -> Timing:
+    """Of each step over the generations, and of the generations."""
+    device, host = (
+        tuple(statistics.median(step) for step in zip(*steps, strict=True))
+        for steps in ([taken.device for taken in generations], [taken.host for taken in generations])
+    )
+    rounds = tuple(taken.wall for taken in generations)
+    return Timing(device, host, statistics.median(rounds), rounds)
+
+
+def paired(taken: Sequence[Sequence[Sequence[float]]]) -> list[Timing]:
+    """From seconds by contestant, step and round: the median share of the uncached step beside it, in those of the usual uncached step."""
+    plain = taken[0]
+    usual = statistics.median(chain.from_iterable(plain))
+    timings = []
+    for row in taken:
+        shares = [[one / other for one, other in zip(*step, strict=True)] for step in zip(row, plain, strict=True)]
+        steps = tuple(usual * statistics.median(share) for share in shares)
+        timings.append(Timing(steps, steps, sum(steps), tuple(map(sum, zip(*row, strict=True)))))
+    return timings
