@@ -138,7 +138,7 @@ def picked_tokens(run: Session) -> Chosen:
     (track,) = run._tracks.values()
     (generation,) = track.generations.values()
     plan, modes = generation.plan, generation.plan.steps[generation.position - 1].modes
-    picked = {site.path: generation.buffers[f"picked:{i}"] for i, site in enumerate(plan.sites) if modes[i] == "partial"}
+    picked = {site.path: generation.storage.buffers[f"picked:{i}"] for i, site in enumerate(plan.sites) if modes[i] == "partial"}
     return {path: [row.nonzero().flatten().tolist() for row in rows] for path, rows in picked.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import make_policy
-from toca_fx.conditioning import _distance
+from toca_fx.hoisted_values import distance
 from toca_fx.integrations.diffusers import build, examples, prediction, vary
 from toca_fx.report import Report
 
@@ -213,7 +213,7 @@ def test_the_number_of_steps_is_that_of_the_timesteps() -> None:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device whose tensors are not read in every call."""
-    monkeypatch.setattr("toca_fx.conditioning._READ_FREELY", frozenset())
+    monkeypatch.setattr("toca_fx.watch.reading_waits", lambda tensor: True)
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -255,11 +255,11 @@ def test_a_timestep_is_found_whatever_way_it_was_rounded(steps: int, dtype: torc
     listed = torch.linspace(1000, 1000 / steps, steps, dtype=torch.float64) * 0.9987
     called = listed.to(dtype) / 1000
     assert dtype != torch.bfloat16 or (called != (listed / 1000).to(dtype)).any()
-    apart = _distance(called[:, None], listed[None] / 1000)
+    apart = distance(called[:, None], listed[None] / 1000)
     assert torch.equal(apart.argmin(dim=1), torch.arange(steps))
     assert (apart.amin(dim=1) <= 0).all()
-    assert (_distance(called[:1], listed[1:2] / 1000) > 0).all()
+    assert (distance(called[:1], listed[1:2] / 1000) > 0).all()
 
 
 def test_whole_timesteps_are_not_rounded() -> None:
-    assert _distance(torch.tensor([500, 501]), torch.tensor([500.0, 500.0])).tolist() == [0, 1]
+    assert distance(torch.tensor([500, 501]), torch.tensor([500.0, 500.0])).tolist() == [0, 1]

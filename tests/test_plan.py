@@ -128,7 +128,8 @@ def test_modes_of_the_default() -> None:
     assert plan.steps[1] == StepPlan(1, ("reuse", "partial") * 4, (0, 32) * 4)
     assert plan.cached == tuple(range(8))
     assert plan.scored == plan.scored_by_attention == (1, 3, 5, 7)
-    assert plan.full_step(5) == StepPlan(5, plan.full_modes, (64,) * 8)
+    assert plan.full_step(4) == StepPlan(4, plan.full_modes, (64,) * 8)
+    assert plan.full_step(5) == StepPlan(5, plan.full_modes, (64,) * 8, read=False), "the next one is full"
 
 
 def test_an_interval_of_one_caches_nothing() -> None:

@@ -131,7 +131,7 @@ def test_the_caches_go_with_the_session(model: nn.Module) -> None:
     with toca_fx.session() as run, torch.no_grad():
         run_all(fast, make_inputs(2))
         (track,) = run._tracks.values()
-        caches = [weakref.ref(cache) for generation in track.generations.values() for cache in generation.buffers.values()]
+        caches = [weakref.ref(cache) for generation in track.generations.values() for cache in generation.storage.buffers.values()]
         del track
         assert len(caches) == 4 + 2 + 2  # outputs; of the MLPs also scores and which tokens were picked
         assert all(cache() is not None for cache in caches)
@@ -591,7 +591,8 @@ def test_gradients_of_the_input_alone_count_too() -> None:
 # Reports
 
 
-KEYS = {"steps", "sites", "flops", "cache_bytes", "hoisted_bytes", "seconds", "selection_seconds", "compiled_graphs", "warnings"}
+KEYS = {"steps", "sites", "flops", "cache_bytes", "hoisted_bytes", "seconds", "selection_seconds", "compiled_graphs",
+    "launches", "warnings"}
 
 
 def test_the_report_as_data(model: nn.Module) -> None:
@@ -625,7 +626,7 @@ def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
         run_all(fast, make_inputs(2, batch=batch, dtype=dtype))
         (track,) = run._tracks.values()
         (generation,) = track.generations.values()
-        tensors = [*generation.buffers.values(), *generation.selector._stale]
+        tensors = [*generation.storage.buffers.values(), *generation.storage.selector._stale]
         allocated = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     score = 8 if dtype == torch.float64 else 4
     features = 2 * layers * batch * tokens * channels * dtype.itemsize

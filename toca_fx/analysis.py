@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
@@ -86,6 +87,11 @@ class Analysis:
         sizes = {node.name: nbytes_of(node) for node in self.aten.graph.nodes if node.name in self.hoisted.names}
         return sum(sizes[name] for name in self.hoisted.conditions), sum(sizes[name] for name in self.hoisted.timed)
 
+    def table_fits(self, timesteps: int) -> bool:
+        """Whether the values of so many timesteps fit into the memory that the policy allows for what is hoisted."""
+        conditions, timed = self.hoisted_bytes
+        return conditions + timed * timesteps <= self.policy.hoisting.memory_bytes
+
     def flops(self, plan: Plan) -> int:
         """FLOPs of a generation, scoring included; conditions are computed once."""
         counted: dict[Modes, CountedStep] = {}
@@ -122,6 +128,7 @@ class CountedStep:
         self._shapes = ShapeEnv(duck_shape=False)
         self._mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
         self._source, self._plan = source, plan
+        self._symbols: dict[sympy.Expr, str] = {}
 
     def flops(self, step: StepPlan) -> int:
         """FLOPs of one run with the fresh tokens of ``step``, scoring included."""
@@ -133,45 +140,47 @@ class CountedStep:
         idle = {name for i, names in self.graph.fresh_nodes.items() if not step.fresh[i] for name in names}
         inputs = self.graph.module.graph.find_nodes(op="placeholder")
         used = [any(user.name not in idle for user in node.users) for node in inputs]
-        return _nbytes(value for value, read in zip(self._examples(dynamic=False), used, strict=True) if read)
+        return _nbytes(value for value, read in zip(self._examples(), used, strict=True) if read)
 
     @cached_property
     def _flops(self) -> tuple[int, dict[int, int]]:
         """FLOPs that do not depend on K, and per site those of computing all of its tokens (they are linear in K)."""
         with self._autocast.again():
-            flops = count_flops(self.graph.module, self._examples(dynamic=False))
+            flops = count_flops(self.graph.module, self._examples())
         per_site = {i: sum(flops.get(name, 0) for name in names) for i, names in self.graph.fresh_nodes.items()}
         return sum(flops.values()) - sum(per_site.values()), per_site
 
-    def _examples(self, *, dynamic: bool) -> list[Any]:
-        """Fake inputs in call order; the number of fresh tokens is a symbol (or, if not ``dynamic``, all tokens)."""
+    def _examples(self, count: Callable[[str], Any] | None = None) -> list[Any]:
+        """Fake inputs in call order; ``count`` gives the number of fresh tokens for ``ranks:i``, perhaps a symbol (None: all)."""
         placeholders = self._source.graph.find_nodes(op="placeholder")
         examples = [like(self._mode, placeholders[position].meta["val"]) for position in self.graph.kept]
         made, given = Buffers(self._source, self._plan), buffers.given(self._plan, self.graph.modes)
-        with self._mode:
-            kept = {name: made.new(name) for name in self.graph.names if name not in given}
-        return examples + [kept[name] if name in kept else self._given(made, name, dynamic) for name in self.graph.names]
+        for name in self.graph.names:
+            ranks = name in given and name.startswith("ranks")
+            number = count(name) if ranks and count is not None else self._tokens(name) if name in given else None
+            with self._mode:
+                examples.append(made.new(name) if number is None else made.example(name, number))
+        return examples
 
-    def _given(self, made: Buffers, name: str, dynamic: bool) -> Tensor:
-        site = buffers.site_of(name)
-        count = self._count(site, name) if dynamic and name.startswith("ranks") else self._plan.sites[site].tokens
-        with self._mode:
-            return made.example(name, count)
+    def _tokens(self, name: str) -> int:
+        return self._plan.sites[buffers.site_of(name)].tokens
 
-    def _count(self, site: int, name: str) -> Any:
+    def _symbol(self, name: str) -> Any:
         """A symbol for the number of fresh tokens of a site: anything up to all of them.
 
         The range lets a compiler prove what it would guard otherwise: that 32 bits are enough for an index. Where it can prove nothing
         it goes by the example, and for all tokens it takes 64 bits if any number of tokens needs them.
         """
-        tokens = self._plan.sites[site].tokens
-        fresh = (node.meta.get("val") for node in self.graph.module.graph.nodes if node.name in self.graph.fresh_nodes[site])
-        wide = any(isinstance(value, Tensor) and value.numel() > _INT32_MAX for value in fresh)
+        tokens, fresh = self._tokens(name), self.graph.fresh_nodes[buffers.site_of(name)]
+        values = (node.meta.get("val") for node in self.graph.module.graph.nodes if node.name in fresh)
+        wide = any(isinstance(value, Tensor) and value.numel() > _INT32_MAX for value in values)
         # It must not be 0 or 1, which would be taken for constants.
         example = torch.empty(max(2, tokens if wide else tokens // 8), device="meta")
         range_ = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, max(2, tokens)))
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[range_])
-        return self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context).shape[0]
+        size: Any = self._mode.from_tensor(example, source=ConstantSource(name.replace(":", "_")), symbolic_context=context).shape[0]
+        self._symbols[size.node.expr] = name
+        return size
 
 
 def like(mode: FakeTensorMode, value: Any) -> Any:

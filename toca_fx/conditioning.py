@@ -3,147 +3,162 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toca_fx import watch
+from toca_fx.hoisted_values import HoistedValues, distance
 from toca_fx.program import Program
+from toca_fx.watch import Watch
 
 log = logging.getLogger(__name__)
 
-# Reading a timestep waits for an accelerator, so there it is done for the first calls of a generation only.
-_READ_FREELY = frozenset({"cpu"})
-_READ_CALLS = 2
-
 
 class Conditioning:
-    """Computes what is hoisted out of the steps of ``program`` for one generation.
+    """Computes what is hoisted out of the steps of ``program`` for one generation, into ``values``.
 
     Conditions are computed again when an input that they depend on is another tensor than on the call before, or was written to: a text
     embedding that a pipeline hands over at each step costs its projections once. ``timesteps`` [T] are those of all calls of the
-    generation; where they are known, what depends on them is computed for all of them at once.
+    generation; where they are known, what depends on them is computed for all of them at once. ``position`` is that of the timestep among
+    the inputs.
     """
 
-    def __init__(self, program: Program, timesteps: Tensor | None, position: int | None, warn: Callable[[str], None]) -> None:
-        self._program, self._position, self._warn = program, position, warn
-        self._timesteps = timesteps if self._fits(timesteps) else None
-        self._conditions: dict[str, Tensor] = {}
-        self._table: dict[str, Tensor] = {}
-        self._seen: dict[str, list[tuple[Any, int]]] = {}
-        self._as_given = True
-        self._lost: Tensor | None = None
+    def __init__(
+        self, program: Program, values: HoistedValues, timesteps: Tensor | None, position: int | None, warn: Callable[[str], None]
+    ) -> None:
+        self._program, self._values, self._position, self._warn = program, values, position, warn
+        known = timesteps is not None and position is not None and program.hoisted.timed and program.table_fits(len(timesteps))
+        self._timesteps = timesteps if known else None
+        self._seen: dict[str, tuple[list[Any], list[int]]] = {}
+        self._as_listed = self._timesteps is not None
+        self._watch: Watch | None = None
+        self._is_lost = False
+        for left in program.take_watches():
+            self._heed(left)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the values take (or will take)."""
-        conditions, timed = self._program.hoisted_bytes
-        return conditions + timed * (1 if self._timesteps is None else len(self._timesteps))
+    def listed(self) -> bool:
+        """Whether the timed values of this call come from the table of all timesteps."""
+        return self._as_listed
 
-    def values(self, inputs: Sequence[Any], call: int) -> tuple[dict[str, Tensor], int]:
-        """The hoisted values for a call of the model, by name of their buffer, and the FLOPs that it took to get them."""
+    def prepare(self, inputs: Sequence[Any], call: int) -> int:
+        """Compute what is not there yet or has changed, ahead of the ``call``-th step; the FLOPs that it took."""
         program, spent = self._program, 0
-        given = {position: inputs[position] for position in program.conditions.kept}
-        if program.hoisted.conditions and self._changed("conditions", given.values()):
+        given = [inputs[position] for position in program.conditions.kept]
+        renewed = bool(program.hoisted.conditions) and self._changed("conditions", given)
+        if renewed:
             with torch.no_grad():
-                self._conditions = dict(zip(program.hoisted.conditions, program.conditions.module(*given.values()), strict=True))
-            self._table = {}
+                torch._foreach_copy_(self._values.conditions, list(program.conditions.module(*given)))
             spent += program.hoisted_flops[0]
         if not program.hoisted.timed:
-            return self._named(self._conditions), spent
-        row = self._row(inputs, call)
-        if row is None:
-            given = {position: inputs[position] for position in program.timed.kept}
-            found = program.run_timed(*given.values(), *(self._conditions[name] for name in program.timed.given))
-            return self._named({**self._conditions, **dict(zip(program.hoisted.timed, found, strict=True))}), spent + program.hoisted_flops[
-                1
-            ]
+            return spent
+        self._as_listed = self._is_listed(inputs, call)
+        if not self._as_listed or self._timesteps is None:
+            return spent + program.hoisted_flops[1]
         kept = [inputs[position] for position in program.timed.kept if position != self._position]
-        if self._changed("timed", kept) or not self._table:
-            self._table = self._all_timesteps(inputs)
-            spent += program.hoisted_flops[1] * (0 if self._timesteps is None else len(self._timesteps))
-        return self._named({**self._conditions, **{name: _take(values, row) for name, values in self._table.items()}}), spent
+        if self._changed("timed", kept) or renewed:
+            self._fill(inputs, self._timesteps)
+            spent += program.hoisted_flops[1] * len(self._timesteps)
+        return spent
+
+    def bring(self, inputs: Sequence[Any], call: int) -> None:
+        """Bring the timed values of this call to where the step graph reads them. May be recorded on an accelerator."""
+        program = self._program
+        if not program.hoisted.timed:
+            return
+        if not self._as_listed or self._position is None:
+            given = [inputs[position] for position in program.timed.kept]
+            conditions = (self._values.tensors[f"hoisted:{name}"] for name in program.timed.given)
+            self._values.put(program.run_timed(*given, *conditions))
+        elif watch.reading_waits(inputs[self._position]):
+            self._values.look_up(inputs[self._position])
+        else:
+            self._values.take(call)
 
     def close(self) -> None:
-        """Tell of what nobody waited for."""
-        if self._lost is not None and bool(self._lost):
-            self._warn(
-                "on an accelerator, the model was called at a timestep that session(timesteps=...) does not list, after two that it does; "
-                "the outputs from there on are NaN. Give the values of the model's timestep argument, call by call"
-            )
+        """Tell of what nobody waited for; what is not known yet is left to the next generation."""
+        if self._timesteps is not None and not self._is_lost:
+            last = Watch(self._values.doubts)
+            if not self._heed(last):
+                self._program.leave_watch(last)
 
-    def _fits(self, timesteps: Tensor | None) -> bool:
-        """Whether the values for all timesteps fit into the memory that the policy allows."""
-        conditions, timed = self._program.hoisted_bytes
-        return timesteps is not None and conditions + timed * len(timesteps) <= self._program.policy.hoisting.memory_bytes
+    def _is_listed(self, inputs: Sequence[Any], call: int) -> bool:
+        """Whether this call is at the timestep that was told for it; an accelerator finds that out by itself.
 
-    def _row(self, inputs: Sequence[Any], call: int) -> int | Tensor | None:
-        """Which of the timesteps this call is at; None if that is not known."""
+        But the first call of a schedule that was never told before is read there too: timesteps in other units than the model's are
+        then computed in the calls, instead of being found to be none of those listed.
+        """
         if self._timesteps is None or self._position is None:
-            return None
-        timestep, freely = inputs[self._position], inputs[self._position].device.type in _READ_FREELY
-        if not freely and not self._as_given:
-            return None
-        if not freely and call >= _READ_CALLS:
-            return self._row_on_device(timestep)
-        if call < len(self._timesteps) and bool(_distance(timestep, self._timesteps[call]).amax() <= 0):
-            exact = not freely or bool((timestep == self._timesteps[call].to(timestep)).all())
-            return call if exact else None
-        self._as_given = False
+            return False
+        timestep = inputs[self._position]
+        if not watch.reading_waits(timestep):
+            # Off by rounding: exact values cost little.
+            return self._agrees(timestep, call) and bool((timestep == self._timesteps[call].to(timestep)).all())
+        if call == 0 and not self._program.is_confirmed(self._timesteps):
+            self._is_lost = not self._agrees(timestep, call)
+            if not self._is_lost:
+                self._program.confirm(self._timesteps)
+        elif self._watch is None:
+            self._watch = Watch(self._values.doubts)
+        elif self._heed(self._watch):
+            self._watch = None
+        return not self._is_lost
+
+    def _agrees(self, timestep: Tensor, call: int) -> bool:
+        """Whether the timestep is, but for rounding, the one that was told for the call; warns if not."""
+        told = self._timesteps[call] if self._timesteps is not None and call < len(self._timesteps) else None
+        if told is not None and bool(distance(timestep, told).amax() <= 0):
+            return True
         self._warn(
             "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
             "computed in the call; give the values of the model's timestep argument, call by call"
         )
-        return None
+        return False
 
-    def _row_on_device(self, timestep: Tensor) -> Tensor:
-        """The row [] of the table, without waiting for the device; its last one, which is NaN, if the timestep is not listed."""
-        if self._timesteps is None:
-            raise AssertionError("no timesteps are known")
-        self._timesteps = self._timesteps.to(timestep.device, torch.float32)  # stays there from the first call on
-        apart = _distance(timestep.reshape(1, -1), self._timesteps[:, None]).amax(dim=1)
-        lost = apart.amin() > 0
-        self._lost = lost if self._lost is None else self._lost | lost
-        return torch.where(lost, len(apart), apart.argmin())
+    def _heed(self, left: Watch) -> bool:
+        """Warn of what the device has found out; whether it is known by now."""
+        found = left.seen()
+        if found is None:
+            return False
+        lost, repeated = found
+        if lost:
+            self._is_lost = True
+            self._warn(
+                "the model was called at a timestep that session(timesteps=...) does not list, and its outputs there are NaN. Give the "
+                "values of the model's timestep argument, call by call"
+            )
+        elif repeated:
+            self._warn(
+                "two calls in a row had the same timestep, and they share caches and clock; if they are guidance branches, set `guidance: "
+                "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
+            )
+        return True
 
-    def _all_timesteps(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
-        """The values of all timesteps, [T, ...] each."""
+    def _fill(self, inputs: Sequence[Any], timesteps: Tensor) -> None:
+        """Compute the values at all timesteps."""
         part, position = self._program.timed, self._position
-        if self._timesteps is None or position is None:
+        if position is None:
             raise AssertionError("no timesteps are known")
         timestep = inputs[position]
-        stacked = self._timesteps.to(timestep).reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
+        if watch.reading_waits(timestep):
+            self._values.timesteps.copy_(timesteps, non_blocking=True)
+        listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
+        stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
-        given += [self._conditions[name] for name in part.given]
+        given += [self._values.tensors[f"hoisted:{name}"] for name in part.given]
         axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(part.given)
         with torch.no_grad():
-            values = torch.func.vmap(part.module, in_dims=axes)(*given)
-            if timestep.device.type not in _READ_FREELY:
-                values = [torch.cat([value, torch.full_like(value[:1], torch.nan if value.is_floating_point() else 0)]) for value in values]
-            return dict(zip(part.names, values, strict=True))
+            self._values.fill(torch.func.vmap(part.module, in_dims=axes)(*given))
 
-    def _changed(self, what: str, values: Iterable[Any]) -> bool:
+    def _changed(self, what: str, values: list[Any]) -> bool:
         """Whether ``values`` are others than at the last call, or were written to since; they are kept, and so are their addresses."""
-        now = [(value, _version(value)) for value in values]
+        versions = [_version(value) for value in values]
         before = self._seen.get(what)
-        self._seen[what] = now
-        if before is None:
-            return True
-        return any(_differ(one, other) for one, other in zip(now, before, strict=True))
-
-    def _named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"hoisted:{name}": value for name, value in values.items()}
-
-
-def _distance(timestep: Tensor, listed: Tensor) -> Tensor:
-    """How far apart they are, beyond the rounding of the timestep's type: bfloat16(t) / 1000 is not bfloat16(t / 1000)."""
-    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-    return (timestep.to(listed) - listed).abs() - rounding * listed.abs()
-
-
-def _take(values: Tensor, row: int | Tensor) -> Tensor:
-    return values.index_select(0, row[None])[0] if isinstance(row, Tensor) else values[row]
+        self._seen[what] = (values, versions)
+        return before is None or versions != before[1] or -1 in versions or any(map(_differ, values, before[0]))
 
 
 def _version(value: Any) -> int:
@@ -153,8 +168,5 @@ def _version(value: Any) -> int:
     return -1 if value.is_inference() else value._version
 
 
-def _differ(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
-    (left, left_version), (right, right_version) = one, other
-    if not isinstance(left, Tensor):
-        return bool(left != right)
-    return left is not right or left_version != right_version or left_version < 0
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other if isinstance(one, Tensor) else bool(one != other)

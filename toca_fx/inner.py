@@ -45,13 +45,17 @@ class Inner:
         return run
 
     @property
-    def cuda_graphs(self) -> bool:
-        """Whether what is compiled is recorded as a CUDA graph and replayed on the same memory."""
-        return bool(self._options.get("triton.cudagraphs"))
+    def records(self) -> bool | None:
+        """Whether steps are recorded as CUDA graphs on a GPU: what ``mode`` says, None if it says nothing."""
+        if self.backend != "inductor":
+            return False
+        return None if self.mode is None else bool(torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs"))
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {} if self.mode is None else torch._inductor.list_mode_options(self.mode)
+        # Whole steps are recorded, with the selection (see ``recording``), and not what inductor is given.
+        found = {} if self.mode is None else torch._inductor.list_mode_options(self.mode)
+        return {key: value for key, value in found.items() if key != "triton.cudagraphs"}
 
     def _function(self) -> Callable[..., Any]:
         if callable(self.backend):

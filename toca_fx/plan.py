@@ -28,12 +28,14 @@ Modes = tuple[str, ...]
 class StepPlan:
     """One step: ``index`` is s of the paper (counting down for ``order: descending``); one mode and one K per site.
 
-    ``fresh[i]`` is the number of tokens per sample that site i computes: all for full and compute, 0 for reuse.
+    ``fresh[i]`` is the number of tokens per sample that site i computes: all for full and compute, 0 for reuse. ``read`` says
+    whether a later step chooses by the scores of attention that this one renews.
     """
 
     index: int
     modes: Modes
     fresh: tuple[int, ...]
+    read: bool = True
 
     @property
     def kind(self) -> str:
@@ -121,9 +123,25 @@ class Plan:
                 chosen.append(i)
         return tuple(chosen)
 
-    def full_step(self, index: int) -> StepPlan:
-        """The full step, for a call that has to be full although the schedule says otherwise."""
-        return StepPlan(index, self.full_modes, tuple(site.tokens for site in self.sites))
+    def judges(self, site: int, modes: Modes) -> bool:
+        """Whether a step in ``modes`` renews a site's base score: with its attention, or with the site itself if that is never cached."""
+        attention = modes[self.sites[site].influence or 0]
+        return attention == "full" or (attention == "compute" and modes[site] == "full")
+
+    def is_read(self, at: int) -> bool:
+        """Whether scores of attention from the ``at``-th call are chosen by before they are renewed."""
+        for site in self.scored_by_attention:
+            for step in self.steps[at + 1 :]:
+                if step.modes[site] == "partial":
+                    return True
+                if self.judges(site, step.modes):
+                    break
+        return False
+
+    def full_step(self, at: int) -> StepPlan:
+        """The full step, for the ``at``-th call if it has to be full although the schedule says otherwise."""
+        index = self.steps[min(at, len(self.steps) - 1)].index
+        return StepPlan(index, self.full_modes, tuple(site.tokens for site in self.sites), self.is_read(at))
 
 
 def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) -> Plan:
@@ -153,7 +171,8 @@ def make_plan(matches: Matches, policy: Policy, num_steps: int | None = None) ->
         StepPlan(s, tuple(column[0][at] for column in columns), tuple(column[1][at] for column in columns)) for at, s in enumerate(indices)
     )
     plan = Plan(sites, policies, steps)
-    return replace(plan, warnings=tuple(_doubts(plan)))
+    steps = tuple(replace(step, read=plan.is_read(at)) for at, step in enumerate(steps))
+    return Plan(sites, policies, steps, tuple(_doubts(plan)))
 
 
 def _doubts(plan: Plan) -> Iterator[str]:

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from toca_fx import buffers, trace
 from toca_fx.analysis import Analysis, CountedStep, like
 from toca_fx.buffers import Buffers
-from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.few_rows import use_few_rows
+from toca_fx.hoisted_values import HoistedValues
 from toca_fx.inner import Inner
 from toca_fx.plan import Modes, Plan, StepPlan
 from toca_fx.policy import Policy
+from toca_fx.recording import CudaRecorder, Recordings
 from toca_fx.regions import compile_regions
-from toca_fx.replay import compile_for_replay
 from toca_fx.rewrite import StepGraph
+from toca_fx.select import Selector
+from toca_fx.storage import Storage
+from toca_fx.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_MOST_SPECIAL = 8  # numbers of fresh tokens that a step is compiled for one by one
 
 
 class Program(Analysis):
@@ -37,7 +44,17 @@ class Program(Analysis):
             trace.verify(captured, self.aten, inputs)
         self._inner = inner
         self._steps: dict[tuple[object, ...], CompiledStep] = {}
-        self._idle: dict[tuple[str, ...], list[dict[str, Tensor]]] = {}
+        self._idle: dict[tuple[int, int], list[Storage]] = {}
+        self._recorder: CudaRecorder | None = None
+        self._recorded_bytes = 0
+        self._watches: list[Watch] = []
+        self._schedules: set[tuple[float, ...]] = set()
+        nodes = self.aten.graph.find_nodes(op="placeholder")
+        used = [at for at, node in enumerate(nodes) if node.users and isinstance(node.meta["val"], Tensor)]
+        self._fixed = [at for at in used if nodes[at].meta["role"] == "state"]
+        self._varying = [at for at in used if nodes[at].meta["role"] != "state"]
+        self._device = nodes[used[0]].meta["val"].device if used else torch.device("cpu")
+        self._classes = {type(inputs[at]) for at in self._fixed}
         log.info("matched %d sites, %d near misses", len(self.matches.sites), len(self.matches.misses))
 
     def step(self, plan: Plan, modes: Modes) -> CompiledStep:
@@ -65,26 +82,82 @@ class Program(Analysis):
         with torch.no_grad():
             return self._inner(module, inputs)
 
-    def lend(self, plan: Plan) -> dict[str, Tensor]:
-        """The tensors that a generation keeps (see ``buffers``)."""
-        names = tuple(buffers.kept(plan))
+    def lend(self, plan: Plan, timesteps: int) -> Storage:
+        """What a generation keeps (see ``buffers``), for ``timesteps`` known timesteps; 0: they are not known, or do not fit."""
+        steps = timesteps if self.table_fits(timesteps) else 0
         with self._lock:
-            idle = self._idle.get(names)
+            idle = self._idle.get((id(plan), steps))
             held = idle.pop() if idle else None
         # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            made = Buffers(self.aten, plan)
             if held is None:
-                return {name: made.new(name) for name in names}
-            for name in names:
-                made.clear(name, held[name])
+                return self._new_storage(plan, steps)
+            held.clear()
             return held
 
-    def take_back(self, lent: dict[str, Tensor]) -> None:
-        """A generation is over: where a CUDA graph was recorded on its tensors, the next one gets the same."""
-        if self._inner.cuda_graphs:
+    def _new_storage(self, plan: Plan, steps: int) -> Storage:
+        made = Buffers(self.aten, plan)
+        kept = {name: made.new(name) for name in buffers.kept(plan)}
+        values = {node.name: node.meta["val"] for node in self.aten.graph.nodes if node.name in self.hoisted.names}
+        storage = Storage(
+            (id(plan), steps), kept, HoistedValues(self.hoisted, values, steps), Selector(plan, self.policy, kept, self.aspect)
+        )
+        if self._device.type == "cuda":
             with self._lock:
-                self._idle.setdefault(tuple(lent), []).append(lent)
+                storage.reason = self._queued_because(storage)
+                if not storage.reason:
+                    self._recorder = self._recorder or CudaRecorder(self._device)
+                    storage.recordings = Recordings(self._recorder, self._fixed, self._varying)
+                    self._recorded_bytes += storage.nbytes
+        return storage
+
+    def _queued_because(self, storage: Storage) -> str:
+        """Why steps on this storage are not recorded; "" if they are."""
+        wanted, most = self._inner.records, self.policy.recording.memory_bytes
+        if wanted is False:
+            return "the inner backend or its mode says so"
+        if storage.selector.draws:
+            return "scores.random draws numbers"
+        nodes = self.aten.graph.find_nodes(op="placeholder")
+        if not self._classes <= {Tensor, nn.Parameter}:
+            return "a parameter is a tensor of a class of its own"
+        if any(nodes[at].meta["val"].device != self._device for at in self._varying):
+            return "an input is on another device"
+        if wanted is None and self._recorded_bytes + storage.nbytes > most:
+            held = f" beside {self._recorded_bytes / 2**20:.0f} of other generations" if self._recorded_bytes else ""
+            return (
+                f"{storage.nbytes / 2**20:.0f} MiB of memories{held}, and recorded steps keep {most / 2**20:.0f} at most (recording.memory)"
+            )
+        return ""
+
+    def take_back(self, lent: Storage) -> None:
+        """A generation is over: what its steps were recorded on is kept for the next one, anything else goes back to the allocator."""
+        if lent.recordings is None:
+            return
+        with self._lock:
+            if len(lent.recordings):
+                self._idle.setdefault(lent.key, []).append(lent)
+            else:
+                self._recorded_bytes -= lent.nbytes
+
+    def confirm(self, timesteps: Tensor) -> None:
+        """The model was called at the first of ``timesteps``: they are in its units."""
+        self._schedules.add(tuple(timesteps.tolist()))
+
+    def is_confirmed(self, timesteps: Tensor) -> bool:
+        """Whether ``timesteps`` have been confirmed."""
+        return tuple(timesteps.tolist()) in self._schedules
+
+    def leave_watch(self, watch: Watch) -> None:
+        """A generation is over, and the device has not come as far."""
+        with self._lock:
+            self._watches.append(watch)
+
+    def take_watches(self) -> list[Watch]:
+        """The watches that earlier generations left."""
+        with self._lock:
+            found, self._watches = self._watches, []
+            return found
 
     @property
     def compiled_graphs(self) -> int:
@@ -100,32 +173,58 @@ class CompiledStep(CountedStep):
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
         super().__init__(graph, source, plan)
-        # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
-        module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
-        if inner.backend == "inductor":
-            use_few_rows(module.graph, set().union(*graph.fresh_nodes.values()))
-            module.recompile()
+        self._inner, self._compiling = inner, threading.Lock()
+        self._of_inputs, self._of_tensors = _picker(graph.kept), _picker(graph.names)
+        self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too (some steps compute no
         # token at all) is shown by tests/test_inductor.py, not by the compiler.
-        examples = self._examples(dynamic=True)
-        with torch.no_grad():
-            if inner.cuda_graphs:
-                self._run = compile_for_replay(module, examples, self._static(), inner)
-            else:
-                self._run = compile_regions(module, examples, inner, self._mode)
-        if self._shapes.guards:
-            conditions = ", ".join(str(guard.expr) for guard in self._shapes.guards)
-            raise UnsupportedModelError(
-                f'the inner backend {inner.backend} compiled a partial step that holds only if {conditions}; use inner="inductor"'
+        self._run = self._compile(self._examples(self._symbol))
+        self._conditions = [guard.expr for guard in self._shapes.guards]
+        if self._conditions:
+            log.warning(
+                "%s asks for %s, %s; partial steps with other numbers are compiled one by one, and more than %d of them run uncompiled. "
+                "`R: {multiple: ...}` in the policy makes them fewer",
+                inner.backend,
+                " and ".join(map(str, self._conditions)),
+                ", ".join(f"where {symbol} is the number of fresh tokens of {self._path(name)}" for symbol, name in self._symbols.items()),
+                _MOST_SPECIAL,
             )
 
     def __call__(self, inputs: Sequence[Any], tensors: Mapping[str, Tensor]) -> Any:
         """Run the step; ``tensors`` are those of ``buffers``, of which the kept ones are written in place."""
-        return self._run(*(inputs[position] for position in self.graph.kept), *(tensors[name] for name in self.graph.names))
+        given = (*self._of_inputs(inputs), *self._of_tensors(tensors))
+        run = self._run if not self._conditions else self._for_counts(tensors)
+        return run(*given)
 
-    def _static(self) -> set[int]:
-        """Positions of the inputs that stay where they are from call to call: parameters and what a generation keeps."""
-        placeholders = self._source.graph.find_nodes(op="placeholder")
-        names = set(buffers.kept(self._plan))
-        of_model = {at for at, position in enumerate(self.graph.kept) if placeholders[position].meta["role"] == "state"}
-        return of_model | {len(self.graph.kept) + at for at, name in enumerate(self.graph.names) if name in names}
+    def _for_counts(self, tensors: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """What runs a step with these numbers of fresh tokens, as the compiler's code holds for some only."""
+        counts = {name: len(tensors[name]) for name in self._symbols.values()}
+        by_symbol = {symbol: counts[name] for symbol, name in self._symbols.items()}
+        if all(condition.subs(by_symbol) == True for condition in self._conditions):  # noqa: E712 - sympy's own truth
+            return self._run
+        key = tuple(counts.values())
+        with self._compiling:
+            if key not in self._special:
+                if len(self._special) == _MOST_SPECIAL:
+                    return self.graph.module
+                self._special[key] = self._compile(self._examples(counts.__getitem__))
+            return self._special[key]
+
+    def _compile(self, examples: list[Any]) -> Callable[..., Any]:
+        # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
+        module = fx.GraphModule(self.graph.module, copy.deepcopy(self.graph.module.graph))
+        if self._inner.backend == "inductor":
+            use_few_rows(module.graph, set().union(*self.graph.fresh_nodes.values()))
+            module.recompile()
+        with torch.no_grad():
+            return compile_regions(module, examples, self._inner, self._mode)
+
+    def _path(self, name: str) -> str:
+        return f"`{self._plan.sites[buffers.site_of(name)].path}`"
+
+
+def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """What stands at ``keys`` in something, as a tuple."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda values: tuple(values[key] for key in keys)

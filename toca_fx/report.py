@@ -11,11 +11,20 @@ from toca_fx.plan import StepPlan
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How a step came to the device: "recorded" (one launch of a CUDA graph) or "queued" kernel by kernel, and why that ("" on a CPU)."""
+
+    how: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One model call. ``index`` is s of the policy, ``plan`` what the call did.
 
-    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose tokens. ``hoisted_flops`` is what the call
-    spent beside its step graph, on values that do not depend on the latents.
+    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose tokens (0 for a recorded step:
+    it is part of the recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that do not depend
+    on the latents.
     """
 
     index: int
@@ -25,6 +34,7 @@ class StepRecord:
     selection_seconds: float
     plan: StepPlan
     hoisted_flops: int
+    launch: Launch = Launch("queued", "")
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,17 @@ class Report:
         """Uncached FLOPs over done FLOPs: the factor by which work fell."""
         return self.flops_uncached / self.flops_done if self.flops_done else 1.0
 
+    @property
+    def launches(self) -> dict[str, dict[str, int]]:
+        """For each kind of step, how many were recorded, and how many were queued for which reason; empty on a CPU."""
+        found: dict[str, dict[str, int]] = {}
+        for step in self.steps:
+            if step.launch.how == "recorded" or step.launch.reason:
+                says = ": ".join(filter(None, (step.launch.how, step.launch.reason)))
+                counts = found.setdefault(step.kind, {})
+                counts[says] = counts.get(says, 0) + 1
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
         return {
@@ -88,6 +109,7 @@ class Report:
             "seconds": self.seconds,
             "selection_seconds": self.selection_seconds,
             "compiled_graphs": self.compiled_graphs,
+            "launches": self.launches,
             "warnings": list(self.warnings),
         }
 
@@ -100,6 +122,8 @@ class Report:
             f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             f"graphs     {self.compiled_graphs} compiled",
         ]
+        for kind, counts in self.launches.items():
+            lines.append(f"launches   {kind}: " + "; ".join(f"{count} {says}" for says, count in counts.items()))
         lines += _site_table(self.sites)
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)

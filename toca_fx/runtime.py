@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,46 +21,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx import watch
 from toca_fx.conditioning import Conditioning
 from toca_fx.plan import StepPlan
 from toca_fx.program import Program
-from toca_fx.report import Report, SiteRecord, StepRecord
-from toca_fx.select import Selector
+from toca_fx.report import Launch, Report, SiteRecord, StepRecord
 
 log = logging.getLogger(__name__)
 
 
+_READ_CALLS = 2
+_READ = {read: torch.tensor(read) for read in (False, True)}  # a step graph is given one of them
+
+
 class Lane:
-    """Identity of one model's code across recompilations; its generations are kept apart from other models'."""
+    """Identity of one model's code across recompilations; its generations are kept apart from other models'.
+
+    ``was_read`` says whether the first timesteps of a generation have been looked at.
+    """
+
+    was_read = False
 
 
 class Generation:
-    """Clock, caches and token counters of one sampling run, for one program."""
+    """Clock, storage and conditioning of one sampling run, for one program."""
 
-    def __init__(self, program: Program, num_steps: int | None, position: int, conditioning: Conditioning) -> None:
-        self.program, self.position, self.conditioning = program, position, conditioning
+    def __init__(
+        self,
+        program: Program,
+        num_steps: int | None,
+        position: int,
+        timesteps: Tensor | None,
+        timestep_at: int | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.program, self.position = program, position
         self.plan = program.plan(num_steps)
         self.fresh_caches = True
         self.ambiguous = False
         self.timestep: float | None = None
         self.direction = 0.0
-        self.buffers = program.lend(self.plan)
-        self.selector = Selector(self.plan, program.policy, self.buffers, program.aspect)
+        self.storage = program.lend(self.plan, 0 if timesteps is None else len(timesteps))
+        self.conditioning = Conditioning(program, self.storage.hoisted, timesteps, timestep_at, warn)
 
     def close(self) -> None:
-        """Give the tensors back; nothing can be run any more."""
-        self.program.take_back(self.buffers)
+        """Give the storage back; nothing can be run any more."""
         self.conditioning.close()
+        self.program.take_back(self.storage)
 
     @property
     def finished(self) -> bool:
         """Whether every planned step has run."""
         return self.position >= len(self.plan.steps)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for this generation: caches, scores, counters."""
-        return sum(buffer.nbytes for buffer in self.buffers.values()) + self.selector.nbytes()
 
     def runs_backwards(self, timestep: float) -> bool:
         """Whether ``timestep`` goes against the direction of the run so far: the sign of a new generation."""
@@ -75,27 +87,43 @@ class Generation:
 
     def next_step(self) -> StepPlan:
         """What this call does: as planned, but full on fresh caches, past the last step, and where branches may be mixed."""
-        step = self.plan.steps[min(self.position, len(self.plan.steps) - 1)]
-        return self.plan.full_step(step.index) if self.fresh_caches or self.finished or self.ambiguous else step
+        doubtful = self.fresh_caches or self.finished or self.ambiguous
+        return self.plan.full_step(self.position) if doubtful else self.plan.steps[self.position]
 
     def run(self, inputs: Sequence[Any], branch: str) -> tuple[Any, StepRecord]:
         """Run one step. If it fails, the caches count as lost: the next step is full."""
         began = time.perf_counter()
         step = self.next_step()
         self.fresh_caches = True
-        given = self.selector.select(step) if step.kind != "full" else {}
-        selected = time.perf_counter()
-        hoisted, hoisted_flops = self.conditioning.values(inputs, self.position)
         compiled = self.program.step(self.plan, step.modes)
-        outputs = compiled(inputs, {**self.buffers, **given, **hoisted})
-        if step.kind == "full":
-            self.selector.full()
+        hoisted_flops = self.conditioning.prepare(inputs, self.position)
+        selection_seconds = 0.0
+
+        def body(inputs: Sequence[Any]) -> Any:
+            """All that the device does in a step. What differs between two steps of one ``key`` is in tensors."""
+            nonlocal selection_seconds
+            selector, selects = self.storage.selector, time.perf_counter()
+            given = selector.select(step) if step.kind != "full" else {}
+            selection_seconds = time.perf_counter() - selects
+            self.conditioning.bring(inputs, self.position)
+            outputs = compiled(inputs, {**self.storage.tensors, **given, "read": _READ[step.read]})
+            if step.kind == "full":
+                selector.full()
+            else:
+                selector.advance()
+            return outputs
+
+        recordings, reason = self.storage.recordings, self.storage.reason
+        if recordings is None:
+            outputs = body(inputs)
         else:
-            self.selector.advance()
+            key = (step.modes, step.fresh, step.read, self.conditioning.listed)
+            outputs, reason = recordings.run((step.modes, self.conditioning.listed), key, body, inputs)
+        launch = Launch("recorded" if recordings is not None and not reason else "queued", reason)
         self.fresh_caches = False
         self.position += 1
-        ended = time.perf_counter()
-        return outputs, StepRecord(step.index, step.kind, branch, ended - began, selected - began, step, hoisted_flops)
+        seconds = time.perf_counter() - began
+        return outputs, StepRecord(step.index, step.kind, branch, seconds, selection_seconds, step, hoisted_flops, launch)
 
 
 @dataclass
@@ -128,7 +156,7 @@ class Session:
         branch = _branch.get()
         if not branch and program.policy.guidance.layout == "separate":
             branch = "first" if track.calls % 2 == 0 else "second"
-        now = self._read(timestep, track.generations.get(branch))
+        now = self._read(timestep, lane, track.generations.get(branch))
         generation = self._generation(track, branch, program, now, timestep_at)
         try:
             outputs, record = generation.run(inputs, branch)
@@ -182,11 +210,10 @@ class Session:
         if current is None:
             if branch in track.generations:
                 track.generations.pop(branch).close()
-            conditioning = Conditioning(program, self._timesteps, timestep_at, self.warn)
-            current = track.generations[branch] = Generation(program, self.num_steps, position, conditioning)
-            generations = [generation for track in self._tracks.values() for generation in track.generations.values()]
-            self._cache_bytes = sum(generation.nbytes for generation in generations)
-            self._hoisted_bytes = sum(generation.conditioning.nbytes for generation in generations)
+            current = track.generations[branch] = Generation(program, self.num_steps, position, self._timesteps, timestep_at, self.warn)
+            storages = [generation.storage for track in self._tracks.values() for generation in track.generations.values()]
+            self._cache_bytes = sum(storage.nbytes for storage in storages)
+            self._hoisted_bytes = sum(storage.hoisted.nbytes for storage in storages)
             for warning in current.plan.warnings:
                 self.warn(warning)
             steps = program.policy.sampler.steps
@@ -197,13 +224,21 @@ class Session:
                 )
         return current
 
-    def _read(self, timestep: Tensor | None, current: Generation | None) -> float | None:
-        """The timestep's value. On an accelerator reading it waits for the device: then only where it decides something."""
+    def _read(self, timestep: Tensor | None, lane: Lane, current: Generation | None) -> float | None:
+        """The timestep's value, where it decides something.
+
+        On an accelerator reading it waits for the device. A session that was told its timesteps does without (the device itself
+        watches whether they are those, see ``Conditioning``), and one that was told their number reads the first two of its
+        model's first generation.
+        """
         if timestep is None or timestep.numel() == 0:
             return None
-        if timestep.device.type == "cpu" or self._implicit or current is None or current.position < 2:
-            return float(timestep.max())  # frames that are given, not denoised, are at timestep 0
-        return None
+        position = 0 if current is None else current.position
+        if watch.reading_waits(timestep) and not self._implicit:
+            if self._timesteps is not None or lane.was_read or position >= _READ_CALLS:
+                return None
+            lane.was_read = position + 1 == _READ_CALLS
+        return float(timestep.max())  # frames that are given, not denoised, are at timestep 0
 
     def warn(self, message: str) -> None:
         """Log a warning once and keep it for the report."""

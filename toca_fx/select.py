@@ -84,8 +84,8 @@ def _halves(score: Tensor) -> Tensor:
 class Selector:
     """Chooses the fresh tokens of every scored site for one step, and counts how long tokens have been stale.
 
-    State of one generation (so: one Selector per generation and guidance branch). ``buffers`` are the generation's: ``score:i``
-    and ``entropy:i`` are read here; ``picked:i`` are written here, but for sites that select within the step.
+    State of one generation (so: one Selector per generation and guidance branch), which stays at the same addresses. ``buffers`` are the
+    generation's: ``score:i`` and ``entropy:i`` are read here; ``picked:i`` are written here, but for sites that select within the step.
     """
 
     def __init__(self, plan: Plan, policy: Policy, buffers: Mapping[str, Tensor], aspect: tuple[int, int] | None) -> None:
@@ -95,10 +95,12 @@ class Selector:
         scores = [buffers[f"score:{i}"] for i in plan.scored]
         device = scores[0].device if scores else torch.device("cpu")
         dtype = scores[0].dtype if scores else torch.float32
-        self._generator = torch.Generator(device).manual_seed(policy.seed)
+        self._seed = policy.seed
+        self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(policy.seed)
 
+        # Numbers from the host would have to wait for an accelerator: they go there ahead of the steps, and nobody waits for them.
         def per_site(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)[:, None, None]
 
         policies = plan.policies
         self._stale_weight = [
@@ -111,14 +113,24 @@ class Selector:
         self._stale = [torch.zeros(len(g.sites), g.batch, g.tokens, device=device, dtype=dtype) for g in self._groups]
         self._first_row = [torch.arange(g.batch, device=device)[:, None] * g.tokens for g in self._groups]
         self._ranks = [torch.arange(g.tokens, device=device) for g in self._groups]
-        # All at once, and ahead of the steps: a number from the host would have to wait for the device.
         fresh = [[[[[step.fresh[i]]] for i in g.sites] for step in plan.steps] for g in self._groups]
-        self._counts = [torch.tensor(counts, device=device) for counts in fresh]
+        self._counts = [torch.tensor(counts).to(device, non_blocking=True) for counts in fresh]
         self._step = {step.index: at for at, step in enumerate(plan.steps)}
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn."""
+        return self._uses_random
 
     def nbytes(self) -> int:
         """Bytes of the staleness counters."""
         return sum(counter.nbytes for counter in self._stale)
+
+    def clear(self) -> None:
+        """Begin a generation."""
+        self.full()
+        if self._generator is not None:
+            self._generator.manual_seed(self._seed)
 
     def full(self) -> None:
         """A full step has run: no token is stale."""
@@ -150,7 +162,7 @@ class Selector:
         """A step has run: every token is one step staler, but for those just computed."""
         for at, group in enumerate(self._groups):
             picked = torch.stack([self._buffers[f"picked:{i}"] for i in group.sites])
-            self._stale[at] = (self._stale[at] + 1).masked_fill_(picked, 0)
+            self._stale[at].add_(1).masked_fill_(picked, 0)
 
     def _known(self, at: int, group: _Group) -> Tensor:
         """Scores [sites, B, N] but for s2 and the spatial bonus."""

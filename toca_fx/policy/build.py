@@ -14,6 +14,7 @@ from toca_fx.policy.types import (
     Interval,
     Policy,
     Ratio,
+    Recording,
     Rule,
     Sampler,
     Scores,
@@ -43,6 +44,7 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str]) -> Polic
         spatial=Spatial(**{"bonus": 0.0, **_section("spatial", data)}) if "spatial" in data else None,
         cache=Cache(**data.get("cache", {})),
         hoisting=Hoisting(**{key: int(value) for key, value in data.get("hoisting", {}).items()}),
+        recording=Recording(**{key: int(value) for key, value in data.get("recording", {}).items()}),
         seed=int(data.get("seed", 0)),
         rules=tuple(_rule(rule, place_of_rule(index)) for index, rule in enumerate(data.get("rules", ()))),
         source=source,
@@ -78,7 +80,10 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span", "R.multiple"), int),
     **dict.fromkeys(("scores.staleness_over", "spatial.grid"), int),
     **dict.fromkeys(("N.drift", "R.base", "R.step_weight", "R.layer_weight", "spatial.bonus"), float),
-    **{f"scores.{name}": float for name in ("self_attention", "cross_attention", "staleness", "value_norm", "key_norm", "random")},
+    **{
+        f"scores.{name}": float
+        for name in ("self_attention", "cross_attention", "staleness", "value_norm", "key_norm", "random", "queries")
+    },
     "N.windows": _windows,
     "N.full_steps": _steps,
     "N.extra_full_steps": _steps,

@@ -58,7 +58,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Scores:
-    """Weights (no unit) of the token scores; `staleness_over` is in steps, None stands for `N.base`."""
+    """Weights (no unit) of the token scores; `staleness_over` is in steps, None stands for `N.base`.
+
+    `queries` is the share of an attention's queries that `self_attention` looks at, 0.001 to 1.
+    """
 
     self_attention: float = 0.0
     cross_attention: float = 0.0
@@ -67,6 +70,12 @@ class Scores:
     value_norm: float = 0.0
     key_norm: float = 0.0
     random: float = 0.0
+    queries: float = 1.0
+
+    @property
+    def every(self) -> int:
+        """`self_attention` looks at one of so many queries: 4 for a share of 0.25, and 1, all of them, above two thirds."""
+        return max(1, round(1 / self.queries))
 
     @property
     def needs_attention(self) -> bool:
@@ -103,6 +112,18 @@ class Hoisting:
     """`memory` in MiB that values may take which are computed ahead of the steps, once per generation; 0: nothing is hoisted."""
 
     memory: int = 1024
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return self.memory * 2**20
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`memory` in MiB that recorded steps may keep between generations; 0: nothing is recorded."""
+
+    memory: int = 256
 
     @property
     def memory_bytes(self) -> int:
@@ -201,6 +222,7 @@ class Policy:
     spatial: Spatial | None
     cache: Cache
     hoisting: Hoisting
+    recording: Recording
     seed: int
     rules: tuple[Rule, ...]
     source: str
