@@ -37,16 +37,17 @@ class Analysis:
         self.matches = match(self.aten.graph)
         self.aspect = aspect_of(inputs)
         self.hoisted = find_hoistable(self.aten.graph, self.matches.sites, policy.hoisting.memory_bytes)
-        self._plans: dict[int | None, Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._autocast = Autocast()
         self._lock = threading.RLock()
 
     def plan(self, num_steps: int | None) -> Plan:
         """The plan for a generation of ``num_steps`` model calls (None: the policy's own count)."""
+        total = self.policy.sampler.steps if num_steps is None else num_steps
         with self._lock:
-            if num_steps not in self._plans:
-                self._plans[num_steps] = make_plan(self.matches, self.policy, num_steps)
-            return self._plans[num_steps]
+            if total not in self._plans:
+                self._plans[total] = make_plan(self.matches, self.policy, total)
+            return self._plans[total]
 
     def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
         """The graph for steps in these modes."""

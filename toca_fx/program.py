@@ -23,7 +23,7 @@ from toca_fx.hoisted_values import HoistedValues
 from toca_fx.inner import Inner
 from toca_fx.plan import Modes, Plan, StepPlan
 from toca_fx.policy import Policy
-from toca_fx.recording import CudaRecorder, Recordings
+from toca_fx.recording import Recordings, recorder_for
 from toca_fx.regions import compile_regions
 from toca_fx.rewrite import StepGraph
 from toca_fx.select import Selector
@@ -45,7 +45,6 @@ class Program(Analysis):
         self._inner = inner
         self._steps: dict[tuple[object, ...], CompiledStep] = {}
         self._idle: dict[tuple[int, int], list[Storage]] = {}
-        self._recorder: CudaRecorder | None = None
         self._recorded_bytes = 0
         self._watches: list[Watch] = []
         self._schedules: set[tuple[float, ...]] = set()
@@ -54,6 +53,7 @@ class Program(Analysis):
         self._fixed = [at for at in used if nodes[at].meta["role"] == "state"]
         self._varying = [at for at in used if nodes[at].meta["role"] != "state"]
         self._device = nodes[used[0]].meta["val"].device if used else torch.device("cpu")
+        self._recorder = recorder_for(self._device)
         self._classes = {type(inputs[at]) for at in self._fixed}
         log.info("matched %d sites, %d near misses", len(self.matches.sites), len(self.matches.misses))
 
@@ -102,11 +102,10 @@ class Program(Analysis):
         storage = Storage(
             (id(plan), steps), kept, HoistedValues(self.hoisted, values, steps), Selector(plan, self.policy, kept, self.aspect)
         )
-        if self._device.type == "cuda":
+        if self._recorder is not None:
             with self._lock:
                 storage.reason = self._queued_because(storage)
                 if not storage.reason:
-                    self._recorder = self._recorder or CudaRecorder(self._device)
                     storage.recordings = Recordings(self._recorder, self._fixed, self._varying)
                     self._recorded_bytes += storage.nbytes
         return storage

@@ -80,6 +80,11 @@ class CudaRecorder:
             return found
 
 
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records on a device; None where there is nothing to gain."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """One per device and process: libraries keep a workspace for each stream that they were used on."""
