@@ -19,7 +19,7 @@ from toca_fx import trace
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.inner import Compiler, Inner
 from toca_fx.policy import Policy, PolicySource, load_policy, shipped_policies
-from toca_fx.program import Program
+from toca_fx.program import Program, picker
 from toca_fx.runtime import Lane, current_session
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Dispatcher:
         compile_id = CompileContext.current_compile_id()
         # The place in the code keeps the parts of a broken graph apart; it stays the same across recompilations.
         self._place = (None if compile_id is None else compile_id.frame_id, policy)
-        self._parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
+        self._parameters = picker([at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)])
         # Dynamo guards all but the numbers that it made symbolic. Those unused are storage offsets of views.
         nodes = captured.graph.find_nodes(op="placeholder")
         self._varying = [
@@ -134,7 +134,7 @@ class Dispatcher:
 
     def _lane(self, inputs: Sequence[Any]) -> Lane:
         """Dynamo shares code between models of one class, so which model it is shows at the call only."""
-        parameters = [inputs[at] for at in self._parameters]
+        parameters = self._parameters(inputs)
         owner = parameters[0] if parameters else _no_parameters
         if owner not in _lanes:
             _lanes[owner] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from toca_fx.program import Program
 from toca_fx.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_VERSION = operator.attrgetter("_version")
 
 
 class Conditioning:
@@ -155,10 +158,15 @@ class Conditioning:
 
     def _changed(self, what: str, values: list[Any]) -> bool:
         """Whether ``values`` are others than at the last call, or were written to since; they are kept, and so are their addresses."""
-        versions = [_version(value) for value in values]
+        try:
+            versions = list(map(_VERSION, values))  # hundreds of weights, at every call
+        except (AttributeError, RuntimeError):  # numbers, and tensors made in inference mode
+            versions = list(map(_version, values))
         before = self._seen.get(what)
         self._seen[what] = (values, versions)
-        return before is None or versions != before[1] or -1 in versions or any(map(_differ, values, before[0]))
+        if before is None or versions != before[1] or -1 in versions:
+            return True
+        return any(map(operator.is_not, values, before[0])) and any(map(_differ, values, before[0]))
 
 
 def _version(value: Any) -> int:

@@ -173,7 +173,7 @@ class CompiledStep(CountedStep):
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
         super().__init__(graph, source, plan)
         self._inner, self._compiling = inner, threading.Lock()
-        self._of_inputs, self._of_tensors = _picker(graph.kept), _picker(graph.names)
+        self._of_inputs, self._of_tensors = picker(graph.kept), picker(graph.names)
         self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too (some steps compute no
         # token at all) is shown by tests/test_inductor.py, not by the compiler.
@@ -222,7 +222,7 @@ class CompiledStep(CountedStep):
         return f"`{self._plan.sites[buffers.site_of(name)].path}`"
 
 
-def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+def picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """What stands at ``keys`` in something, as a tuple."""
     if len(keys) > 1:
         return operator.itemgetter(*keys)

@@ -155,7 +155,7 @@ class Recordings:
 
     def _look_for_moves(self, inputs: Sequence[Any]) -> None:
         """Offloading and ``.data`` move parameters without a trace; a recording would read where they were."""
-        addresses = tuple([inputs[at].data_ptr() for at in self.fixed])
+        addresses = tuple(map(Tensor.data_ptr, map(inputs.__getitem__, self.fixed)))
         if addresses != self._addresses:
             self._moves += self._addresses is not None
             self._addresses = addresses
