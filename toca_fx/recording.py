@@ -41,7 +41,8 @@ class CudaRecorder:
     """The recordings of one program: they share one pool of memory, and so must never overlap, whatever stream they are replayed on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._device = device
+        self._pool: Any = None
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
         self._last: torch.cuda.Stream | None = None
@@ -49,6 +50,7 @@ class CudaRecorder:
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See ``Recorder``. Nothing waits for the device."""
         graph, stream = torch.cuda.CUDAGraph(), _recording_stream(self._device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         collects = gc.isenabled()
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             # The handles and the workspace of cuBLAS belong to thread and stream, and cannot be made while recording.
