@@ -286,6 +286,11 @@ class Session:
             warnings=tuple(self._warnings),
         )
 
+    def least_bytes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For each call, the bytes that the uncached model and our step have to move at least: weights, inputs and caches."""
+        uncached = tuple(program.uncached_bytes for program, _ in self._records)
+        return uncached, tuple(program.step_bytes(self.num_steps, record.plan) for program, record in self._records)
+
 
 _session: ContextVar[Session | None] = ContextVar("toca_fx_session", default=None)
 # By task or thread, not in a context variable: those are inherited, and tasks would share their parent's session.

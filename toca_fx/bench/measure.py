@@ -165,9 +165,8 @@ def _launches(contestant: Contestant, calls: Sequence[Call], kinds: Sequence[str
 
 
 def _work(run: Session) -> Work:
-    (program,) = {id(program): program for program, _ in run._records}.values()
-    records = [record for _, record in run._records]
-    return Work(program.uncached_bytes, [program.step_bytes(len(records), record.plan) for record in records])
+    uncached, steps = run.least_bytes()
+    return Work(uncached[0], steps)
 
 
 def _peak_bytes() -> int:
