@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test check bench clean
+.PHONY: demo test gpu check bench clean
 
 demo: $(VENV)/ready  ## digits, uncached and cached, side by side: demo.png
 	$(VENV)/bin/toca-fx demo
 
 test: $(VENV)/ready  ## all tests
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+gpu:  ## what needs a GPU, in under five minutes; with the Python that has a CUDA build of torch: make gpu PYTHON=...
+	$(PYTHON) -m pytest tests/gpu
 
 check: $(VENV)/ready  ## lint, types, tests
 	$(RUN) -m ruff check .
