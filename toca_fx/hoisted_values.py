@@ -74,7 +74,7 @@ class HoistedValues:
         """Bring the timed values of a listed timestep without waiting for the device; NaN if it is not listed."""
         apart = distance(timestep.reshape(1, -1), self.timesteps[:, None]).amax(dim=1)
         lost = apart.amin() > 0
-        row = torch.where(lost, len(apart), apart.argmin())
+        row = apart.argmin().masked_fill(lost, len(apart))  # a number in torch.where would be copied to the device, and waited for
         self.doubts.logical_or_(torch.stack([lost, row == self.row]))
         self.row.copy_(row)
         for dtype, table in self.tables.items():
