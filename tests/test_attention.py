@@ -26,10 +26,10 @@ def operands(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, ke
     return (2 * query).to(dtype), (2 * key).to(dtype), value.to(dtype)
 
 
-def column_sums(query: Tensor, key: Tensor, scale: float = WIDTH**-0.5, mask: Tensor | None = None) -> Tensor:
+def column_sums(query: Tensor, key: Tensor, scale: float = WIDTH**-0.5, mask: Tensor | None = None, every: int = 1) -> Tensor:
     """s1 from the explicit map, in double precision; ``mask`` is added to the logits."""
     logits = query.double() @ key.double().transpose(2, 3) * scale
-    return torch.softmax(logits if mask is None else logits + mask, dim=3).mean(dim=1).sum(dim=1)
+    return torch.softmax(logits if mask is None else logits + mask, dim=3)[:, :, ::every].mean(dim=1).sum(dim=1)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         taken.append("in blocks")
         return in_blocks(*args)
 
-    def noting_product(*args: Any) -> Any:
+    def noting_product(*args: Any, **kwargs: Any) -> Any:
         taken.append("recomputed" if args[3] is None else "fused")
-        return by_product(*args)
+        return by_product(*args, **kwargs)
 
     monkeypatch.setattr(attention, "_in_blocks", noting_blocks)
     monkeypatch.setattr(attention, "influence", noting_product)
@@ -72,11 +72,12 @@ def test_in_blocks(tokens: int, scale: float | None, kernels: list[str]) -> None
     assert (score - column_sums(query, key, scale or WIDTH**-0.5)).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("every", [1, 3, 10])
 @pytest.mark.parametrize(("samples", "rows"), [(5, 1), (5, 7), (2, 100), (3, 64), (1, 100)])
-def test_the_size_of_a_block_changes_nothing(samples: int, rows: int) -> None:
+def test_the_size_of_a_block_changes_nothing(samples: int, rows: int, every: int) -> None:
     query, key, value = operands(100, batch=5)
-    whole, expected = attention._in_blocks(query, key, value, 0.3, 5, 100)
-    output, score = attention._in_blocks(query, key, value, 0.3, samples, rows)
+    whole, expected = attention._in_blocks(query, key, value, 0.3, every, 5, 100)
+    output, score = attention._in_blocks(query, key, value, 0.3, every, samples, rows)
     assert (output - whole).abs().max() < 1e-13
     assert (score - expected).abs().max() < 1e-13
 
@@ -146,6 +147,43 @@ def test_grouped_heads(kernels: list[str]) -> None:
     assert kernels == ["recomputed"]
     assert (output - expected).abs().max() < 1e-13
     assert (score - column_sums(query, key[:, :1])).abs().max() < 1e-13
+
+
+WAYS = ["in blocks", "fused", "masked", "causal", "grouped", "beside", "the map"]
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 50, 5000])  # chunks of 512 queries, of which 3 and 50 are no part
+@pytest.mark.parametrize("way", WAYS)
+def test_every_nth_query_is_looked_at(way: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "fused":
+        monkeypatch.setattr(attention, "_blocks", lambda query, key: None)
+    query, key, value = operands(1100)
+    added = torch.zeros(1100, 1100, dtype=torch.float64)
+    options: dict[str, Any] = {}
+    if way == "masked":
+        added.view(-1)[::7] = -torch.inf
+        options = {"attn_mask": added}
+    elif way == "causal":
+        added.fill_(-torch.inf).triu_(1)
+        options = {"is_causal": True}
+    elif way == "grouped":
+        key, value, options = key[:, :1], value[:, :1], {"enable_gqa": True}
+    if way == "beside":
+        score = influence(query, key, WIDTH**-0.5, every=every)
+    elif way == "the map":
+        score = attention.map_influence(torch.softmax(query @ key.transpose(2, 3) * WIDTH**-0.5, dim=3), every)
+    else:
+        output, score = attention_and_influence(query, key, value, **options, every=every)
+        assert (output - F.scaled_dot_product_attention(query, key, value, **options)).abs().max() < 1e-12
+    assert (score - column_sums(query, key, mask=added, every=every)).abs().max() < 1e-12
+
+
+def test_a_mask_of_one_row_holds_for_the_queries_that_are_looked_at() -> None:
+    query, key, value = operands(10)
+    keep = torch.arange(10) % 3 > 0
+    _, score = attention_and_influence(query, key, value, keep[None], every=4)
+    added = torch.zeros(10, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    assert (score - column_sums(query, key, mask=added, every=4)).abs().max() < 1e-13
 
 
 def test_more_keys_than_queries() -> None:

@@ -30,6 +30,8 @@ def test_buffers_of_a_dit_whose_attention_is_partial(dtype: torch.dtype) -> None
         assert buffer.dtype == (torch.bool if role == "picked" else dtype)
         assert buffer.is_contiguous()
         assert site_of(name) in (0, 1)
+    read = made.new("read")
+    assert (read.device.type, read.dtype, read.dim(), bool(read)) == ("cpu", torch.bool, 0, True)
     assert tuple(made.example("order:1", 5).shape) == (2, 64)
     assert tuple(made.example("ranks:1", 5).shape) == (5,)
     assert tuple(made.example("known:1", 5).shape) == (2, 64)

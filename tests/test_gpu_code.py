@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,9 +20,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 @torch.no_grad()
-def lower(model: str, dtype: str) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
+def lower(model: str, dtype: str, **sections: Any) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
     """The steps of a generation by kind, and what was lowered for each."""
-    policy = make_policy()
+    policy = make_policy(**sections)
     steps: dict[str, CompiledStep] = {}
     found: dict[str, Lowered] = {}
     with made_up_cuda():
@@ -44,3 +46,36 @@ def test_no_size_is_guarded(model: str, dtype: str) -> None:
     for kind, step in steps.items():
         assert not step._shapes.guards, kind
         assert found[kind].kernels, kind
+
+
+def test_half_precision_takes_the_kernels_that_are_expected() -> None:
+    """Full: attention and s1 in one operator. Partial: no attention at all, as all of it is reused; a handful of launches a block."""
+    steps, found = lower("FluxTransformer2DModel", "bfloat16")
+    plan = steps["full"]._plan
+    scoring = {plan.sites[plan.sites[i].influence or 0].anchor for i in plan.scored_by_attention}
+    graph = steps["full"].graph.module.graph
+    operators = [node for node in graph.nodes if node.target is torch.ops.toca_fx.attention_and_columns.default]
+    assert len(operators) == len(scoring)
+    assert found["full"].calls(r"torch\.ops\.toca_fx\.attention_and_columns\.default\(") == len(scoring), "each lies in a piece of its own"
+    for kind in ("full", "partial"):
+        assert not found[kind].calls(r"_scaled_dot_product"), kind
+    assert not found["partial"].calls("attention_and_columns")
+
+
+def test_attention_that_nobody_scores_is_that_of_the_model() -> None:
+    """An interval of one caches nothing, and asks for no scores: SDPA's own choice of a kernel stays in the graph."""
+    _, found = lower("FluxTransformer2DModel", "bfloat16", N={"base": 1})
+    assert found["full"].calls(r"_scaled_dot_product_cudnn_attention\.default\(") == 4
+    assert not found["full"].calls("attention_and_columns")
+    _, found = lower("PixArtTransformer2DModel", "float32", N={"base": 1})
+    assert found["full"].calls(r"_scaled_dot_product_efficient_attention\.default\(") == 2, "equal blocks are compiled once"
+
+
+def test_launches_of_a_partial_step() -> None:
+    """Per block of DiT: gather, norm and modulation; two products; the activation; the scatter; gate and add."""
+    _, found = lower("DiTTransformer2DModel", "bfloat16")
+    (block,) = [code for code in found["partial"].codes if "gelu" in code]
+    body = block[block.rindex("def call(") :]
+    assert body.count("extern_kernels.addmm(") == 2
+    assert body.count(".run(") <= 5
+    assert "device=device(type='cpu')" not in body

@@ -148,7 +148,7 @@ def test_recommended_policies_have_the_numbers_of_the_reference_and_count(name: 
     assert ours.N.phase == "count"
     assert dataclasses.replace(ours.N, phase=theirs.N.phase) == theirs.N
     assert dataclasses.replace(ours.R, layer_span=theirs.R.layer_span) == theirs.R
-    assert dataclasses.replace(ours.scores, staleness_over=ours.N.base) == theirs.scores
+    assert dataclasses.replace(ours.scores, staleness_over=ours.N.base, queries=1.0) == theirs.scores
     assert not any(key == "N.extra_full_steps" for rule in ours.rules for key, _ in rule.overrides)
 
 
@@ -274,6 +274,14 @@ def test_rules_are_merged_key_by_key_and_later_rules_win() -> None:
     assert (policy.for_site("mlp", path, 3).action, policy.for_site("mlp", path, 3).spatial) == (Action("compute"), None)
 
 
+def test_a_share_of_the_queries_stands_for_an_odd_number() -> None:
+    shares = {1: 1, 0.7: 1, 0.5: 3, 1 / 3: 3, 0.25: 5, 0.2: 5, 0.125: 9, 0.001: 1001}
+    rules = [{"layers": 1, "scores": {"queries": 0.1}}]
+    for share, every in shares.items():
+        policy = load_policy({**SMALLEST, "scores": {"self_attention": 1.0, "queries": share}, "rules": rules})
+        assert (policy.scores.every, policy.for_site("mlp", "blocks.1", 1).scores.every) == (every, 11)
+
+
 def test_a_rule_without_a_layer_number_matches_no_range() -> None:
     rule = Rule("mlp", "*.ff", (0, 3), (), "rules[0]")
     assert rule.applies("mlp", "blocks.0.ff", 0)
@@ -287,8 +295,8 @@ def test_a_rule_without_a_layer_number_matches_no_range() -> None:
 def test_rules_know_where_they_stand() -> None:
     file = POLICIES / "valid" / "everything.yaml"
     first = load_policy(file).rules[0]
-    assert first.position == f"{file}:24:5"
-    assert Problem.at(first.position, "here") == Problem(str(file), 24, 5, "here")
+    assert first.position == f"{file}:25:5"
+    assert Problem.at(first.position, "here") == Problem(str(file), 25, 5, "here")
     assert str(Problem.at("rules[0]", "here", "warning")) == "rules[0]: warning: here"
 
 

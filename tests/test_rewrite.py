@@ -168,6 +168,27 @@ def test_a_full_step_computes_the_model_and_fills_the_caches(graphs: Graphs) -> 
         assert torch.allclose(score.square().sum(1), torch.ones(BATCH, dtype=torch.float64))
 
 
+def test_a_score_is_of_the_queries_that_the_policy_looks_at(graphs: Graphs) -> None:
+    rules = [{"match": "mlp", "layers": 1, "scores": {"queries": 0.5}}]
+    looking = with_policy(graphs, scores={"self_attention": 1.0, "queries": 0.25}, rules=rules)
+    graph = looking.graph("full")
+    caches, scores = buffers(looking.plan, graph)
+    run(looking, graph, caches, scores)
+    attentions = graphs.source.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    values = Recorder(graphs.source, [node.name for attention in attentions for node in attention.args[:2]])
+    with torch.no_grad():
+        values.run(*graphs.inputs)
+    for attention, score, every in zip(attentions, scores.values(), (5, 3, 5), strict=True):
+        query, key = (values.seen[node.name] for node in attention.args[:2])
+        weights = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+        assert (score - torch.nn.functional.normalize(weights[:, :, ::every].sum((1, 2)))).abs().max() < 1e-12
+
+
+def test_on_a_cpu_no_step_is_told_whether_its_scores_are_read(graphs: Graphs) -> None:
+    full = graphs.step("full").modes
+    assert "read" not in rewrite(graphs.source, graphs.plan, full).names
+
+
 class Recorder(fx.Interpreter):
     """Runs a graph and keeps the values of some nodes."""
 

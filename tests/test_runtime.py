@@ -591,8 +591,18 @@ def test_gradients_of_the_input_alone_count_too() -> None:
 # Reports
 
 
-KEYS = {"steps", "sites", "flops", "cache_bytes", "hoisted_bytes", "seconds", "selection_seconds", "compiled_graphs",
-    "launches", "warnings"}
+KEYS = {
+    "steps",
+    "sites",
+    "flops",
+    "cache_bytes",
+    "hoisted_bytes",
+    "seconds",
+    "selection_seconds",
+    "compiled_graphs",
+    "launches",
+    "warnings",
+}
 
 
 def test_the_report_as_data(model: nn.Module) -> None:

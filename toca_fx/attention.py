@@ -9,11 +9,12 @@ one stream, s2 as 1 + H. For s1 there are three ways, fastest first; all return 
     in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
                 the processor. Both products are those of the attention itself, so s1 costs a sum over the block.
     fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second product gives the columns;
-                on CUDA in one kernel (``columns``).
+                on CUDA in one operator (``columns``).
     recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
                 log-sum-exp computed beside it.
 
-The map of a cross-attention is small: it is computed, and the output from it.
+With ``every`` above 1 the sum of s1 runs over the queries 0, ``every``, 2 ``every``, ... only: an estimate of a part of s1 which is the
+same for all tokens, and so, once normalised, of s1. The map of a cross-attention is small: it is computed, and the output from it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toca_fx.columns import column_sums, has_kernel
+from toca_fx.columns import attention_and_columns, column_sums, look_at, score_dtype, takes
 
 aten = torch.ops.aten
 
 _BLOCK_ELEMENTS = 2**22  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
 _MOST_BLOCKS = 16
-_QUERY_CHUNK = 512
-_KERNEL_BYTES = 512  # of a query, for one head: what the kernel of ``columns`` holds in shared memory, and flash attention takes
 _MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
 
 
@@ -50,9 +49,9 @@ def feature_norm(feature: Tensor) -> Tensor:
     return norm
 
 
-def map_influence(weights: Tensor) -> Tensor:
-    """s1 of a map that is there: [B, H, N, M] -> [B, M]."""
-    return weights.to(score_dtype(weights)).mean(dim=1).sum(dim=1)
+def map_influence(weights: Tensor, every: int = 1) -> Tensor:
+    """s1 of a map that is there, by every ``every``-th query: [B, H, N, M] -> [B, M]."""
+    return look_at(weights, every).to(score_dtype(weights)).mean(dim=1).sum(dim=1)
 
 
 def map_entropy(weights: Tensor, share: float) -> Tensor:
@@ -119,11 +118,6 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.softmax(-1)
 
 
-def score_dtype(tensor: Tensor) -> torch.dtype:
-    """Scores of a float64 model are float64, of every other float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def attention_and_influence(
     query: Tensor,
     key: Tensor,
@@ -134,44 +128,30 @@ def attention_and_influence(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    every: int = 1,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not normalised: ([B, H, N, D], [B, M])."""
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not normalised: ([B, H, N, D], [B, M]).
+
+    s1 is what every ``every``-th query adds to it. ``read`` [], a boolean on the CPU: whether anybody will read s1. Where it is false, the
+    operator for CUDA returns zeros in its place; nothing else looks at it.
+    """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     plain = attn_mask is None and not dropout_p and not is_causal and query.shape[:2] == key.shape[:2] == value.shape[:2]
     if plain and query.device.type == "cpu":
         if query.dtype in (torch.float32, torch.float64) and (blocks := _blocks(query, key)) is not None:
-            return _in_blocks(query, key, value, factor, *blocks)
+            return _in_blocks(query, key, value, factor, every, *blocks)
         if query.shape[-1] == value.shape[-1]:
             output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, scale=scale)
-            return output, influence(query, key, factor, logsumexp)
-    if plain and has_kernel(query) and (fused := _fused_on_gpu(query, key, value, scale)) is not None:
-        output, logsumexp = fused
-        return output, column_sums(query, key, logsumexp, factor).mean(dim=1)
+            return output, influence(query, key, factor, logsumexp, every=every)
+    if plain and takes(query, key, value):
+        output, columns = attention_and_columns(query, key, value, factor, every, read)
+        return output, columns.mean(dim=1)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    return output, influence(query, key, factor, None, attn_mask)
-
-
-def _fused_on_gpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
-    """Output and log-sum-exp [B, H, N] of the fused kernel that takes such operands; None if neither does, or ``columns`` does not."""
-    operands, dtype, nbytes = (query, key, value), query.dtype, query.shape[-1] * query.element_size()
-    if any(operand.stride(-1) != 1 or operand.dtype != dtype or operand.shape[-1] != query.shape[-1] for operand in operands):
-        return None
-    if nbytes % 16 or nbytes > _KERNEL_BYTES:
-        return None
-    if dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device):
-        output, logsumexp, *_ = aten._scaled_dot_product_flash_attention.default(query, key, value, scale=scale)
-        return output, logsumexp
-    if dtype in (torch.float16, torch.float32):  # bfloat16 runs where flash attention does
-        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention.default(query, key, value, None, True, scale=scale)
-        return output, logsumexp.narrow(2, 0, query.shape[2])  # it is padded
-    return None
-
-
-def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return output, influence(query, key, factor, None, attn_mask, every)
 
 
 def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
@@ -186,10 +166,10 @@ def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
     return (samples, rows) if -(batch // -samples) * -(queries // -rows) <= _MOST_BLOCKS else None
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, samples: int, rows: int) -> tuple[Tensor, Tensor]:
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, every: int, samples: int, rows: int) -> tuple[Tensor, Tensor]:
     outputs, columns = [], []
     for q, k, v in zip(*(torch.split(operand, samples) for operand in (query, key, value)), strict=True):
-        parts = [_of_block(part * scale, k, v) for part in torch.split(q, rows, dim=2)]
+        parts = [_of_block(part * scale, k, v, every, -at * rows % every) for at, part in enumerate(torch.split(q, rows, dim=2))]
         outputs.append(torch.cat([output for output, _ in parts], dim=2))
         columns.append(torch.stack([column for _, column in parts]).sum(0))
     # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
@@ -197,30 +177,21 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, samples:
     return output, torch.cat(columns) / query.shape[1]
 
 
-def _of_block(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _of_block(query: Tensor, key: Tensor, value: Tensor, every: int, first: int) -> tuple[Tensor, Tensor]:
+    """Output and columns [B, M] of a block of queries, of which ``first``, ``first`` + ``every``, ... are looked at."""
     logits = query @ key.transpose(-1, -2)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     reciprocal = weights.sum(-1, keepdim=True).reciprocal()
-    return (weights @ value) * reciprocal, (weights * reciprocal).sum(dim=(1, 2))
+    looked = (weights, reciprocal) if every == 1 else (weights[:, :, first::every], reciprocal[:, :, first::every])
+    return (weights @ value) * reciprocal, (looked[0] * looked[1]).sum(dim=(1, 2))
 
 
-def influence(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """s1 [B, M] by a second product: exp(scale q . k - logsumexp) summed over heads and over chunks of queries.
-
-    ``logsumexp`` [B, H, N] is computed where no kernel returned it; ``mask`` broadcasts to [B, H, N, M], boolean (True
-    takes part) or added to the logits. Memory O(N).
-    """
-    if query.device.type == "cpu":  # products in half precision are slow on many, and rounded logits would count
-        query, key = query.to(score_dtype(query)), key.to(score_dtype(key))
-    columns = []
-    for start in range(0, query.shape[2], _QUERY_CHUNK):
-        rows = slice(start, start + _QUERY_CHUNK)
-        logits = ((query[:, :, rows] * scale) @ key.transpose(-1, -2)).to(score_dtype(query))
-        if mask is not None:
-            part = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-            logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
-        total = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
-        if mask is not None:
-            total = total.masked_fill(total == -torch.inf, 0.0)  # a query that may attend to nothing adds nothing
-        columns.append((logits - total.unsqueeze(-1)).exp().sum(dim=(1, 2)))
-    return torch.stack(columns).sum(0) / query.shape[1]
+def influence(
+    query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None = None, mask: Tensor | None = None, every: int = 1
+) -> Tensor:
+    """s1 [B, M] by a second product, in chunks of the queries that are looked at: memory O(N). For the arguments see ``column_sums``."""
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., ::every, :]
+    if logsumexp is not None:
+        logsumexp = look_at(logsumexp, every)
+    return column_sums(look_at(query, every), key, scale, logsumexp, mask).mean(dim=1)

@@ -10,6 +10,7 @@ order:i       all tokens of site i, best first, as rows of [B * N]   [B, N]     
 known:i       score of site i but for this step's cross-attention    [B, N]           "
 hoisted:NAME  what the node NAME computes from timestep and conditions    as it is       "
 ranks:i       0 .. K - 1: how many of them site i computes           [K]              "
+read          whether a later step will read the scores of this one  [] bool, CPU     " (on a GPU, to steps that score an attention)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toca_fx.attention import score_dtype
+from toca_fx.columns import score_dtype
 from toca_fx.plan import Modes, Plan
 
 
@@ -58,7 +59,9 @@ class Buffers:
         self._nodes = {node.name: node for node in source.graph.nodes}
 
     def new(self, name: str) -> Tensor:
-        """A buffer to be kept: caches uninitialised (a full step comes first), everything else zero; or a hoisted value."""
+        """A buffer to be kept: caches uninitialised (a full step comes first), everything else zero; or an example of a value given."""
+        if name == "read":
+            return torch.ones((), dtype=torch.bool)
         role, of = name.split(":", maxsplit=1)
         if role == "hoisted":
             value = self._value(of)
@@ -75,11 +78,6 @@ class Buffers:
             return torch.empty(value.shape, dtype=dtype_of(self._plan, name, value.dtype), device=value.device)
         dtype = torch.bool if role == "picked" else score_dtype(value)
         return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)
-
-    def clear(self, name: str, buffer: Tensor) -> None:
-        """Make a buffer that was used as good as ``new``."""
-        if name.split(":", maxsplit=1)[0] not in ("cache", "keys"):
-            buffer.zero_()
 
     def example(self, name: str, count: Any) -> Tensor:
         """What a step with ``count`` (a number or a symbol) fresh tokens per sample would be given."""

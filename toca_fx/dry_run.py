@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from toca_fx import memory
 from toca_fx.analysis import Analysis
 from toca_fx.backend import call_inputs, default_policy, written_for_another
 from toca_fx.capture import capture
@@ -20,7 +21,7 @@ _PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
 
 
 def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, num_steps: int | None = None, **kwargs: Any) -> Explanation:
-    """What ``policy`` would do with ``model``: its sites, what each does over a run, what was skipped, FLOPs and cache bytes.
+    """What ``policy`` would do with ``model``: its sites, what each does over a run, what was skipped, FLOPs, and bytes of memory.
 
     ``args`` and ``kwargs`` are the inputs of one call. Nothing is run and no memory is taken for results, so that model and
     inputs may be on the device "meta". ``policy`` is as in ``compile``; ``num_steps`` is the policy's own if None.
@@ -41,6 +42,7 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
     found = Analysis(captured, inputs, chosen)
     plan = found.plan(num_steps)
     mismatch = written_for_another(chosen, name)
+    peak = memory.predict(found, plan)
     return Explanation(
         model=name,
         policy=chosen.name,
@@ -51,6 +53,9 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
         flops_uncached=found.uncached_flops * len(plan.steps),
         cache_bytes=found.nbytes(plan),
         hoisted_bytes=sum(found.hoisted_bytes),
+        step_bytes=peak.step,
+        peak_bytes=peak.kept + peak.hoisted + peak.step,
+        told_bytes=peak.told,
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
     )
 
@@ -71,7 +76,7 @@ def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:
             computed=tuple(step.fresh[i] for step in plan.steps),
             influence=path(site.influence),
             entropy=path(site.entropy),
-            scores=tuple((name, weight) for name, weight in vars(own.scores).items() if weight and name != "staleness_over"),
+            scores=tuple(own.scores.weights.items()),
         )
         for i, (site, own) in enumerate(zip(plan.sites, plan.policies, strict=True))
     )

@@ -120,7 +120,7 @@ class Program(Analysis):
         nodes = self.aten.graph.find_nodes(op="placeholder")
         if not self._classes <= {Tensor, nn.Parameter}:
             return "a parameter is a tensor of a class of its own"
-        if any(nodes[at].meta["val"].device != self._device for at in self._varying):
+        if any(nodes[at].meta["val"].device != self._device for at in (*self._fixed, *self._varying)):
             return "an input is on another device"
         if wanted is None and self._recorded_bytes + storage.nbytes > most:
             held = f" beside {self._recorded_bytes / 2**20:.0f} of other generations" if self._recorded_bytes else ""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def rewrite(
 
     ``shared`` says that both halves of the batch share one selection; ``spatial_of`` gives the spatial bonus of a site. Both
     concern sites that select within the step, and ``shared`` the entropies too. The values of the nodes ``hoisted`` are given.
+    A step that scores an attention on a GPU is told whether anybody will read the scores (see ``buffers``).
     """
     module = fx.GraphModule(source, copy.deepcopy(source.graph))
     return _Rewriter(module, plan, modes, shared, spatial_of, hoisted).run()
@@ -107,7 +108,7 @@ class _Rewriter:
             if self.modes[i] != "reuse":
                 self.entropies[i] = self._entropy(i)
         for i in self.plan.scored_by_attention:
-            if self._is_judged(i):
+            if self.plan.judges(i, self.modes):
                 self._write(f"score:{i}", self._base_score(i))
         for run in self.plan.runs:
             self._share(run)
@@ -141,11 +142,6 @@ class _Rewriter:
                 with self.graph.inserting_before(self.end):
                     copied = self.graph.call_function(aten.clone.default, (returned,))
                 self.end.replace_input_with(returned, copied)
-
-    def _is_judged(self, site: int) -> bool:
-        """Whether this step renews a site's base score: with its attention, or with itself if that is never cached."""
-        attention = self.modes[self.plan.sites[site].influence or 0]
-        return attention == "full" or (attention == "compute" and self.modes[site] == "full")
 
     def _remembered(self, index: int) -> list[tuple[str, fx.Node]]:
         """What a site keeps from step to step: buffer and node, upstream first."""
@@ -323,13 +319,26 @@ class _Rewriter:
     def _influence(self, anchor: str, batch: int) -> fx.Node:
         """Make an attention return how much each key is attended to; once, however many sites it judges."""
         if anchor not in self.influences:
-            attention = self._attention(anchor)
+            attention, every = self._attention(anchor), self._every(anchor)
             if attention.output.target is aten.scaled_dot_product_attention.default:
-                self.influences[anchor] = self._replace(anchor, scoring.attention_and_influence)
+                told = {"read": self._told(attention.output)} if _on_gpu(attention.output) else {}
+                self.influences[anchor] = self._replace(anchor, functools.partial(scoring.attention_and_influence, every=every), told)
             else:
                 of_map = scoring.map_influence if attention.weights is not None else scoring.influence
-                self.influences[anchor] = self._beside(attention, batch, of_map)
+                self.influences[anchor] = self._beside(attention, batch, functools.partial(of_map, every=every))
         return self.influences[anchor]
+
+    def _every(self, anchor: str) -> int:
+        """Every how many queries of an attention are looked at: as the most demanding of the sites that it judges wants it."""
+        sites, policies = self.plan.sites, self.plan.policies
+        judged = [i for i in self.plan.scored_by_attention if sites[sites[i].influence or 0].anchor == anchor]
+        return min(policies[i].scores.every for i in judged if policies[i].scores.self_attention)
+
+    def _told(self, attention: fx.Node) -> fx.Node:
+        """The input that says whether the scores of this step will be read: on the CPU, where reading it waits for nothing."""
+        node = self._buffer("read")
+        node.meta["val"] = attention.meta["val"].new_zeros((), dtype=torch.bool, device="cpu")
+        return node
 
     def _entropy(self, index: int) -> fx.Node:
         """Make a cross-attention return the entropy of each query."""
@@ -340,12 +349,15 @@ class _Rewriter:
         of_map = scoring.map_entropy if attention.weights is not None else scoring.entropy
         return self._beside(attention, site.shape[0], functools.partial(of_map, share=share))
 
-    def _replace(self, anchor: str, function: Callable[..., Any]) -> fx.Node:
-        """Put ``function``, which returns output and score, in the place of an attention; returns the score's node."""
+    def _replace(self, anchor: str, function: Callable[..., Any], further: Mapping[str, fx.Node] | None = None) -> fx.Node:
+        """Put ``function``, which returns output and score, in the place of an attention; returns the score's node.
+
+        It takes what the attention takes, and what is ``further`` given.
+        """
         attention = self._attention(anchor).output
         score: fx.Node
         with self.graph.inserting_before(attention):
-            output, score = _inline(self.graph, function, attention.args, attention.kwargs)
+            output, score = _inline(self.graph, function, attention.args, {**attention.kwargs, **(further or {})})
         attention.replace_all_uses_with(output)
         if self.nodes[anchor] is attention:  # the cached output itself, where no projection follows
             self.nodes[anchor] = output
@@ -389,6 +401,10 @@ def _inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: An
     traced = make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*values)
     inputs = traced.graph.find_nodes(op="placeholder")
     return graph.graph_copy(traced.graph, dict(zip(inputs, nodes, strict=True)))
+
+
+def _on_gpu(node: fx.Node) -> bool:
+    return bool(node.meta["val"].device.type == "cuda")
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -97,9 +97,12 @@ def _check_step_lists(path: Path, given: dict[str, Any], steps: int | None) -> I
 
 def _check_choices(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     scores = policy.scores
-    weights = (scores.self_attention, scores.cross_attention, scores.staleness, scores.value_norm, scores.key_norm, scores.random)
+    judged = scores.self_attention or any("scores.self_attention" in dict(rule.overrides) for rule in policy.rules)
+    if "queries" in data.get("scores", {}) and not judged:
+        message = "`queries` has no effect: it says how `self_attention` is found, whose weight is 0"
+        yield Note(("scores", "queries"), message, "warning", key=True)
     selecting = [kind for kind, action in policy.modules if action.mode == "partial"]
-    if any(weights) or not selecting or not 0 < policy.R.base < 1 or any(map(reads_scores, policy.rules)):
+    if scores.weights or not selecting or not 0 < policy.R.base < 1 or any(map(reads_scores, policy.rules)):
         return
     where: Path = ("scores",) if "scores" in data else ()
     names = " and ".join(f"`{kind}`" for kind in selecting)

@@ -17,6 +17,7 @@ from toca_fx.policy.types import MODULE_TYPES, Action, Policy, Rule, SitePolicy
 
 _REPLACED_BY_FULL_STEPS = {"N.base", "N.drift", "N.phase", "N.windows"}
 _SPATIAL = {"spatial.bonus", "spatial.grid"}
+_NO_SCORES = {"scores.queries", "scores.staleness_over"}
 
 
 class Note(NamedTuple):
@@ -45,7 +46,7 @@ def check_rules(policy: Policy, faulty: set[int]) -> Iterator[Note]:
 
 def reads_scores(rule: Rule) -> bool:
     """Whether a rule sets any score."""
-    return any(key.startswith("scores.") for key, _ in rule.overrides)
+    return any(key.startswith("scores.") and key not in _NO_SCORES for key, _ in rule.overrides)
 
 
 def _empty_range(index: int, rule: Rule) -> Note | None:

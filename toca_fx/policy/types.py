@@ -73,9 +73,18 @@ class Scores:
     queries: float = 1.0
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0, by the name of their score."""
+        return {name: weight for name, weight in vars(self).items() if weight and name not in ("staleness_over", "queries")}
+
+    @property
     def every(self) -> int:
-        """`self_attention` looks at one of so many queries: 4 for a share of 0.25, and 1, all of them, above two thirds."""
-        return max(1, round(1 / self.queries))
+        """`self_attention` looks at the queries 0, `every`, 2 `every`, ...: 5 for a share of 0.25 or 0.2, 3 for a half.
+
+        It is odd. The rows of most token grids have an even length, and an even number would look at a few of the columns only.
+        """
+        every = round(1 / self.queries)
+        return every if every % 2 else every + 1
 
     @property
     def needs_attention(self) -> bool:
