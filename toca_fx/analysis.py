@@ -17,7 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from toca_fx import buffers, trace
 from toca_fx.buffers import Buffers
-from toca_fx.flops import Autocast, count_flops
+from toca_fx.flops import Autocast, columns_flops, count_flops
 from toca_fx.hoist import Part, extract, find_hoistable, nbytes_of
 from toca_fx.match import match
 from toca_fx.plan import Modes, Plan, StepPlan, make_plan
@@ -40,6 +40,7 @@ class Analysis:
         self._plans: dict[int, Plan] = {}
         self._autocast = Autocast()
         self._lock = threading.RLock()
+        self._counted: tuple[Plan, dict[Modes, CountedStep]] | None = None
 
     def plan(self, num_steps: int | None) -> Plan:
         """The plan for a generation of ``num_steps`` model calls (None: the policy's own count)."""
@@ -95,10 +96,7 @@ class Analysis:
 
     def flops(self, plan: Plan) -> int:
         """FLOPs of a generation, scoring included; conditions are computed once."""
-        counted: dict[Modes, CountedStep] = {}
-        for step in plan.steps:
-            if step.modes not in counted:
-                counted[step.modes] = CountedStep(self.step_graph(plan, step.modes), self.aten, plan)
+        counted = self.counted(plan)
         conditions, timed = self.hoisted_flops
         return sum(counted[step.modes].flops(step) + timed for step in plan.steps) + conditions
 
@@ -110,6 +108,13 @@ class Analysis:
             counters = sum(made.new(f"score:{i}").nbytes for i in plan.scored)
         return kept + counters
 
+    def counted(self, plan: Plan) -> dict[Modes, CountedStep]:
+        """The step graphs of ``plan``, none of them compiled; those of the plan that was asked for last are kept."""
+        if self._counted is None or self._counted[0] is not plan:
+            modes = dict.fromkeys(step.modes for step in plan.steps)
+            self._counted = plan, {each: CountedStep(self.step_graph(plan, each), self.aten, plan, {}) for each in modes}
+        return self._counted[1]
+
 
 def _flops(module: fx.GraphModule) -> int:
     return sum(count_flops(module, [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]).values())
@@ -120,10 +125,13 @@ def _nbytes(values: Iterable[Any]) -> int:
 
 
 class CountedStep:
-    """A step graph and its FLOPs, for every number of fresh tokens. Nothing is compiled or run."""
+    """A step graph and its FLOPs, for every number of fresh tokens. Nothing is compiled or run.
 
-    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
-        self.graph = graph
+    ``values`` takes what its nodes compute if all tokens are fresh (fake tensors, by name), once the FLOPs have been counted.
+    """
+
+    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, values: dict[str, Any] | None = None) -> None:
+        self.graph, self.values = graph, values
         self._autocast = Autocast()
         # Every K has a symbol of its own.
         self._shapes = ShapeEnv(duck_shape=False)
@@ -132,9 +140,10 @@ class CountedStep:
         self._symbols: dict[sympy.Expr, str] = {}
 
     def flops(self, step: StepPlan) -> int:
-        """FLOPs of one run with the fresh tokens of ``step``, scoring included."""
+        """FLOPs of one run with the fresh tokens of ``step``, scoring included as far as it is done."""
         fixed, per_site = self._flops
-        return fixed + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
+        unread = 0 if step.read else sum(map(columns_flops, self.graph.module.graph.nodes))
+        return fixed - unread + sum(whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items())
 
     def nbytes(self, step: StepPlan) -> int:
         """Bytes that one run of ``step`` has to read or write at least: its inputs, but for weights that no token passes through."""
@@ -147,7 +156,7 @@ class CountedStep:
     def _flops(self) -> tuple[int, dict[int, int]]:
         """FLOPs that do not depend on K, and per site those of computing all of its tokens (they are linear in K)."""
         with self._autocast.again():
-            flops = count_flops(self.graph.module, self._examples())
+            flops = count_flops(self.graph.module, self._examples(), self.values)
         per_site = {i: sum(flops.get(name, 0) for name in names) for i, names in self.graph.fresh_nodes.items()}
         return sum(flops.values()) - sum(per_site.values()), per_site
 

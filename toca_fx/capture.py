@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -38,7 +39,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tu
 
     def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         input_sources(graph)
-        found.append((graph, list(inputs)))
+        # A copy: since torch 2.15 Dynamo empties the graph of a compilation that fails, and this one is made to.
+        found.append((fx.GraphModule(graph, copy.deepcopy(graph.graph)), list(inputs)))
         raise _Captured
 
     entry = FunctionType(_entry.__code__.replace(), globals(), "entry")
