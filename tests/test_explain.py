@@ -98,6 +98,8 @@ def test_models_on_the_meta_device(name: str) -> None:
     assert {site.kind for site in told.sites} >= {"mlp", "self_attention"}
     assert 0 < told.flops_done < told.flops_uncached
     assert told.cache_bytes > 0
+    assert told.step_bytes > 0
+    assert told.peak_bytes >= told.cache_bytes + told.hoisted_bytes + told.step_bytes
 
 
 def test_the_device_makes_no_difference() -> None:
@@ -250,7 +252,8 @@ def test_linear_attention() -> None:
 
 def test_no_sites_at_all() -> None:
     told = toca_fx.explain(nn.Linear(4, 4), make_policy(), torch.randn(2, 4))
-    assert (told.sites, told.cache_bytes, told.flops_ratio) == ((), 0, 1.0)
+    assert (told.sites, told.cache_bytes, told.told_bytes, told.flops_ratio) == ((), 0, 0, 1.0)
+    assert told.peak_bytes == told.step_bytes == 512  # the output, as the allocator rounds it
     assert "no sites: the model would run uncached" in str(told)
 
 

@@ -73,7 +73,9 @@ class Explanation:
     """Made by ``toca_fx.explain``. ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps.
 
     ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it
-    computes ahead of the steps (of one timestep). ``str()`` gives a page to read, ``to_dict()`` everything.
+    computes ahead of the steps (of one timestep). ``peak_bytes`` is all that a generation of one branch adds to the weights at its peak on
+    a GPU, rounded as its allocator does, ``step_bytes`` of it what the worst step takes while it runs, and ``told_bytes`` what comes on
+    top in a session that is told its timesteps. ``str()`` gives a page to read, ``to_dict()`` everything.
     """
 
     model: str
@@ -85,6 +87,9 @@ class Explanation:
     flops_uncached: int
     cache_bytes: int
     hoisted_bytes: int
+    step_bytes: int
+    peak_bytes: int
+    told_bytes: int
     warnings: tuple[str, ...]
 
     @property
@@ -109,6 +114,9 @@ class Explanation:
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached, "ratio": self.flops_ratio},
             "cache_bytes": self.cache_bytes,
             "hoisted_bytes": self.hoisted_bytes,
+            "step_bytes": self.step_bytes,
+            "peak_bytes": self.peak_bytes,
+            "told_bytes": self.told_bytes,
             "warnings": list(self.warnings),
         }
 
@@ -119,7 +127,8 @@ class Explanation:
             f"policy     {self.policy}",
             f"steps      {len(self.steps)}: " + ", ".join(f"{kinds[kind]} {kind}" for kind in ("full", "mixed", "partial") if kinds[kind]),
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
-            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
+            f"caches     {_mib(self.cache_bytes)} MiB, and {_mib(self.hoisted_bytes)} MiB of hoisted values",
+            f"memory     {self._memory()}",
             "",
             *_site_lines(self.sites),
         ]
@@ -130,6 +139,16 @@ class Explanation:
         if self.warnings:
             lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         return "\n".join(lines)
+
+    def _memory(self) -> str:
+        rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes
+        told = f"; {_mib(self.told_bytes)} more if the session is told its timesteps" if self.told_bytes else ""
+        own = f"of which {_mib(self.step_bytes)} are a step's own and {_mib(rounding)} lost by rounding"
+        return f"{_mib(self.peak_bytes)} MiB at the peak, {own}{told}"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f}"
 
 
 def describe(sites: Sequence[SiteExplanation]) -> str:
