@@ -188,6 +188,6 @@ def test_symbols_are_told_apart_by_their_place() -> None:
         compiled.append(len(graph.graph.nodes))
         return graph.forward
 
-    regions.compile_regions(step.module, counted._examples(dynamic=True), inner, counted._mode)
+    regions.compile_regions(step.module, counted._examples(counted._symbol), inner, counted._mode)
     assert isinstance(counted._mode, FakeTensorMode)
     assert len(compiled) == 3, "two blocks with a K of their own"

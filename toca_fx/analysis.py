@@ -94,6 +94,17 @@ class Analysis:
         conditions, timed = self.hoisted_bytes
         return conditions + timed * timesteps <= self.policy.hoisting.memory_bytes
 
+    def queued_because(self, nbytes: int, beside: int = 0) -> str:
+        """Why the policy has steps queued whose memories (hoisted values included) take ``nbytes``; "" if it has them recorded.
+
+        ``beside`` are bytes that other recordings of the model hold already.
+        """
+        most = self.policy.recording.memory_bytes
+        if beside + nbytes <= most:
+            return ""
+        held = f" beside {beside / 2**20:.0f} of other generations" if beside else ""
+        return f"{nbytes / 2**20:.0f} MiB of memories{held}, and recorded steps keep {most / 2**20:.0f} at most (recording.memory)"
+
     def flops(self, plan: Plan) -> int:
         """FLOPs of a generation, scoring included; conditions are computed once."""
         counted = self.counted(plan)

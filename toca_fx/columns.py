@@ -63,10 +63,13 @@ def column_sums(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | No
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether ``attention_and_columns`` is made for such operands: on a GPU of NVIDIA's, where Triton is installed."""
+    """Whether ``attention_and_columns`` is made for such operands: on a GPU of NVIDIA's, where Triton is installed.
+
+    A model on the device "meta" is explained as if it were there.
+    """
     operands, nbytes = (query, key, value), query.shape[-1] * query.element_size()
     return (
-        all(operand.device.type == "cuda" and operand.dtype == query.dtype and operand.stride(-1) == 1 for operand in operands)
+        all(operand.device.type in ("cuda", "meta") and operand.dtype == query.dtype and operand.stride(-1) == 1 for operand in operands)
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and nbytes % 16 == 0
         and nbytes <= _KERNEL_BYTES

@@ -43,6 +43,9 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
     plan = found.plan(num_steps)
     mismatch = written_for_another(chosen, name)
     peak = memory.predict(found, plan)
+    conditions, timed = found.hoisted_bytes
+    known = len(plan.steps) if found.table_fits(len(plan.steps)) else 0
+    recordable = found.nbytes(plan) + conditions + timed * (1 + known)
     return Explanation(
         model=name,
         policy=chosen.name,
@@ -56,6 +59,8 @@ def explain(model: nn.Module, policy: PolicySource | None = None, *args: Any, nu
         step_bytes=peak.step,
         peak_bytes=peak.kept + peak.hoisted + peak.step,
         told_bytes=peak.told,
+        recordable_bytes=recordable,
+        queued_because=found.queued_because(recordable),
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
     )
 

@@ -75,7 +75,8 @@ class Explanation:
     ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it
     computes ahead of the steps (of one timestep). ``peak_bytes`` is all that a generation of one branch adds to the weights at its peak on
     a GPU, rounded as its allocator does, ``step_bytes`` of it what the worst step takes while it runs, and ``told_bytes`` what comes on
-    top in a session that is told its timesteps. ``str()`` gives a page to read, ``to_dict()`` everything.
+    top in a session that is told its timesteps. On a GPU steps are recorded, and then keep ``recordable_bytes`` between generations,
+    unless ``queued_because`` says why not. ``str()`` gives a page to read, ``to_dict()`` everything.
     """
 
     model: str
@@ -90,6 +91,8 @@ class Explanation:
     step_bytes: int
     peak_bytes: int
     told_bytes: int
+    recordable_bytes: int
+    queued_because: str
     warnings: tuple[str, ...]
 
     @property
@@ -117,6 +120,8 @@ class Explanation:
             "step_bytes": self.step_bytes,
             "peak_bytes": self.peak_bytes,
             "told_bytes": self.told_bytes,
+            "recordable_bytes": self.recordable_bytes,
+            "queued_because": self.queued_because,
             "warnings": list(self.warnings),
         }
 
@@ -129,6 +134,7 @@ class Explanation:
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
             f"caches     {_mib(self.cache_bytes)} MiB, and {_mib(self.hoisted_bytes)} MiB of hoisted values",
             f"memory     {self._memory()}",
+            f"on a GPU   {self._launch()}",
             "",
             *_site_lines(self.sites),
         ]
@@ -145,6 +151,11 @@ class Explanation:
         told = f"; {_mib(self.told_bytes)} more if the session is told its timesteps" if self.told_bytes else ""
         own = f"of which {_mib(self.step_bytes)} are a step's own and {_mib(rounding)} lost by rounding"
         return f"{_mib(self.peak_bytes)} MiB at the peak, {own}{told}"
+
+    def _launch(self) -> str:
+        if self.queued_because:
+            return f"queued kernel by kernel: {self.queued_because}"
+        return f"recorded: one launch a step; keeps {_mib(self.recordable_bytes)} MiB between generations"
 
 
 def _mib(nbytes: int) -> str:

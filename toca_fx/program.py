@@ -107,12 +107,12 @@ class Program(Analysis):
                 storage.reason = self._queued_because(storage)
                 if not storage.reason:
                     storage.recordings = Recordings(self._recorder, self._fixed, self._varying)
-                    self._recorded_bytes += storage.nbytes
+                    self._recorded_bytes += storage.total_bytes
         return storage
 
     def _queued_because(self, storage: Storage) -> str:
         """Why steps on this storage are not recorded; "" if they are."""
-        wanted, most = self._inner.records, self.policy.recording.memory_bytes
+        wanted = self._inner.records
         if wanted is False:
             return "the inner backend or its mode says so"
         if storage.selector.draws:
@@ -122,12 +122,7 @@ class Program(Analysis):
             return "a parameter is a tensor of a class of its own"
         if any(nodes[at].meta["val"].device != self._device for at in (*self._fixed, *self._varying)):
             return "an input is on another device"
-        if wanted is None and self._recorded_bytes + storage.nbytes > most:
-            held = f" beside {self._recorded_bytes / 2**20:.0f} of other generations" if self._recorded_bytes else ""
-            return (
-                f"{storage.nbytes / 2**20:.0f} MiB of memories{held}, and recorded steps keep {most / 2**20:.0f} at most (recording.memory)"
-            )
-        return ""
+        return self.queued_because(storage.total_bytes, self._recorded_bytes) if wanted is None else ""
 
     def take_back(self, lent: Storage) -> None:
         """A generation is over: what its steps were recorded on is kept for the next one, anything else goes back to the allocator."""
@@ -137,7 +132,7 @@ class Program(Analysis):
             if len(lent.recordings):
                 self._idle.setdefault(lent.key, []).append(lent)
             else:
-                self._recorded_bytes -= lent.nbytes
+                self._recorded_bytes -= lent.total_bytes
 
     def confirm(self, timesteps: Tensor) -> None:
         """The model was called at the first of ``timesteps``: they are in its units."""

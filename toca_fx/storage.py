@@ -42,3 +42,8 @@ class Storage:
     def nbytes(self) -> int:
         """Bytes of caches, scores and counters."""
         return sum(buffer.nbytes for buffer in self.buffers.values()) + self.selector.nbytes()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of those and of hoisted values."""
+        return self.nbytes + self.hoisted.nbytes
