@@ -146,7 +146,7 @@ def run(model: nn.Module, given: list[dict[str, Tensor]], inner: Any = "eager", 
             outputs.append(fast(**call).clone())
             (program,) = programs(session)
             (track,) = session._tracks.values()
-            buffers = track.generations[""].buffers
+            buffers = track.generations[""].storage.buffers
             sites = program.matches.sites
             picked.append({sites[site_of(name)].path: kept.clone() for name, kept in buffers.items() if name.startswith("picked:")})
     return outputs, picked

@@ -77,7 +77,9 @@ def _picked(generation: Generation, call: int) -> dict[str, list[set[int]]]:
     """Of each module that computes some of its tokens, per sample which."""
     plan = generation.plan
     partial = [at for at, mode in enumerate(plan.steps[call].modes) if mode == "partial"]
-    return {plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.buffers[f"picked:{at}"]] for at in partial}
+    return {
+        plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.storage.buffers[f"picked:{at}"]] for at in partial
+    }
 
 
 def _other_order(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:

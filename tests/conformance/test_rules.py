@@ -259,7 +259,10 @@ def picked(run: Session) -> dict[str, list[set[int]]]:
     (generation,) = (generation for track in run._tracks.values() for generation in track.generations.values())
     plan = generation.plan
     choosing = [at for at, mode in enumerate(plan.steps[generation.position - 1].modes) if mode == "partial"]
-    return {plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.buffers[f"picked:{at}"]] for at in choosing}
+    return {
+        plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.storage.buffers[f"picked:{at}"]]
+        for at in choosing
+    }
 
 
 def assert_compiled_follows_the_rules(case: Tiny, model: nn.Module, policy: Policy, halves: int = 2) -> None:
