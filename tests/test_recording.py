@@ -65,6 +65,8 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """Records on tapes."""
 
+    refusal = ""
+
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See ``toca_fx.recording.Recorder``."""
         tape = Tape()
@@ -78,6 +80,12 @@ class TapeRecorder:
     def exclusive(self, work: Callable[[], Any]) -> Any:
         """See ``toca_fx.recording.Recorder``."""
         return work()
+
+    def mark(self) -> None:
+        """See ``toca_fx.recording.Recorder``."""
+
+    def after(self, mark: None) -> None:
+        """See ``toca_fx.recording.Recorder``."""
 
 
 @pytest.fixture
@@ -161,6 +169,43 @@ def test_parameters_that_move_are_not_read_where_they_were() -> None:
 
 
 @pytest.mark.usefixtures("recorded")
+def test_a_short_schedule_is_recorded_too() -> None:
+    """No step of it comes twice in a generation."""
+    policy = make_policy(sampler={"steps": 4}, N={"base": 3, "first": 2}, R={"base": 0.5, "step_weight": 0.9})
+    fast, inputs = toca_fx.compile(tiny("diffusers", layers=2), policy, inner="eager"), list(make_inputs(4))
+    counts = [launches(generation(fast, inputs, True)[1])["recorded"] for _ in range(3)]
+    assert counts == [0, 4, 4]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_calls_beyond_the_list_are_computed() -> None:
+    model, inputs = tiny("diffusers", layers=2).double(), list(make_inputs(14, dtype=torch.float64))
+    fast = toca_fx.compile(model, make_policy(), inner="eager")
+    for _ in range(3):
+        with toca_fx.session(timesteps=[float(t.max()) for _, t, _ in inputs[:12]]) as run:
+            outputs = run_all(fast, inputs)
+        beyond = [step.kind for step in run.report().steps[12:]]
+    assert beyond == ["full", "full"]
+    for output, step in zip(outputs[12:], inputs[12:], strict=True):
+        assert (output - call(model, *step)).abs().max() < 1e-10
+
+
+@pytest.mark.usefixtures("recorded")
+def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
+    model, inputs = tiny("diffusers", layers=2), list(make_inputs())
+    fast = toca_fx.compile(model, make_policy(), inner="eager")
+    generation(fast, inputs, True)
+    _, report = generation(fast, inputs, True)
+    small = report.cache_bytes + report.hoisted_bytes
+    torch._dynamo.reset()
+    fast = toca_fx.compile(tiny("diffusers", layers=40), make_policy(recording={"memory": 1 + small * 20 // 2**20}), inner="eager")
+    for steps in (12, 11, 12):
+        for _ in range(3):
+            _, report = generation(fast, list(make_inputs(steps)), True)
+        assert launches(report)["recorded"] == steps
+
+
+@pytest.mark.usefixtures("recorded")
 def test_outputs_outlive_the_next_step() -> None:
     fast, inputs = toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"), list(make_inputs())
     generation(fast, inputs, False)
@@ -209,17 +254,17 @@ def test_what_cannot_be_recorded_is_queued_and_told(caplog: pytest.LogCaptureFix
         def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    recordings = Recordings(Refusing(), [], [0])
+    recordings = Recordings(Refusing(), [], [0], set())
     for _ in range(3):
         found, reason = recordings.run("kind", "key", lambda inputs: inputs[0] + 1, [torch.ones(2)])
         assert found.tolist() == [2, 2]
-    assert reason == "it cannot be recorded: operation not permitted when stream is capturing"
+    assert reason == "a step could not be recorded: operation not permitted when stream is capturing"
     assert len(caplog.messages) == 1
 
 
 def test_inputs_keep_their_strides() -> None:
     """A timestep expanded over the batch lies in memory once; latents may be a part of something."""
-    recordings, seen = Recordings(TapeRecorder(), [], [0, 1]), []
+    recordings, seen = Recordings(TapeRecorder(), [], [0, 1], set()), []
 
     def body(inputs: Sequence[Any]) -> Tensor:
         seen.append([value.stride() for value in inputs])

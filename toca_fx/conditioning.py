@@ -39,8 +39,11 @@ class Conditioning:
         self._as_listed = self._timesteps is not None
         self._watch: Watch | None = None
         self._is_lost = False
+        self._distinct = True
         for left in program.take_watches():
-            self._heed(left)
+            if not self._heed(left):
+                program.leave_watch(left)
+        self._is_lost = False  # whatever became of the generation before
 
     @property
     def listed(self) -> bool:
@@ -49,6 +52,13 @@ class Conditioning:
 
     def prepare(self, inputs: Sequence[Any], call: int) -> int:
         """Compute what is not there yet or has changed, ahead of the ``call``-th step; the FLOPs that it took."""
+        try:
+            return self._prepare(inputs, call)
+        except BaseException:
+            self._seen.clear()  # what was seen has not been computed
+            raise
+
+    def _prepare(self, inputs: Sequence[Any], call: int) -> int:
         program, spent = self._program, 0
         given = [inputs[position] for position in program.conditions.kept]
         renewed = bool(program.hoisted.conditions) and self._changed("conditions", given)
@@ -62,7 +72,10 @@ class Conditioning:
         if not self._as_listed or self._timesteps is None:
             return spent + program.hoisted_flops[1]
         kept = [inputs[position] for position in program.timed.kept if position != self._position]
-        if self._changed("timed", kept) or renewed:
+        if self._changed("timed", kept) or (renewed and program.timed.given):
+            if -1 in self._seen["timed"][1]:  # every call would compute the values of all
+                self._as_listed = False
+                return spent + program.hoisted_flops[1]
             self._fill(inputs, self._timesteps)
             spent += program.hoisted_flops[1] * len(self._timesteps)
         return spent
@@ -100,6 +113,9 @@ class Conditioning:
         if not watch.reading_waits(timestep):
             # Off by rounding: exact values cost little.
             return self._agrees(timestep, call) and bool((timestep == self._timesteps[call].to(timestep)).all())
+        # One timestep per token says that they differ. Beyond the list there is nothing to look up.
+        if timestep.dim() > 1 or call >= len(self._timesteps):
+            return False
         if call == 0 and not self._program.is_confirmed(self._timesteps):
             self._is_lost = not self._agrees(timestep, call)
             if not self._is_lost:
@@ -133,7 +149,7 @@ class Conditioning:
                 "the model was called at a timestep that session(timesteps=...) does not list, and its outputs there are NaN. Give the "
                 "values of the model's timestep argument, call by call"
             )
-        elif repeated:
+        elif repeated and self._distinct:
             self._warn(
                 "two calls in a row had the same timestep, and they share caches and clock; if they are guidance branches, set `guidance: "
                 "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
@@ -148,7 +164,9 @@ class Conditioning:
         timestep = inputs[position]
         if watch.reading_waits(timestep):
             self._values.timesteps.copy_(timesteps, non_blocking=True)
-        listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
+        rounded = timesteps.to(timestep.dtype)
+        self._distinct = len(set(rounded.tolist())) == len(rounded)
+        listed = rounded.to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
         given += [self._values.tensors[f"hoisted:{name}"] for name in part.given]

@@ -6,10 +6,12 @@ import copy
 import logging
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,7 +47,8 @@ class Program(Analysis):
         self._inner = inner
         self._steps: dict[tuple[object, ...], CompiledStep] = {}
         self._idle: dict[tuple[int, int], list[Storage]] = {}
-        self._recorded_bytes = 0
+        self._recorded: weakref.WeakSet[Storage] = weakref.WeakSet()
+        self._seen: set[Hashable] = set()
         self._watches: list[Watch] = []
         self._schedules: set[tuple[float, ...]] = set()
         nodes = self.aten.graph.find_nodes(op="placeholder")
@@ -92,6 +95,8 @@ class Program(Analysis):
         with torch.inference_mode(False), torch.no_grad():
             if held is None:
                 return self._new_storage(plan, steps)
+            if self._recorder is not None:
+                self._recorder.after(held.mark)  # the last generation may have run on another stream
             held.clear()
             return held
 
@@ -99,21 +104,19 @@ class Program(Analysis):
         made = Buffers(self.aten, plan)
         kept = {name: made.new(name) for name in buffers.kept(plan)}
         values = {node.name: node.meta["val"] for node in self.aten.graph.nodes if node.name in self.hoisted.names}
-        storage = Storage(
-            (id(plan), steps), kept, HoistedValues(self.hoisted, values, steps), Selector(plan, self.policy, kept, self.aspect)
-        )
+        hoisted, selector = HoistedValues(self.hoisted, values, steps), Selector(plan, self.policy, kept, self.aspect)
+        storage = Storage((id(plan), steps), kept, hoisted, selector)
         if self._recorder is not None:
             with self._lock:
                 storage.reason = self._queued_because(storage)
                 if not storage.reason:
-                    storage.recordings = Recordings(self._recorder, self._fixed, self._varying)
-                    self._recorded_bytes += storage.total_bytes
+                    storage.recordings = Recordings(self._recorder, self._fixed, self._varying, self._seen)
+                    self._recorded.add(storage)
         return storage
 
     def _queued_because(self, storage: Storage) -> str:
         """Why steps on this storage are not recorded; "" if they are."""
-        wanted = self._inner.records
-        if wanted is False:
+        if self._inner.records is False:
             return "the inner backend or its mode says so"
         if storage.selector.draws:
             return "scores.random draws numbers"
@@ -122,17 +125,26 @@ class Program(Analysis):
             return "a parameter is a tensor of a class of its own"
         if any(nodes[at].meta["val"].device != self._device for at in (*self._fixed, *self._varying)):
             return "an input is on another device"
-        return self.queued_because(storage.total_bytes, self._recorded_bytes) if wanted is None else ""
+        if self._inner.records:
+            return ""
+        if self.queued_because(storage.total_bytes, self._recorded_bytes):
+            self._idle.clear()  # of generations of other lengths
+        return self.queued_because(storage.total_bytes, self._recorded_bytes)
+
+    @property
+    def _recorded_bytes(self) -> int:
+        return sum(storage.total_bytes for storage in self._recorded)
 
     def take_back(self, lent: Storage) -> None:
         """A generation is over: what its steps were recorded on is kept for the next one, anything else goes back to the allocator."""
-        if lent.recordings is None:
+        if lent.recordings is None or self._recorder is None:
             return
         with self._lock:
             if len(lent.recordings):
+                lent.mark = self._recorder.mark()
                 self._idle.setdefault(lent.key, []).append(lent)
             else:
-                self._recorded_bytes -= lent.total_bytes
+                self._recorded.discard(lent)
 
     def confirm(self, timesteps: Tensor) -> None:
         """The model was called at the first of ``timesteps``: they are in its units."""
@@ -170,6 +182,7 @@ class CompiledStep(CountedStep):
         self._inner, self._compiling = inner, threading.Lock()
         self._of_inputs, self._of_tensors = picker(graph.kept), picker(graph.names)
         self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._holds: dict[tuple[int, ...], bool] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too (some steps compute no
         # token at all) is shown by tests/test_inductor.py, not by the compiler.
         self._run = self._compile(self._examples(self._symbol))
@@ -193,16 +206,24 @@ class CompiledStep(CountedStep):
     def _for_counts(self, tensors: Mapping[str, Tensor]) -> Callable[..., Any]:
         """What runs a step with these numbers of fresh tokens, as the compiler's code holds for some only."""
         counts = {name: len(tensors[name]) for name in self._symbols.values()}
-        by_symbol = {symbol: counts[name] for symbol, name in self._symbols.items()}
-        if all(condition.subs(by_symbol) == True for condition in self._conditions):  # noqa: E712 - sympy's own truth
-            return self._run
         key = tuple(counts.values())
+        if key not in self._holds:
+            self._holds[key] = self._hold_for({symbol: counts[name] for symbol, name in self._symbols.items()})
+        if self._holds[key]:
+            return self._run
         with self._compiling:
             if key not in self._special:
                 if len(self._special) == _MOST_SPECIAL:
                     return self.graph.module
                 self._special[key] = self._compile(self._examples(counts.__getitem__))
             return self._special[key]
+
+    def _hold_for(self, numbers: Mapping[sympy.Expr, int]) -> bool:
+        """Whether what the compiler asked for is so with these numbers."""
+        try:
+            return all(condition.subs(numbers) == True for condition in self._conditions)  # noqa: E712 - sympy's own truth
+        except (ArithmeticError, TypeError):  # a remainder by 0
+            return False
 
     def _compile(self, examples: list[Any]) -> Callable[..., Any]:
         # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.

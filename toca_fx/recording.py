@@ -7,10 +7,13 @@ from copies of its own, filled before each replay. What it returns is copied out
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 log = logging.getLogger(__name__)
 
-_MOST = 128  # recordings on one memory: they are small, but each takes a moment to make
+_MOST_RECORDINGS = 128  # recordings on one memory: they are small, but each takes a moment to make
 _MOST_MOVES = 2
 
 Body = Callable[[Sequence[Any]], Any]
@@ -30,56 +33,93 @@ Body = Callable[[Sequence[Any]], Any]
 class Recorder(Protocol):
     """Records what runs on a device; ``CudaRecorder``, or a stand-in in tests."""
 
+    refusal: str
+    """Why nothing is recorded any more; "" as long as it is."""
+
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """``body`` as a function that replays it, and what it returns: tensors that each replay overwrites. It is not run."""
 
     def exclusive(self, work: Callable[[], Any]) -> Any:
         """Run ``work``, in which a recording is replayed, while no other one of this recorder is."""
 
+    def mark(self) -> Any:
+        """A point in the work of the device: all that has been queued so far by the caller."""
+
+    def after(self, mark: Any) -> None:
+        """What the caller queues from now on comes after ``mark``."""
+
 
 class CudaRecorder:
     """The recordings of one program: they share one pool of memory, and so must never overlap, whatever stream they are replayed on."""
 
     def __init__(self, device: torch.device) -> None:
+        self.refusal = ""
         self._device = device
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
         self._last: torch.cuda.Stream | None = None
 
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See ``Recorder``. Nothing waits for the device."""
-        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(self._device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        collects = gc.isenabled()
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        stream, one_at_a_time = _recording_stream(self._device)
+        with one_at_a_time, torch.cuda.device(self._device), torch.cuda.stream(stream):
+            if not self._graphs:  # a pool goes with the last of its graphs
+                self._pool = torch.cuda.graph_pool_handle()
             # The handles and the workspace of cuBLAS belong to thread and stream, and cannot be made while recording.
             torch.mm(*[torch.ones(16, 16, device=self._device)] * 2)
+            graph = torch.cuda.CUDAGraph()
+            collects = gc.isenabled()
             gc.disable()  # what it frees might be another recording
             try:
                 # Other threads may allocate memory meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     found = body()
-                finally:
                     graph.capture_end()
+                except BaseException:
+                    self._give_up(graph)
+                    raise
             finally:
                 if collects:
                     gc.enable()
+        self._graphs.add(graph)
         return graph.replay, found
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed. What an invalid one leaves open would be taken for a recording under way by all that follows."""
+        with contextlib.suppress(Exception):
+            graph.capture_end()
+            return
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is empty
+            nothing = torch.cuda.CUDAGraph()
+            nothing.capture_begin(capture_error_mode="thread_local")
+            nothing.capture_end()  # which the generator of random numbers hears
 
     def exclusive(self, work: Callable[[], Any]) -> Any:
         """See ``Recorder``: a lock orders the threads, and an event the streams."""
         with self._lock:
             stream = torch.cuda.current_stream(self._device)
-            if self._done is None:
-                self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            elif self._last != stream:
+            if self._done is not None and self._last != stream:
                 stream.wait_event(self._done)
-            found = work()
-            self._done.record(stream)
-            self._last = stream
-            return found
+            try:
+                return work()
+            finally:
+                self._done, self._last = self.mark(), stream
+
+    def mark(self) -> torch.cuda.Event:
+        """See ``Recorder``."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def after(self, mark: torch.cuda.Event) -> None:
+        """See ``Recorder``."""
+        torch.cuda.current_stream(self._device).wait_event(mark)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -88,9 +128,9 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 @functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device and process: libraries keep a workspace for each stream that they were used on."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
+    """One per device and process, for one recording at a time: libraries keep a workspace for each stream that they were used on."""
+    return torch.cuda.Stream(device), threading.Lock()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -107,18 +147,16 @@ class Recordings:
     """The recordings made on the memory of one generation.
 
     ``fixed`` and ``varying`` are positions among the inputs of the model: of what stays where it is (parameters, buffers), and of tensors
-    that are others in each call.
+    that are others in each call. ``seen`` are the steps that have run before, on whatever memory, and the kinds that have in each thread.
     """
 
     recorder: Recorder
     fixed: Sequence[int]
     varying: Sequence[int]
+    seen: set[Hashable]
     _found: dict[Hashable, _Recording] = field(default_factory=dict)
-    _seen: set[Hashable] = field(default_factory=set)
-    _warm: set[tuple[Hashable, int]] = field(default_factory=set)
     _addresses: tuple[int, ...] | None = None
     _moves: int = 0
-    reasons: dict[Hashable, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._found)
@@ -136,23 +174,23 @@ class Recordings:
             try:
                 recording = self._found[key] = self._record(body, inputs)
             except Exception as error:  # whatever cannot be recorded can be queued
-                self.reasons[kind] = f"it cannot be recorded: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
-                log.warning("steps of one kind are queued: %s", self.reasons[kind])
-                return body(inputs), self.reasons[kind]
+                says = str(error).strip().partition("\n")[0] or type(error).__name__
+                self.recorder.refusal = f"a step could not be recorded: {says}"
+                log.warning("steps are queued: %s", self.recorder.refusal)
+                return body(inputs), self.recorder.refusal
         return self.recorder.exclusive(functools.partial(self._replay, recording, inputs)), ""
 
     def _reason(self, kind: Hashable, key: Hashable) -> str:
         """Why a step is not recorded now, or "" if it is to be."""
-        if kind in self.reasons:
-            return self.reasons[kind]
+        if self.recorder.refusal:
+            return self.recorder.refusal
         if self._moves >= _MOST_MOVES:
             return "parameters move between calls"
-        if len(self._found) >= _MOST:
-            return f"{_MOST} steps are recorded already"
+        if len(self._found) >= _MOST_RECORDINGS:
+            return f"{_MOST_RECORDINGS} steps are recorded already"
         thread = (kind, threading.get_ident())
-        first = key not in self._seen or thread not in self._warm
-        self._seen.add(key)
-        self._warm.add(thread)
+        first = not self.seen.issuperset((key, thread))
+        self.seen.update((key, thread))
         return "the first time" if first else ""
 
     def _look_for_moves(self, inputs: Sequence[Any]) -> None:

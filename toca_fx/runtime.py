@@ -118,7 +118,7 @@ class Generation:
             outputs = body(inputs)
         else:
             key = (step.modes, step.fresh, step.read, self.conditioning.listed)
-            outputs, reason = recordings.run((step.modes, self.conditioning.listed), key, body, inputs)
+            outputs, reason = recordings.run((step.modes, step.read, self.conditioning.listed), key, body, inputs)
         launch = Launch("recorded" if recordings is not None and not reason else "queued", reason)
         self.fresh_caches = False
         self.position += 1
@@ -314,7 +314,8 @@ def session(num_steps: int | None = None, *, timesteps: Sequence[float] | Tensor
     if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
         raise ValueError(f"session(num_steps={num_steps!r}): expected a positive integer, the number of model calls")
     # Numbers keep all of their digits: they are compared with what the model is called with, in its precision.
-    known = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).flatten()
+    # A list that lies on a device is read here, once.
+    known = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
     if known is not None and num_steps not in (None, len(known)):
         raise ValueError(f"session(num_steps={num_steps}, timesteps=...): {len(known)} timesteps were given, one is needed for each step")
     run = Session(num_steps if known is None else len(known), known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,12 +13,12 @@ from toca_fx.recording import Recordings
 from toca_fx.select import Selector
 
 
-@dataclass
+@dataclass(eq=False)
 class Storage:
     """Caches and scores (``buffers``), hoisted values, staleness counters, and the recordings made on them.
 
     Storages of one ``key`` can stand in for each other. ``recordings`` is None where steps are queued, and ``reason`` says why
-    ("" on a CPU, which knows no difference).
+    ("" on a CPU, which knows no difference). ``mark`` is the end of the last generation on it.
     """
 
     key: tuple[int, int]
@@ -26,6 +27,7 @@ class Storage:
     selector: Selector
     recordings: Recordings | None = None
     reason: str = ""
+    mark: Any = None
 
     def __post_init__(self) -> None:
         self.tensors = {**self.buffers, **self.hoisted.tensors}

@@ -37,7 +37,11 @@ def test_a_recorded_step_is_one_launch() -> None:
     fast = toca_fx.compile(case.model, POLICY)
     for _ in range(3):
         generate(fast, case)
-    with torch.no_grad(), toca_fx.session(timesteps=case.timesteps), profile(activities=[ProfilerActivity.CPU]) as found:
+    with (
+        torch.no_grad(),
+        toca_fx.session(timesteps=case.timesteps),
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found,
+    ):
         for call in case.calls:
             fast(**call)
         torch.cuda.synchronize()

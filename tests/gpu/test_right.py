@@ -99,7 +99,7 @@ def test_parameters_that_move() -> None:
 @pytest.mark.card
 @pytest.mark.parametrize("mode", [None, "default"])
 def test_two_streams(mode: str | None) -> None:
-    """Generations in turns, step by step, on streams of their own: recordings share memory and must not overlap."""
+    """Generations in turn on streams of their own: recordings and storages are shared, and must not overlap."""
     cases = [make("DiTTransformer2DModel", torch.float32, seed) for seed in range(2)]
     fast = toca_fx.compile(cases[0].model, POLICY, mode=mode)
     for _ in range(3):

@@ -153,7 +153,8 @@ def _warm_up_and_weigh(plain: Contestant, ours: Contestant, calls: Sequence[Call
     uncached = gpu.peak(lambda: _run(plain, calls[:1], gpu.synchronize))  # its steps are all alike
     _compile(ours, calls, gpu.synchronize)
     gc.collect()
-    # While steps are recorded, because what a recording needs in between is counted then only: it lies in a pool of its own.
+    # What a recorded step needs in between lies in a pool of its own, and is counted only while it is recorded: of a small model whose full
+    # steps were recorded in the generation before, this leaves out what those need.
     return Memory(held, uncached - held, gpu.peak(lambda: _settle(ours, calls, gpu.synchronize)) - held)
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Kind:
     """Steps that do the same work: median seconds of one, its FLOPs, the bytes that it has to move, and K, the mean of selecting sites.
 
-    ``host`` is how long the call kept the host, in seconds; on a CPU that is the step. ``launches`` is None where there are none to count.
+    ``host`` is how long the call kept the host, in seconds; on a CPU that is the step. ``launches`` is None where there are none to count,
+    ``count`` how many such steps a generation has.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Kind:
     flops: int
     bytes: int
     launches: Launches | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def kinds_of(
             flops,
             moved[steps[-1]],
             (launches or {}).get(kind),
+            len(steps),
         )
         for (kind, flops), steps in sorted(places.items())
     )
@@ -257,5 +260,5 @@ def _fresh(report: Report, at: int) -> float:
 
 def seconds_of(kinds: Sequence[Kind], name: str) -> float:
     """Seconds of the median step of a kind; 0 if there is none."""
-    found = [kind.seconds for kind in kinds if kind.kind == name]
+    found = [seconds for kind in kinds if kind.kind == name for seconds in [kind.seconds] * kind.count]
     return statistics.median(found) if found else 0.0
