@@ -30,17 +30,17 @@ from toca_fx.report import Launch, Report, SiteRecord, StepRecord
 log = logging.getLogger(__name__)
 
 
-_READ_CALLS = 2
-_READ = {read: torch.tensor(read) for read in (False, True)}  # a step graph is given one of them
+_LOOKS = 2
+_SCORES_READ = {read: torch.tensor(read) for read in (False, True)}  # a step graph is given one of them
 
 
 class Lane:
     """Identity of one model's code across recompilations; its generations are kept apart from other models'.
 
-    ``was_read`` says whether the first timesteps of a generation have been looked at.
+    ``was_looked_at`` says whether the first timesteps of a generation have been looked at.
     """
 
-    was_read = False
+    was_looked_at = False
 
 
 class Generation:
@@ -106,7 +106,7 @@ class Generation:
             given = selector.select(step) if step.kind != "full" else {}
             selection_seconds = time.perf_counter() - selects
             self.conditioning.bring(inputs, self.position)
-            outputs = compiled(inputs, {**self.storage.tensors, **given, "read": _READ[step.read]})
+            outputs = compiled(inputs, {**self.storage.tensors, **given, "read": _SCORES_READ[step.read]})
             if step.kind == "full":
                 selector.full()
             else:
@@ -235,9 +235,9 @@ class Session:
             return None
         position = 0 if current is None else current.position
         if watch.reading_waits(timestep) and not self._implicit:
-            if self._timesteps is not None or lane.was_read or position >= _READ_CALLS:
+            if self._timesteps is not None or lane.was_looked_at or position >= _LOOKS:
                 return None
-            lane.was_read = position + 1 == _READ_CALLS
+            lane.was_looked_at = position + 1 == _LOOKS
         return float(timestep.max())  # frames that are given, not denoised, are at timestep 0
 
     def warn(self, message: str) -> None:
