@@ -278,6 +278,19 @@ def test_inputs_keep_their_strides() -> None:
     assert seen == [[(0,), (8, 2)]] * 2
 
 
+def test_a_recording_serves_every_mode() -> None:
+    class Trusting(TapeRecorder):
+        def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            return lambda: None, body()
+
+    recordings = Recordings(Trusting(), [], [0], set())
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found, reason = recordings.run("kind", "key", lambda inputs: inputs[0].view(-1), [torch.ones(2)])
+        assert found.tolist() == [1, 1]
+    assert not reason
+
+
 class NoReading(TorchDispatchMode):
     """No number may be read out of a tensor."""
 

@@ -203,9 +203,11 @@ class Recordings:
 
     def _record(self, body: Body, inputs: Sequence[Any]) -> _Recording:
         given = {}
-        for at in self.varying:
-            value = inputs[at]
-            given[at] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        # Normal tensors, whatever mode the caller is in: the next one may be in another, and could not fill them.
+        with torch.inference_mode(False):
+            for at in self.varying:
+                value = inputs[at]
+                given[at] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         replay, found = self.recorder.record(lambda: body([given.get(at, value) for at, value in enumerate(inputs)]))
         return _Recording(replay, given, found)
 
