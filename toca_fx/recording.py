@@ -75,12 +75,11 @@ class CudaRecorder:
             try:
                 # Other threads may allocate memory meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    found = body()
-                    graph.capture_end()
-                except BaseException:
-                    self._give_up(graph)
-                    raise
+                found = body()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
             finally:
                 if collects:
                     gc.enable()
