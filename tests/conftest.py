@@ -12,7 +12,9 @@ import torch
 def _clean_torch() -> Iterator[None]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch._dynamo.reset()
-    torch.set_num_threads(1)  # the tensors are tiny: a second thread, on a busy machine, is mostly waited for
+    torch.set_num_threads(
+        1
+    )  # the tensors are tiny: a second thread, on a busy machine, is mostly waited for
     yield
     torch._dynamo.reset()
     torch.set_default_dtype(dtype)

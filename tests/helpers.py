@@ -1,4 +1,6 @@
-"""What several test files need: policies as mappings, inputs for a generation, and a record of the chosen tokens."""
+"""What several test files need: policies as mappings, inputs for a generation, and a record of the
+chosen tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,28 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, fx, nn
 
-import toca_fx.capture
+import toca_fx.capture.dynamo
 from tests.models import CrossDiT, JointDiT, SmallModel, randomize, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
-from toca_fx.buffers import site_of
-from toca_fx.plan import StepPlan
+from toca_fx.capture.aten import input_sources, to_aten
+from toca_fx.lower.program import Program
+from toca_fx.plan.buffers import site_of
+from toca_fx.plan.plan import StepPlan
 from toca_fx.policy.types import Policy
-from toca_fx.program import Program
-from toca_fx.runtime import Session
-from toca_fx.select import Selector
-from toca_fx.trace import input_sources, to_aten
+from toca_fx.runtime.selector import Selector
+from toca_fx.runtime.session import Session
 
 KINDS = ("diffusers", "original")
 
 # The authors' DiT policy, over 20 steps.
 AUTHORS = {
     "sampler": {"steps": 20, "order": "descending"},
-    "N": {"base": 3, "drift": 0.4, "phase": "modulo", "windows": [{"from": 0.2, "to": 0.4, "interval": 2}]},
+    "N": {
+        "base": 3,
+        "drift": 0.4,
+        "phase": "modulo",
+        "windows": [{"from": 0.2, "to": 0.4, "interval": 2}],
+    },
     "R": {"base": 0.93, "step_weight": 2.0, "layer_weight": -0.2, "layer_span": 27},
     "modules": {"mlp": {"weight": 2.5}},
     "scores": {"self_attention": 1.0, "staleness": 0.25, "staleness_over": 3},
@@ -37,7 +44,9 @@ AUTHORS = {
 
 
 def tiny(kind: str, layers: int = 3, **overrides: Any) -> SmallModel:
-    """A tiny model with ``layers`` blocks: of ``KINDS``, which differ in module structure only; "cross" and "joint" read a text."""
+    """A tiny model with ``layers`` blocks: of ``KINDS``, which differ in module structure only;
+    "cross" and "joint" read a text.
+    """
     if kind == "diffusers":
         return tiny_dit(num_layers=layers, **overrides)
     if kind == "original":
@@ -46,7 +55,9 @@ def tiny(kind: str, layers: int = 3, **overrides: Any) -> SmallModel:
 
 
 def make_policy(**sections: Any) -> Policy:
-    """A policy over 12 steps with a full step every third and half of the tokens fresh; ``sections`` replace whole sections."""
+    """A policy over 12 steps with a full step every third and half of the tokens fresh;
+    ``sections`` replace whole sections.
+    """
     defaults = {
         "version": 1,
         "name": "test",
@@ -63,7 +74,9 @@ Call = tuple[Tensor, Tensor, Tensor]  # latents, timesteps, and labels or texts
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model inputs of one generation: latents [steps, B, C, H, W], timesteps [steps] going down, labels [B]."""
+    """The model inputs of one generation: latents [steps, B, C, H, W], timesteps [steps] going
+    down, labels [B].
+    """
 
     latents: Tensor
     timesteps: Tensor
@@ -74,7 +87,13 @@ class Inputs:
             yield x, t.expand(x.shape[0]), self.labels
 
 
-def make_inputs(steps: int = 12, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, side: int = 16) -> Inputs:
+def make_inputs(
+    steps: int = 12,
+    batch: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    side: int = 16,
+) -> Inputs:
     """Random latents, new ones at every step."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(steps, batch, 4, side, side, generator=generator).to(dtype)
@@ -83,9 +102,18 @@ def make_inputs(steps: int = 12, batch: int = 2, seed: int = 0, dtype: torch.dty
 
 
 def text_inputs(steps: int = 12, batch: int = 2) -> list[Call]:
-    """Inputs in float64 for the models that read a text: latents of 12 x 16 and texts of 10 tokens, new at every step."""
-    texts = torch.randn(steps, batch, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [(x[:, :, :12], t, text) for (x, t, _), text in zip(make_inputs(steps, batch, dtype=torch.float64), texts, strict=True)]
+    """Inputs in float64 for the models that read a text: latents of 12 x 16 and texts of 10 tokens,
+    new at every step.
+    """
+    texts = torch.randn(
+        steps, batch, 10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    return [
+        (x[:, :, :12], t, text)
+        for (x, t, _), text in zip(
+            make_inputs(steps, batch, dtype=torch.float64), texts, strict=True
+        )
+    ]
 
 
 def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -108,14 +136,20 @@ def programs(run: Session) -> list[Program]:
 
 def chosen_rows(given: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """The rows of each site that selects ahead of the step, out of what the step is given."""
-    return {site_of(name): order[:, given[f"ranks:{site_of(name)}"]] for name, order in given.items() if name.startswith("order:")}
+    return {
+        site_of(name): order[:, given[f"ranks:{site_of(name)}"]]
+        for name, order in given.items()
+        if name.startswith("order:")
+    }
 
 
 Chosen = dict[str, list[list[int]]]
 
 
 def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
-    """A list that grows by (step index s, {site path: per sample the chosen tokens in order}) at every selection."""
+    """A list that grows by (step index s, {site path: per sample the chosen tokens in order}) at
+    every selection.
+    """
     record: list[tuple[int, Chosen]] = []
     select = Selector.select
 
@@ -123,7 +157,12 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
         given = select(self, step)
         sites = self._plan.sites
         chosen = chosen_rows(given)
-        record.append((step.index, {sites[i].path: (rows % sites[i].tokens).tolist() for i, rows in chosen.items()}))
+        record.append(
+            (
+                step.index,
+                {sites[i].path: (rows % sites[i].tokens).tolist() for i, rows in chosen.items()},
+            )
+        )
         for i, rows in chosen.items():
             samples = torch.arange(rows.shape[0])[:, None].expand_as(rows)
             assert torch.equal(rows // sites[i].tokens, samples), "row b must index into sample b"
@@ -134,21 +173,33 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
 
 
 def picked_tokens(run: Session) -> Chosen:
-    """The tokens that partial sites computed in the last call of the only model, per sample, ascending (from private records)."""
+    """The tokens that partial sites computed in the last call of the only model, per sample,
+    ascending (from private records).
+    """
     (track,) = run._tracks.values()
     (generation,) = track.generations.values()
     plan, modes = generation.plan, generation.plan.steps[generation.position - 1].modes
-    picked = {site.path: generation.storage.buffers[f"picked:{i}"] for i, site in enumerate(plan.sites) if modes[i] == "partial"}
-    return {path: [row.nonzero().flatten().tolist() for row in rows] for path, rows in picked.items()}
+    picked = {
+        site.path: generation.storage.buffers[f"picked:{i}"]
+        for i, site in enumerate(plan.sites)
+        if modes[i] == "partial"
+    }
+    return {
+        path: [row.nonzero().flatten().tolist() for row in rows] for path, rows in picked.items()
+    }
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, list[Any]]:
     """Dynamo's graph of ``model`` and the inputs that a backend gets with it."""
-    return toca_fx.capture.capture(model, args, kwargs)
+    return toca_fx.capture.dynamo.capture(model, args, kwargs)
 
 
-def capture_calls(model: nn.Module, calls: Sequence[dict[str, Any]]) -> tuple[fx.GraphModule, list[list[Any]]]:
-    """Dynamo's graph of ``model`` and the inputs that it gets at each of the ``calls``, which have to fit one graph."""
+def capture_calls(
+    model: nn.Module, calls: Sequence[dict[str, Any]]
+) -> tuple[fx.GraphModule, list[list[Any]]]:
+    """Dynamo's graph of ``model`` and the inputs that it gets at each of the ``calls``, which have
+    to fit one graph.
+    """
     graphs: list[fx.GraphModule] = []
     given: list[list[Any]] = []
 
@@ -171,7 +222,9 @@ def capture_calls(model: nn.Module, calls: Sequence[dict[str, Any]]) -> tuple[fx
     return graph, given
 
 
-def capture_tiny(kind: str, layers: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[fx.GraphModule, list[Any]]:
+def capture_tiny(
+    kind: str, layers: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64
+) -> tuple[fx.GraphModule, list[Any]]:
     """One of the tiny models as an ATen graph, and its inputs."""
     model = tiny(kind, layers=layers).to(dtype)
     x, t, y = next(iter(make_inputs(1, batch, dtype=dtype)))

@@ -1,8 +1,10 @@
-"""A CUDA device that is not there: graphs are lowered for it down to the code that inductor generates, and no kernel is launched.
+"""A CUDA device that is not there: graphs are lowered for it down to the code that inductor
+generates, and no kernel is launched.
 
-Tensors are fake. Three things stand in for a GPU: a device guard that does nothing (the CPU build of torch has none for CUDA),
-the properties of an H100, and a Triton driver that knows its target only. Kernels are written out and counted, not compiled: what
-Triton itself makes of a kernel shows ``compile_for_hopper``.
+Tensors are fake. Three things stand in for a GPU: a device guard that does nothing (the CPU build
+of torch has none for CUDA), the properties of an H100, and a Triton driver that knows its target
+only. Kernels are written out and counted, not compiled: what Triton itself makes of a kernel shows
+``compile_for_hopper``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
 from torch.utils._pytree import tree_map
 
-from toca_fx.integrations.diffusers import Draw, Example
+from toca_fx.examples import Draw, Example
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -47,8 +49,8 @@ H100 = SimpleNamespace(
     gcnArchName="",
 )
 
-# A guard, and the choice that scaled_dot_product_attention makes on a Hopper GPU: cuDNN's kernel (3) in half precision, the
-# memory-efficient one (2) in float32 and with masks.
+# A guard, and the choice that scaled_dot_product_attention makes on a Hopper GPU: cuDNN's kernel
+# (3) in half precision, the memory-efficient one (2) in float32 and with masks.
 _DEVICE = """
 #include <ATen/native/transformers/attention.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -71,7 +73,9 @@ static int installed = [] { _fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose
 
 @dataclass
 class Kernel:
-    """A Triton kernel that inductor wrote; ``launches`` counts its calls where the code around it is run."""
+    """A Triton kernel that inductor wrote; ``launches`` counts its calls where the code around it
+    is run.
+    """
 
     name: str
     source: str
@@ -84,7 +88,9 @@ class Kernel:
 
 @dataclass
 class Lowered:
-    """What was lowered while the device was there: the kernels, and the code that calls them, one text per graph."""
+    """What was lowered while the device was there: the kernels, and the code that calls them, one
+    text per graph.
+    """
 
     kernels: list[Kernel] = field(default_factory=list)
     codes: list[str] = field(default_factory=list)
@@ -136,7 +142,9 @@ def made_up_cuda() -> Iterator[Lowered]:
         mock.patch("torch._inductor.scheduler.has_triton", return_value=True),
         mock.patch.object(AsyncCompile, "triton", write_down),
         mock.patch.object(GraphLowering, "save_output_code", lowered.codes.append),
-        torch._inductor.config.patch(fx_graph_cache=False, joint_graph_constant_folding=False),  # folding computes
+        torch._inductor.config.patch(
+            fx_graph_cache=False, joint_graph_constant_folding=False
+        ),  # folding computes
     ]
     before = driver._active
     with contextlib.ExitStack() as stack:
@@ -150,7 +158,9 @@ def made_up_cuda() -> Iterator[Lowered]:
 
 
 def fake_example(example: Example, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    """A model on the device and the arguments of one call, all fake; to be used within the fake mode that they share, which is active."""
+    """A model on the device and the arguments of one call, all fake; to be used within the fake
+    mode that they share, which is active.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -160,7 +170,11 @@ def fake_example(example: Example, dtype: torch.dtype) -> tuple[nn.Module, dict[
         torch.set_default_dtype(default)
 
     def place(value: Any) -> Any:
-        return value.to("cuda", dtype if value.is_floating_point() else value.dtype) if isinstance(value, Tensor) else value
+        return (
+            value.to("cuda", dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+        )
 
     inputs = tree_map(place, example.inputs(Draw(example.batch, 0)))
     return model.eval().requires_grad_(False), {**inputs, "return_dict": False}
@@ -174,6 +188,16 @@ def _load_device() -> None:
         source, library = Path(folder, "device.cpp"), Path(folder, "device.so")
         source.write_text(_DEVICE, encoding="utf-8")
         libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", str(source), "-o", str(library), *libraries]
+        command = [
+            "g++",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{root / 'include'}",
+            str(source),
+            "-o",
+            str(library),
+            *libraries,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         torch.ops.load_library(str(library))

@@ -1,6 +1,8 @@
-"""Small models for the tests: a class-conditional DiT with the parameter names of facebookresearch/DiT, and tiny ones to run.
+"""Small models for the tests: a class-conditional DiT with the parameter names of
+facebookresearch/DiT, and tiny ones to run.
 
-In its style, and no release's: ``CrossDiT`` with cross-attention to a text, ``JointDiT`` with joint attention of image and text.
+In its style, and no release's: ``CrossDiT`` with cross-attention to a text, ``JointDiT`` with joint
+attention of image and text.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def sincos_table(side: int, channels: int) -> Tensor:
-    """Fixed position embedding of a side x side grid: [1, side * side, channels], half for the column, half for the row."""
+    """Fixed position embedding of a side x side grid: [1, side * side, channels], half for the
+    column, half for the row.
+    """
     frequencies = 10000 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -38,7 +42,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary position embedding: x [..., D], angles that broadcast to [..., D / 2]."""
     one, other = x.chunk(2, dim=-1)
-    return torch.cat([one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()], dim=-1)
+    return torch.cat(
+        [one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()],
+        dim=-1,
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -79,7 +86,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         query, key, value = qkv.unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, channels)))
@@ -90,14 +101,20 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        rates = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
         angles = t[:, None].float() * rates[None]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class LabelEmbedder(nn.Module):
@@ -123,7 +140,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -143,7 +162,9 @@ class FinalLayer(nn.Module):
 
 
 class OriginalDiT(nn.Module):
-    """DiT as its authors released it, parameter names included: one embedder pair for all blocks, fused q, k, v."""
+    """DiT as its authors released it, parameter names included: one embedder pair for all blocks,
+    fused q, k, v.
+    """
 
     def __init__(
         self,
@@ -163,15 +184,21 @@ class OriginalDiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.pos_embed = nn.Parameter(sincos_table(input_size // patch_size, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.pos_embed = nn.Parameter(
+            sincos_table(input_size // patch_size, hidden_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            [DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """[B, N, patch * patch * C] -> [B, C, H, W]."""
         side, patch = math.isqrt(x.shape[1]), self.patch_size
         pixels = x.reshape(x.shape[0], side, side, patch, patch, self.out_channels)
-        return torch.einsum("bhwpqc->bchpwq", pixels).reshape(x.shape[0], self.out_channels, side * patch, side * patch)
+        return torch.einsum("bhwpqc->bchpwq", pixels).reshape(
+            x.shape[0], self.out_channels, side * patch, side * patch
+        )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         tokens = self.x_embedder(x) + self.pos_embed
@@ -192,26 +219,37 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(features, features)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        query, key, value = (split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(text).chunk(2, dim=2)))
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = (
+            split_heads(part, self.num_heads)
+            for part in (self.q(x), *self.kv(text).chunk(2, dim=2))
+        )
+        return self.proj(
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
 
 
 class CrossBlock(DiTBlock):
-    """A DiT block with a cross-attention in its middle, which has no norm and no gate, as in PixArt."""
+    """A DiT block with a cross-attention in its middle, which has no norm and no gate, as in
+    PixArt.
+    """
 
     def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
         super().__init__(hidden, heads, mlp_ratio)
         self.cross = CrossAttention(hidden, heads)
 
     def forward(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(
+            c
+        ).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
         x = x + self.cross(x, text)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class CrossDiT(nn.Module):
-    """Latents [B, 4, H, W] and a text [B, T, hidden], read by cross-attention -> patches [B, N, 16]."""
+    """Latents [B, 4, H, W] and a text [B, T, hidden], read by cross-attention -> patches [B, N,
+    16].
+    """
 
     def __init__(self, hidden: int = 32, depth: int = 2, heads: int = 2) -> None:
         super().__init__()
@@ -229,33 +267,51 @@ class CrossDiT(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """A DiT block for the image and one for the text, whose attention is one: text first, as in FLUX's double blocks."""
+    """A DiT block for the image and one for the text, whose attention is one: text first, as in
+    FLUX's double blocks.
+    """
 
     def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.image = DiTBlock(hidden, heads, mlp_ratio)
         self.text = DiTBlock(hidden, heads, mlp_ratio)
 
-    def forward(self, image: Tensor, text: Tensor, c: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, c: Tensor, angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
         query, key, value = (
-            torch.cat(both, dim=2) for both in zip(self._qkv(self.text, text, c), self._qkv(self.image, image, c), strict=True)
+            torch.cat(both, dim=2)
+            for both in zip(
+                self._qkv(self.text, text, c), self._qkv(self.image, image, c), strict=True
+            )
         )
-        mixed = F.scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value).transpose(1, 2).flatten(2)
+        mixed = (
+            F.scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         for_text, for_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
         return self._rest(self.image, image, for_image, c), self._rest(self.text, text, for_text, c)
 
     def _qkv(self, own: DiTBlock, stream: Tensor, c: Tensor) -> list[Tensor]:
         shift, scale = own.adaLN_modulation(c).chunk(6, dim=1)[:2]
-        return [split_heads(part, own.attn.num_heads) for part in own.attn.qkv(modulate(own.norm1(stream), shift, scale)).chunk(3, dim=2)]
+        return [
+            split_heads(part, own.attn.num_heads)
+            for part in own.attn.qkv(modulate(own.norm1(stream), shift, scale)).chunk(3, dim=2)
+        ]
 
     def _rest(self, own: DiTBlock, stream: Tensor, mixed: Tensor, c: Tensor) -> Tensor:
         gate_msa, shift_mlp, scale_mlp, gate_mlp = own.adaLN_modulation(c).chunk(6, dim=1)[2:]
         stream = stream + gate_msa.unsqueeze(1) * own.attn.proj(mixed)
-        return stream + gate_mlp.unsqueeze(1) * own.mlp(modulate(own.norm2(stream), shift_mlp, scale_mlp))
+        return stream + gate_mlp.unsqueeze(1) * own.mlp(
+            modulate(own.norm2(stream), shift_mlp, scale_mlp)
+        )
 
 
 class JointDiT(nn.Module):
-    """Latents [B, 4, H, W] and a text [B, T, hidden], two streams -> patches of both [B, T + N, 16], so that no block's text is unused."""
+    """Latents [B, 4, H, W] and a text [B, T, hidden], two streams -> patches of both [B, T + N,
+    16], so that no block's text is unused.
+    """
 
     def __init__(self, hidden: int = 32, depth: int = 2, heads: int = 2) -> None:
         super().__init__()
@@ -282,13 +338,17 @@ SmallModel = DiTTransformer2DModel | OriginalDiT | CrossDiT | JointDiT
 
 
 def randomize(model: Model, seed: int) -> Model:
-    """Eval mode, and weights that leave nothing degenerate: modulations and gates of about 0.5, attention maps far from uniform."""
+    """Eval mode, and weights that leave nothing degenerate: modulations and gates of about 0.5,
+    attention maps far from uniform.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * (1.5 / fan_in**0.5))
+                module.weight.copy_(
+                    torch.randn(module.weight.shape, generator=generator) * (1.5 / fan_in**0.5)
+                )
                 if module.bias is not None:
                     module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
             elif isinstance(module, nn.Embedding):
@@ -297,7 +357,9 @@ def randomize(model: Model, seed: int) -> Model:
 
 
 def tiny_dit(seed: int = 0, **overrides: Any) -> DiTTransformer2DModel:
-    """A small random diffusers DiT in eval mode: by default 4 blocks, 2 heads of 16, 64 tokens of a 16 x 16 latent."""
+    """A small random diffusers DiT in eval mode: by default 4 blocks, 2 heads of 16, 64 tokens of a
+    16 x 16 latent.
+    """
     settings: dict[str, Any] = {
         "num_attention_heads": 2,
         "attention_head_dim": 16,

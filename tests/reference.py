@@ -1,7 +1,8 @@
 """ToCa, written to be read: plain PyTorch, nothing shared with toca_fx but the policy data.
 
-``walk`` goes through a model and hands over each attention and MLP as computed for all tokens. On a partial step only the chosen tokens
-of it are taken, the others are remembered. That is the definition (method: Zou et al., ToCa, ICLR 2025, section 3); it saves nothing.
+``walk`` goes through a model and hands over each attention and MLP as computed for all tokens. On a
+partial step only the chosen tokens of it are taken, the others are remembered. That is the
+definition (method: Zou et al., ToCa, ICLR 2025, section 3); it saves nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class _Site:
     full_steps: set[int]
     always_full: bool
     full: bool = True  # on this step
-    fresh: list[list[int]] = field(default_factory=list)  # per sample the tokens of this step: all of them if full
-    stale: list[list[int]] = field(default_factory=list)  # per sample and token the steps since it was fresh
+    fresh: list[list[int]] = field(
+        default_factory=list
+    )  # per sample the tokens of this step: all of them if full
+    stale: list[list[int]] = field(
+        default_factory=list
+    )  # per sample and token the steps since it was fresh
     memory: dict[str, Tensor] = field(default_factory=dict)  # [B, N, ...] each
     measures: Measures = field(default_factory=dict)  # what an attention told of the tokens
 
@@ -44,7 +49,11 @@ class _Site:
 
     def remember(self, name: str, computed: Tensor) -> Tensor:
         """The fresh tokens' rows of ``computed``, and the others' as they were."""
-        rows = self.memory[name].clone() if name in self.memory else torch.full_like(computed, torch.nan)
+        rows = (
+            self.memory[name].clone()
+            if name in self.memory
+            else torch.full_like(computed, torch.nan)
+        )
         for sample, tokens in enumerate(self.fresh):
             rows[sample, tokens] = computed[sample, tokens]
         self.memory[name] = rows
@@ -54,11 +63,18 @@ class _Site:
 class ReferenceSampler:
     """One generation of ``model`` under ``policy``.
 
-    ``choices[c]`` prescribes the tokens of call c (site path -> per sample the tokens); without it they are scored here,
-    which random scores exclude. ``chosen[c]`` tells which they were, in descending score.
+    ``choices[c]`` prescribes the tokens of call c (site path -> per sample the tokens); without it
+    they are scored here, which random scores exclude. ``chosen[c]`` tells which they were, in
+    descending score.
     """
 
-    def __init__(self, model: SmallModel, policy: Policy, num_steps: int | None = None, choices: Sequence[Choice] | None = None) -> None:
+    def __init__(
+        self,
+        model: SmallModel,
+        policy: Policy,
+        num_steps: int | None = None,
+        choices: Sequence[Choice] | None = None,
+    ) -> None:
         self.model, self.policy, self.choices = model, policy, choices
         self.total = policy.sampler.steps if num_steps is None else num_steps
         self.order = list(range(self.total))
@@ -68,7 +84,9 @@ class ReferenceSampler:
         self.chosen: list[dict[str, list[list[int]]]] = []
         self._sites: dict[str, _Site] = {}  # by path
         self._crossing: dict[tuple[int, str], _Site] = {}  # layer and stream -> its cross-attention
-        self._judges: dict[tuple[int, str], tuple[_Site, Measures]] = {}  # and its self- or joint attention, with what that told
+        self._judges: dict[
+            tuple[int, str], tuple[_Site, Measures]
+        ] = {}  # and its self- or joint attention, with what that told
 
     def step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output for the next step of the generation."""
@@ -91,11 +109,18 @@ class ReferenceSampler:
         sites = [self._site(kind, part.path, layer, part.stream, part.query) for part in parts]
         keys, values = [part.key for part in parts], [part.value for part in parts]
         if kind != "cross_attention":
-            kept = [(site.remember("key", part.key), site.remember("value", part.value)) for site, part in zip(sites, parts, strict=True)]
-            # Fresh queries see the stale tokens as they were. Where no stream is partial, an attention that runs at all runs whole.
+            kept = [
+                (site.remember("key", part.key), site.remember("value", part.value))
+                for site, part in zip(sites, parts, strict=True)
+            ]
+            # Fresh queries see the stale tokens as they were. Where no stream is partial, an
+            # attention that runs at all runs whole.
             if any(site.is_partial for site in sites):
                 keys, values = [key for key, _ in kept], [value for _, value in kept]
-        query, key, value = (torch.cat(tensors, dim=1).transpose(1, 2) for tensors in ([part.query for part in parts], keys, values))
+        query, key, value = (
+            torch.cat(tensors, dim=1).transpose(1, 2)
+            for tensors in ([part.query for part in parts], keys, values)
+        )
         weights = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(query.shape[3]), dim=3)
         mixed = (weights @ value).transpose(1, 2).flatten(2)
         mean = weights.mean(dim=1)
@@ -123,8 +148,20 @@ class ReferenceSampler:
         s = self.order[len(self.chosen) - 1]
         if path not in self._sites:
             own = self.policy.for_site(kind, path, layer)
-            steps = set(self.order) if own.action.mode == "compute" else full_steps(own.N, self.order, self.total)
-            self._sites[path] = _Site(path, layer, stream, own, steps, steps == set(self.order), stale=[[0] * count for _ in range(batch)])
+            steps = (
+                set(self.order)
+                if own.action.mode == "compute"
+                else full_steps(own.N, self.order, self.total)
+            )
+            self._sites[path] = _Site(
+                path,
+                layer,
+                stream,
+                own,
+                steps,
+                steps == set(self.order),
+                stale=[[0] * count for _ in range(batch)],
+            )
         site = self._sites[path]
         site.full = s in site.full_steps
         if site.full:
@@ -134,7 +171,10 @@ class ReferenceSampler:
         else:
             site.fresh = [[] for _ in range(batch)]
         for sample, fresh in enumerate(site.fresh):
-            site.stale[sample] = [0 if token in fresh else missed + 1 for token, missed in enumerate(site.stale[sample])]
+            site.stale[sample] = [
+                0 if token in fresh else missed + 1
+                for token, missed in enumerate(site.stale[sample])
+            ]
         return site
 
     def _choose(self, site: _Site, s: int) -> list[list[int]]:
@@ -142,7 +182,11 @@ class ReferenceSampler:
             return [list(tokens) for tokens in self.choices[len(self.chosen) - 1][site.path]]
         weights = site.policy.scores
         assert not weights.random, "random numbers cannot be repeated here; give choices"
-        score = weights.staleness / (weights.staleness_over or site.policy.N.base) * torch.tensor(site.stale, dtype=torch.float64)
+        score = (
+            weights.staleness
+            / (weights.staleness_over or site.policy.N.base)
+            * torch.tensor(site.stale, dtype=torch.float64)
+        )
         for name, values in site.measures.items():
             score = score + getattr(weights, name) * values
         crossing = self._crossing.get((site.layer, site.stream))
@@ -151,16 +195,25 @@ class ReferenceSampler:
             half = len(score) // 2
             score = ((score[:half] + score[half:]) / 2).repeat(2, 1)
             if text_map is not None:  # the two halves' texts as one
-                text_map = torch.cat([text_map[:half] / 2, text_map[half:] / 2], dim=2).repeat(2, 1, 1)
+                text_map = torch.cat([text_map[:half] / 2, text_map[half:] / 2], dim=2).repeat(
+                    2, 1, 1
+                )
         if text_map is not None:
-            score = score + weights.cross_attention * _unit(1 - (text_map * torch.log(text_map + 1e-7)).sum(dim=2))
+            score = score + weights.cross_attention * _unit(
+                1 - (text_map * torch.log(text_map + 1e-7)).sum(dim=2)
+            )
         rows: list[list[float]] = score.tolist()
         if site.policy.spatial is not None:
             grid = self.grids[site.stream]
-            rows = [bonus_by_hand(row, grid, site.policy.spatial.grid, site.policy.spatial.bonus) for row in rows]
+            rows = [
+                bonus_by_hand(row, grid, site.policy.spatial.grid, site.policy.spatial.bonus)
+                for row in rows
+            ]
         last_layer = max(other.layer for other in self._sites.values())
         count = fresh_count(site.policy, s, self.total, site.layer, last_layer, score.shape[1])
-        return [sorted(range(len(row)), key=lambda token: (-row[token], token))[:count] for row in rows]
+        return [
+            sorted(range(len(row)), key=lambda token: (-row[token], token))[:count] for row in rows
+        ]
 
 
 def _unit(score: Tensor) -> Tensor:
@@ -168,19 +221,29 @@ def _unit(score: Tensor) -> Tensor:
     return score / score.square().sum(dim=1, keepdim=True).sqrt()
 
 
-def bonus_by_hand(row: Sequence[float], grid: tuple[int, int], block: int, bonus: float) -> list[float]:
-    """One sample's scores after the spatial bonus: in each block of the grid the first best token gains."""
+def bonus_by_hand(
+    row: Sequence[float], grid: tuple[int, int], block: int, bonus: float
+) -> list[float]:
+    """One sample's scores after the spatial bonus: in each block of the grid the first best token
+    gains.
+    """
     rows, columns = grid
     result = list(row)
     for top in range(0, rows, block):
         for left in range(0, columns, block):
-            members = [r * columns + c for r in range(top, min(top + block, rows)) for c in range(left, min(left + block, columns))]
+            members = [
+                r * columns + c
+                for r in range(top, min(top + block, rows))
+                for c in range(left, min(left + block, columns))
+            ]
             best = max(members, key=lambda token: (row[token], -token))
             result[best] = row[best] + row[best] * bonus
     return result
 
 
-def fresh_count(policy: SitePolicy, s: int, total: int, layer: int, last_layer: int, tokens: int) -> int:
+def fresh_count(
+    policy: SitePolicy, s: int, total: int, layer: int, last_layer: int, tokens: int
+) -> int:
     """K = trunc(rho N) in single precision."""
 
     def slope(weight: float, at: float) -> float:
@@ -188,7 +251,11 @@ def fresh_count(policy: SitePolicy, s: int, total: int, layer: int, last_layer: 
         return 1 + weight - 2 * weight * at
 
     span = policy.R.layer_span or max(last_layer, 1)
-    share = float(f"{1 - policy.R.base:.9f}") * slope(policy.R.layer_weight, layer / span) * slope(policy.R.step_weight, s / total)
+    share = (
+        float(f"{1 - policy.R.base:.9f}")
+        * slope(policy.R.layer_weight, layer / span)
+        * slope(policy.R.step_weight, s / total)
+    )
     rho = torch.tensor(share * policy.action.weight, dtype=torch.float32).clamp(0, 1)
     return int(rho * tokens)
 
@@ -196,7 +263,11 @@ def fresh_count(policy: SitePolicy, s: int, total: int, layer: int, last_layer: 
 def full_steps(interval: Interval, order: Iterable[int], total: int) -> set[int]:
     """The full steps of one module, by walking through the generation as the authors' loop does."""
     order = list(order)
-    forced = set(order[: interval.first]) | set(order[len(order) - interval.last :]) | set(interval.extra_full_steps)
+    forced = (
+        set(order[: interval.first])
+        | set(order[len(order) - interval.last :])
+        | set(interval.extra_full_steps)
+    )
     if interval.full_steps is not None:
         return set(interval.full_steps) | forced
 
@@ -204,7 +275,14 @@ def full_steps(interval: Interval, order: Iterable[int], total: int) -> set[int]
         for window in interval.windows:
             if window.start <= s / total < window.stop:
                 return window.interval
-        return max(1, int(torch.tensor(interval.base / (1 + interval.drift * (1 - 2 * s / total)), dtype=torch.float64).round()))
+        return max(
+            1,
+            int(
+                torch.tensor(
+                    interval.base / (1 + interval.drift * (1 - 2 * s / total)), dtype=torch.float64
+                ).round()
+            ),
+        )
 
     full: set[int] = set()
     threshold, passed = 0, 0  # the interval in force; partial steps since the last full one

@@ -1,7 +1,9 @@
-"""STDiT3, the video transformer of Open-Sora v1.2.0 (hpcaitech/Open-Sora), for inference, with the parameter names of that release.
+"""STDiT3, the video transformer of Open-Sora v1.2.0 (hpcaitech/Open-Sora), for inference, with the
+parameter names of that release.
 
-Open-Sora itself needs CUDA kernels and reads tensor values in its forward pass; here are the same numbers in plain PyTorch, in
-one graph. Tokens lie as [B, T * S, C]: T frames one after the other, each of S = H * W patches, row by row.
+Open-Sora itself needs CUDA kernels and reads tensor values in its forward pass; here are the same
+numbers in plain PyTorch, in one graph. Tokens lie as [B, T * S, C]: T frames one after the other,
+each of S = H * W patches, row by row.
 """
 
 from __future__ import annotations
@@ -35,9 +37,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def select_frames(x_mask: Tensor, x: Tensor, at_zero: Tensor) -> Tensor:
-    """``x`` in the frames where x_mask [B, T] is true, ``at_zero`` in the others; x and at_zero [B, T * S, C]."""
+    """``x`` in the frames where x_mask [B, T] is true, ``at_zero`` in the others; x and at_zero [B,
+    T * S, C].
+    """
     frames = (*x_mask.shape, -1, x.shape[-1])
-    return torch.where(x_mask[:, :, None, None], x.reshape(frames), at_zero.reshape(frames)).reshape(x.shape)
+    return torch.where(
+        x_mask[:, :, None, None], x.reshape(frames), at_zero.reshape(frames)
+    ).reshape(x.shape)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +61,9 @@ class PatchEmbed3D(nn.Module):
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Patches along T, H and W."""
-        frames, rows, columns = (-(-size // patch) for size, patch in zip(x.shape[2:], self.patch, strict=True))
+        frames, rows, columns = (
+            -(-size // patch) for size, patch in zip(x.shape[2:], self.patch, strict=True)
+        )
         return frames, rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,17 +75,23 @@ class PatchEmbed3D(nn.Module):
 
 
 class PositionEmbedding2D(nn.Module):
-    """Sinusoids of a patch's place in its frame, half for the column, half for the row, measured in patches of a standard video."""
+    """Sinusoids of a patch's place in its frame, half for the column, half for the row, measured in
+    patches of a standard video.
+    """
 
     inv_freq: Tensor
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         half = hidden // 2
-        self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, half, 2).float() / half), persistent=False)
+        self.register_buffer(
+            "inv_freq", 1.0 / 10000 ** (torch.arange(0, half, 2).float() / half), persistent=False
+        )
 
     def line(self, patches: int, scale: Tensor, base: int) -> Tensor:
-        """One axis: [patches, hidden / 2]; ``base`` patches of the standard video span it, whatever the aspect."""
+        """One axis: [patches, hidden / 2]; ``base`` patches of the standard video span it, whatever
+        the aspect.
+        """
         places = torch.arange(patches, device=self.inv_freq.device) / scale * (base / patches)
         angles = places[:, None] * self.inv_freq
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -94,7 +108,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.freqs = nn.Parameter(1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim), requires_grad=False)
+        self.freqs = nn.Parameter(
+            1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim), requires_grad=False
+        )
 
     def forward(self, frames: int) -> Rotation:
         places = torch.arange(frames, device=self.freqs.device).to(self.freqs.dtype)
@@ -119,7 +135,9 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(at_least_float32(x.dtype))
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 
 class Attention(nn.Module):
@@ -136,7 +154,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         batch, tokens, channels = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x)
+            .view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         query, key, value = qkv.unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
@@ -159,7 +181,12 @@ class MultiHeadCrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         batch, tokens, channels = x.shape
         query = self.q_linear(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        key, value = self.kv_linear(text).view(batch, text.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = (
+            self.kv_linear(text)
+            .view(batch, text.shape[1], 2, self.num_heads, -1)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, tokens, channels)))
 
@@ -180,7 +207,9 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features to the width of the model; ``y_embedding`` is the empty caption that a sampler passes for guidance."""
+    """Text features to the width of the model; ``y_embedding`` is the empty caption that a sampler
+    passes for guidance.
+    """
 
     y_embedding: Tensor
 
@@ -194,7 +223,9 @@ class CaptionEmbedder(nn.Module):
 
 
 class STDiT3Block(nn.Module):
-    """Self-attention (of a frame, or of a place through time), cross-attention, MLP; modulation t [B, 6 * C], t0 for masked frames."""
+    """Self-attention (of a frame, or of a place through time), cross-attention, MLP; modulation t
+    [B, 6 * C], t0 for masked frames.
+    """
 
     def __init__(self, hidden: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
@@ -210,8 +241,15 @@ class STDiT3Block(nn.Module):
         batch, _, channels = x.shape
         if rotation is None:
             return self.attn(x.reshape(batch * frames, -1, channels)).reshape(x.shape)
-        by_place = x.reshape(batch, frames, -1, channels).transpose(1, 2).reshape(-1, frames, channels)
-        return self.attn(by_place, rotation).reshape(batch, -1, frames, channels).transpose(1, 2).reshape(x.shape)
+        by_place = (
+            x.reshape(batch, frames, -1, channels).transpose(1, 2).reshape(-1, frames, channels)
+        )
+        return (
+            self.attn(by_place, rotation)
+            .reshape(batch, -1, frames, channels)
+            .transpose(1, 2)
+            .reshape(x.shape)
+        )
 
     def forward(
         self,
@@ -225,16 +263,26 @@ class STDiT3Block(nn.Module):
         rotation: Rotation | None = None,
     ) -> Tensor:
         now = (self.scale_shift_table + t.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
-        zero = now if t0 is None else (self.scale_shift_table + t0.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
+        zero = (
+            now
+            if t0 is None
+            else (self.scale_shift_table + t0.reshape(x.shape[0], 6, -1)).chunk(6, dim=1)
+        )
 
         def modulated(norm: nn.Module, shift: int) -> Tensor:
             at_t = modulate(norm(x), now[shift], now[shift + 1])
             if x_mask is None:
                 return at_t
-            return select_frames(x_mask, at_t, modulate(norm(x), zero[shift], zero[shift + 1]))  # a second norm, as Open-Sora has it
+            return select_frames(
+                x_mask, at_t, modulate(norm(x), zero[shift], zero[shift + 1])
+            )  # a second norm, as Open-Sora has it
 
         def gated(y: Tensor, gate: int) -> Tensor:
-            return now[gate] * y if x_mask is None else select_frames(x_mask, now[gate] * y, zero[gate] * y)
+            return (
+                now[gate] * y
+                if x_mask is None
+                else select_frames(x_mask, now[gate] * y, zero[gate] * y)
+            )
 
         x = x + gated(self.attend(modulated(self.norm1, 0), frames, rotation), 2)
         x = x + self.cross_attn(x, text, text_mask)
@@ -255,7 +303,9 @@ class T2IFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, t0: Tensor | None, x_mask: Tensor | None) -> Tensor:
         y = self.modulated(x, t)
-        return self.linear(y if x_mask is None or t0 is None else select_frames(x_mask, y, self.modulated(x, t0)))
+        return self.linear(
+            y if x_mask is None or t0 is None else select_frames(x_mask, y, self.modulated(x, t0))
+        )
 
 
 class STDiT3(nn.Module):
@@ -291,14 +341,25 @@ class STDiT3(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.y_embedder = CaptionEmbedder(caption_channels, hidden_size, model_max_length)
         self.spatial_blocks, self.temporal_blocks = (
-            nn.ModuleList([STDiT3Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)]) for _ in range(2)
+            nn.ModuleList(
+                [STDiT3Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)]
+            )
+            for _ in range(2)
         )
-        self.final_layer = T2IFinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
+        self.final_layer = T2IFinalLayer(
+            hidden_size, math.prod(self.patch_size) * self.out_channels
+        )
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, N, patch * C] -> [B, C, T, H, W], padding included."""
-        pixels = x.reshape(x.shape[0], *grid, *self.patch_size, self.out_channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return pixels.reshape(x.shape[0], self.out_channels, *(n * p for n, p in zip(grid, self.patch_size, strict=True)))
+        pixels = x.reshape(x.shape[0], *grid, *self.patch_size, self.out_channels).permute(
+            0, 7, 1, 4, 2, 5, 3, 6
+        )
+        return pixels.reshape(
+            x.shape[0],
+            self.out_channels,
+            *(n * p for n, p in zip(grid, self.patch_size, strict=True)),
+        )
 
     def forward(
         self,
@@ -315,9 +376,10 @@ class STDiT3(nn.Module):
     ) -> Tensor:
         """Latents x [B, C, T, H, W] and text y [B, 1, L, channels] -> [B, out_channels, T, H, W] in float32.
 
-        mask [n, L] is nonzero where there is text, x_mask [B, T] false in the frames that are given (timestep 0 for them). fps, height
-        and width (of the video in pixels) are [n]; n divides B, and rows are repeated, which serves both guidance halves. Further
-        keywords that Open-Sora's samplers pass (num_frames, ar) change nothing.
+        mask [n, L] is nonzero where there is text, x_mask [B, T] false in the frames that are given
+        (timestep 0 for them). fps, height and width (of the video in pixels) are [n]; n divides B,
+        and rows are repeated, which serves both guidance halves. Further keywords that Open-Sora's
+        samplers pass (num_frames, ar) change nothing.
         """
         dtype, batch = self.x_embedder.proj.weight.dtype, x.shape[0]
         x, timestep, y = x.to(dtype), timestep.to(dtype), y.to(dtype)
@@ -332,9 +394,12 @@ class STDiT3(nn.Module):
             modulation0 = self.t_block(t0)
 
         text = self.y_embedder(y).squeeze(1)
-        text_mask = None if mask is None else (mask != 0).repeat(batch // mask.shape[0], 1)[:, None, None]
+        text_mask = (
+            None if mask is None else (mask != 0).repeat(batch // mask.shape[0], 1)[:, None, None]
+        )
 
-        # Open-Sora computes the scale in Python floats, from values that it reads back from the device
+        # Open-Sora computes the scale in Python floats, from values that it reads back from the
+        # device
         scale = ((height[0].double() * width[0].double()).sqrt() / self.input_sq_size).float()
         places = self.pos_embed(rows, columns, scale).to(dtype)
         x = self.x_embedder(x)
@@ -350,8 +415,16 @@ class STDiT3(nn.Module):
 
 
 def tiny_stdit3(seed: int = 0, **overrides: Any) -> STDiT3:
-    """A small random STDiT3 in eval mode: by default 2 + 2 blocks, 2 heads of 16, text of 24 channels."""
-    settings: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 2, "caption_channels": 24, "model_max_length": 10}
+    """A small random STDiT3 in eval mode: by default 2 + 2 blocks, 2 heads of 16, text of 24
+    channels.
+    """
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "caption_channels": 24,
+        "model_max_length": 10,
+    }
     model = STDiT3(**{**settings, **overrides}).eval().requires_grad_(False)
     randomize(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -371,9 +444,16 @@ def tiny_stdit3(seed: int = 0, **overrides: Any) -> STDiT3:
 
 
 def tiny_inputs(
-    model: STDiT3, batch: int = 2, size: tuple[int, int, int] = (4, 8, 12), text_tokens: int = 10, seed: int = 0, **overrides: Any
+    model: STDiT3,
+    batch: int = 2,
+    size: tuple[int, int, int] = (4, 8, 12),
+    text_tokens: int = 10,
+    seed: int = 0,
+    **overrides: Any,
 ) -> dict[str, Any]:
-    """Keywords of one call: random latents of T x H x W = ``size``, timestep 700, text without padding, no masked frames."""
+    """Keywords of one call: random latents of T x H x W = ``size``, timestep 700, text without
+    padding, no masked frames.
+    """
     generator = torch.Generator().manual_seed(seed)
     channels = model.x_embedder.proj.in_channels
     caption_channels = model.y_embedder.y_embedding.shape[1]
@@ -389,13 +469,17 @@ def tiny_inputs(
 
 
 def open_sora_1_2(device: str = "meta") -> STDiT3:
-    """The model of Open-Sora 1.2 at its real size (STDiT3-XL/2, 1.2e9 parameters), in eval mode; on "meta" it has no storage."""
+    """The model of Open-Sora 1.2 at its real size (STDiT3-XL/2, 1.2e9 parameters), in eval mode; on
+    "meta" it has no storage.
+    """
     with torch.device(device):
         return STDiT3().eval().requires_grad_(False)
 
 
 def open_sora_1_2_inputs(text_tokens: int = 300, device: str = "meta") -> dict[str, Tensor]:
-    """Keywords of a call for 2 seconds of 480p with guidance: 2 x 15 frames of 60 x 106 latents, that is 30 x 53 patches each."""
+    """Keywords of a call for 2 seconds of 480p with guidance: 2 x 15 frames of 60 x 106 latents,
+    that is 30 x 53 patches each.
+    """
     with torch.device(device):
         return {
             "x": torch.randn(2, 4, 15, 60, 106),

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toca_fx import attention
-from toca_fx.attention import attention_and_influence, feature_norm, influence, normalize
+from toca_fx.kernels import influence as attention
+from toca_fx.kernels.influence import attention_and_influence, feature_norm, influence, normalize
 
 HEADS, WIDTH = 3, 8
 
@@ -19,17 +19,32 @@ def unit(score: Tensor) -> Tensor:
     return score / score.square().sum(1, keepdim=True).sqrt()
 
 
-def operands(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, keys: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, keys: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = (tokens, keys or tokens, keys or tokens)
-    query, key, value = (torch.randn(batch, HEADS, size, WIDTH, generator=generator, dtype=torch.float64) for size in sizes)
+    query, key, value = (
+        torch.randn(batch, HEADS, size, WIDTH, generator=generator, dtype=torch.float64)
+        for size in sizes
+    )
     return (2 * query).to(dtype), (2 * key).to(dtype), value.to(dtype)
 
 
-def column_sums(query: Tensor, key: Tensor, scale: float = WIDTH**-0.5, mask: Tensor | None = None, every: int = 1) -> Tensor:
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    scale: float = WIDTH**-0.5,
+    mask: Tensor | None = None,
+    every: int = 1,
+) -> Tensor:
     """s1 from the explicit map, in double precision; ``mask`` is added to the logits."""
     logits = query.double() @ key.double().transpose(2, 3) * scale
-    return torch.softmax(logits if mask is None else logits + mask, dim=3)[:, :, ::every].mean(dim=1).sum(dim=1)
+    return (
+        torch.softmax(logits if mask is None else logits + mask, dim=3)[:, :, ::every]
+        .mean(dim=1)
+        .sum(dim=1)
+    )
 
 
 @pytest.fixture
@@ -51,10 +66,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-@pytest.mark.parametrize("tokens", [5, 512, 1100])  # 1100: three chunks of queries, the last one short
+@pytest.mark.parametrize(
+    "tokens", [5, 512, 1100]
+)  # 1100: three chunks of queries, the last one short
 @pytest.mark.parametrize("scale", [WIDTH**-0.5, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-def test_influence_is_the_column_sum_of_the_attention_map(tokens: int, scale: float, fused: bool) -> None:
+def test_influence_is_the_column_sum_of_the_attention_map(
+    tokens: int, scale: float, fused: bool
+) -> None:
     query, key, _ = operands(tokens)
     logits = query @ key.transpose(2, 3) * scale
     found = influence(query, key, scale, logits.logsumexp(3) if fused else None)
@@ -68,7 +87,9 @@ def test_in_blocks(tokens: int, scale: float | None, kernels: list[str]) -> None
     query, key, value = operands(tokens)
     output, score = attention_and_influence(query, key, value, scale=scale)
     assert kernels == ["in blocks"]
-    assert (output - F.scaled_dot_product_attention(query, key, value, scale=scale)).abs().max() < 1e-13
+    assert (
+        output - F.scaled_dot_product_attention(query, key, value, scale=scale)
+    ).abs().max() < 1e-13
     assert (score - column_sums(query, key, scale or WIDTH**-0.5)).abs().max() < 1e-13
 
 
@@ -88,7 +109,9 @@ def test_blocks_are_whole_maps_as_long_as_one_fits(monkeypatch: pytest.MonkeyPat
     for queries in (1000, 200, 100, 99, 34, 33, 31):  # that fit
         monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", HEADS * 100 * queries)
         found.append(attention._blocks(query, key))
-    assert found == [(10, 100), (2, 100), (1, 100), (1, 99), (1, 34), None, None], "16 blocks at most"
+    assert found == [(10, 100), (2, 100), (1, 100), (1, 99), (1, 34), None, None], (
+        "16 blocks at most"
+    )
 
 
 def test_a_key_for_all_samples(kernels: list[str]) -> None:
@@ -99,8 +122,12 @@ def test_a_key_for_all_samples(kernels: list[str]) -> None:
     assert (score - column_sums(query, key)).abs().max() < 1e-13
 
 
-def test_large_maps_take_the_fused_kernel(kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", 2 * HEADS * 600 * 10)  # ten rows of the map: 60 blocks
+def test_large_maps_take_the_fused_kernel(
+    kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        attention, "_BLOCK_ELEMENTS", 2 * HEADS * 600 * 10
+    )  # ten rows of the map: 60 blocks
     query, key, value = operands(600, torch.float32)
     output, score = attention_and_influence(query, key, value)
     assert kernels == ["fused"]
@@ -121,7 +148,16 @@ def test_half_precision_takes_the_fused_kernel(kernels: list[str]) -> None:
 @pytest.mark.parametrize("shape", ["all rows", "one row for all queries", "added"])
 def test_masks(tokens: int, shape: str, kernels: list[str]) -> None:
     query, key, value = operands(tokens)
-    keep = torch.rand(2, 1, 1 if shape == "one row for all queries" else tokens, tokens, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep = (
+        torch.rand(
+            2,
+            1,
+            1 if shape == "one row for all queries" else tokens,
+            tokens,
+            generator=torch.Generator().manual_seed(1),
+        )
+        < 0.5
+    )
     keep[..., 0] = True
     added = torch.zeros_like(keep, dtype=torch.float64).masked_fill(~keep, -torch.inf)
     output, score = attention_and_influence(query, key, value, added if shape == "added" else keep)
@@ -136,7 +172,9 @@ def test_causal(tokens: int, kernels: list[str]) -> None:
     output, score = attention_and_influence(query, key, value, None, 0.0, True)
     mask = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64).triu(1)
     assert kernels == ["recomputed"]
-    assert (output - F.scaled_dot_product_attention(query, key, value, is_causal=True)).abs().max() < 1e-13
+    assert (
+        output - F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    ).abs().max() < 1e-13
     assert (score - column_sums(query, key, mask=mask)).abs().max() < 1e-13
 
 
@@ -152,9 +190,13 @@ def test_grouped_heads(kernels: list[str]) -> None:
 WAYS = ["in blocks", "fused", "masked", "causal", "grouped", "beside", "the map"]
 
 
-@pytest.mark.parametrize("every", [2, 3, 4, 50, 5000])  # chunks of 512 queries, of which 3 and 50 are no part
+@pytest.mark.parametrize(
+    "every", [2, 3, 4, 50, 5000]
+)  # chunks of 512 queries, of which 3 and 50 are no part
 @pytest.mark.parametrize("way", WAYS)
-def test_every_nth_query_is_looked_at(way: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_nth_query_is_looked_at(
+    way: str, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if way == "fused":
         monkeypatch.setattr(attention, "_blocks", lambda query, key: None)
     query, key, value = operands(1100)
@@ -171,10 +213,14 @@ def test_every_nth_query_is_looked_at(way: str, every: int, monkeypatch: pytest.
     if way == "beside":
         score = influence(query, key, WIDTH**-0.5, every=every)
     elif way == "the map":
-        score = attention.map_influence(torch.softmax(query @ key.transpose(2, 3) * WIDTH**-0.5, dim=3), every)
+        score = attention.map_influence(
+            torch.softmax(query @ key.transpose(2, 3) * WIDTH**-0.5, dim=3), every
+        )
     else:
         output, score = attention_and_influence(query, key, value, **options, every=every)
-        assert (output - F.scaled_dot_product_attention(query, key, value, **options)).abs().max() < 1e-12
+        assert (
+            output - F.scaled_dot_product_attention(query, key, value, **options)
+        ).abs().max() < 1e-12
     assert (score - column_sums(query, key, mask=added, every=every)).abs().max() < 1e-12
 
 
@@ -208,7 +254,12 @@ def test_the_output_lies_in_memory_as_that_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "score"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+    ("given", "score"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
 )
 def test_scores_are_at_least_single_precision(given: torch.dtype, score: torch.dtype) -> None:
     query, key, value = operands(7, given)
@@ -217,7 +268,9 @@ def test_scores_are_at_least_single_precision(given: torch.dtype, score: torch.d
 
 
 def test_feature_norm_by_hand() -> None:
-    feature = torch.tensor([[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 7.0]]]])  # [1, 2 heads, 2 tokens, 2]
+    feature = torch.tensor(
+        [[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 7.0]]]]
+    )  # [1, 2 heads, 2 tokens, 2]
     assert torch.allclose(feature_norm(feature), torch.tensor([[2.5, 4.0]]))
 
 
@@ -242,11 +295,17 @@ def test_entropy_of_each_query_by_the_formula(share: float, masked: bool) -> Non
     expected = -(mean * torch.log(mean + 1e-7)).sum(dim=2)
     output, found = attention.attention_and_entropy(query, key, value, mask, share=share)
     assert (output - F.scaled_dot_product_attention(query, key, value, mask)).abs().max() < 1e-13
-    for score in (found, attention.entropy(query, key, WIDTH**-0.5, mask, share), attention.map_entropy(weights, share)):
+    for score in (
+        found,
+        attention.entropy(query, key, WIDTH**-0.5, mask, share),
+        attention.map_entropy(weights, share),
+    ):
         assert (score - expected).abs().max() < 1e-13
 
 
-def test_entropy_of_grouped_heads_and_of_maps_too_large_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entropy_of_grouped_heads_and_of_maps_too_large_to_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     query, key, value = operands(6, keys=9)
     few = (query, key[:, :1], value[:, :1])
     output, expected = attention.attention_and_entropy(*few, enable_gqa=True)
@@ -261,8 +320,12 @@ def test_halves_of_a_guidance_batch_sum_to_the_maps_side_by_side() -> None:
     query, key, _ = operands(6, keys=9)
     weights = torch.softmax(query @ key.transpose(2, 3), dim=3)
     both = 0.5 * torch.cat([weights[0].mean(0), weights[1].mean(0)], dim=-1)
-    assert (attention.map_entropy(weights, 0.5).sum(0) + (both * (both + 1e-7).log()).sum(-1)).abs().max() < 1e-13
+    assert (
+        attention.map_entropy(weights, 0.5).sum(0) + (both * (both + 1e-7).log()).sum(-1)
+    ).abs().max() < 1e-13
 
 
 def test_a_segment_is_normalised_among_its_own_tokens() -> None:
-    assert torch.allclose(attention.of_segment(torch.tensor([[9.0, 3.0, 4.0, 9.0]]), 1, 2), torch.tensor([[0.6, 0.8]]))
+    assert torch.allclose(
+        attention.of_segment(torch.tensor([[9.0, 3.0, 4.0, 9.0]]), 1, 2), torch.tensor([[0.6, 0.8]])
+    )

@@ -1,4 +1,6 @@
-"""Every rule by brute force: slicing the result of an operator equals applying it to the operands sliced as the rule says."""
+"""Every rule by brute force: slicing the result of an operator equals applying it to the operands
+sliced as the rule says.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from toca_fx import axes
+from toca_fx.graph import axes
 
 aten = torch.ops.aten
 
@@ -20,7 +22,9 @@ KEPT = {1: [0], 2: [1], 3: [2, 0], 4: [3, 1, 1], 5: [4, 0], 6: [1, 5, 2, 2], 12:
 
 @dataclass(frozen=True)
 class Case:
-    """``build(graph's call, *inputs)`` returns the node; ``per_token`` lists the output axes for which there is a rule."""
+    """``build(graph's call, *inputs)`` returns the node; ``per_token`` lists the output axes for
+    which there is a rule.
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -35,7 +39,9 @@ def op(target: Any, *rest: Any, **keywords: Any) -> Callable[..., fx.Node]:
 
 def item(target: Any, index: int, *rest: Any, **keywords: Any) -> Callable[..., fx.Node]:
     """Item ``index`` of an operator that returns several tensors."""
-    return lambda call, *inputs: call(operator.getitem, call(target, *inputs, *rest, **keywords), index)
+    return lambda call, *inputs: call(
+        operator.getitem, call(target, *inputs, *rest, **keywords), index
+    )
 
 
 def joined(target: Any, *rest: Any, **keywords: Any) -> Callable[..., fx.Node]:
@@ -60,8 +66,18 @@ CASES = [
     Case("linear without bias, two axes", ((6, 4), (5, 4)), op(aten.linear.default), (0,)),
     Case("layer_norm", X, op(aten.layer_norm.default, [4]), (0, 1)),
     Case("layer_norm over two axes", X, op(aten.layer_norm.default, [6, 4]), (0,)),
-    Case("layer_norm, affine", ((2, 6, 4), (4,), (4,)), lambda call, x, w, b: call(aten.layer_norm.default, x, [4], w, b), (0, 1)),
-    Case("rms_norm", ((2, 6, 4), (4,)), lambda call, x, w: call(aten.rms_norm.default, x, [4], w), (0, 1)),
+    Case(
+        "layer_norm, affine",
+        ((2, 6, 4), (4,), (4,)),
+        lambda call, x, w, b: call(aten.layer_norm.default, x, [4], w, b),
+        (0, 1),
+    ),
+    Case(
+        "rms_norm",
+        ((2, 6, 4), (4,)),
+        lambda call, x, w: call(aten.rms_norm.default, x, [4], w),
+        (0, 1),
+    ),
     Case("dropout", X, op(aten.dropout.default, 0.5, False), (0, 1, 2)),
     Case("to", X, op(aten.to.dtype, torch.float32), (0, 1, 2)),
     Case("clone", X, op(aten.clone.default), (0, 1, 2)),
@@ -100,7 +116,12 @@ CASES = [
     Case("view with -1 for tokens", X, op(aten.view.default, [2, -1, 2, 2]), (0, 1)),
     Case("view, merging batch and tokens", X, op(aten.view.default, [12, 4]), (1,)),
     Case("view, moving an axis of 1", ((2, 1, 6),), op(aten.view.default, [2, 6, 1]), (0, 1)),
-    Case("reshape after transpose", X, lambda call, x: call(aten.reshape.default, call(aten.transpose.int, x, 1, 2), [2, 2, 2, 6]), (0, 3)),
+    Case(
+        "reshape after transpose",
+        X,
+        lambda call, x: call(aten.reshape.default, call(aten.transpose.int, x, 1, 2), [2, 2, 2, 6]),
+        (0, 3),
+    ),
     Case("expand", ((1, 6, 4),), op(aten.expand.default, [2, 6, 4]), (1, 2)),
     Case("expand, new axis and -1", ((6, 1),), op(aten.expand.default, [2, -1, 4]), (1,)),
     Case("gelu", X, op(aten.gelu.default), (0, 1, 2)),
@@ -112,8 +133,18 @@ CASES = [
     Case("mul, one value for all tokens", ((2, 6, 4), (2, 1, 4)), op(aten.mul.Tensor), (0, 1, 2)),
     Case("mul, outer product", ((2, 6, 1), (2, 1, 4)), op(aten.mul.Tensor), (0, 1, 2)),
     Case("mul by itself", X, lambda call, x: call(aten.mul.Tensor, x, x), (0, 1, 2)),
-    Case("add to its own transpose", ((2, 4, 4),), lambda call, x: call(aten.add.Tensor, x, call(aten.transpose.int, x, 1, 2)), (0, 1, 2)),
-    Case("where", ((2, 6, 4), (6, 1), (1, 1, 4)), lambda call, x, y, z: call(aten.where.self, call(aten.gt.Scalar, x, 0), y, z), (0, 1, 2)),
+    Case(
+        "add to its own transpose",
+        ((2, 4, 4),),
+        lambda call, x: call(aten.add.Tensor, x, call(aten.transpose.int, x, 1, 2)),
+        (0, 1, 2),
+    ),
+    Case(
+        "where",
+        ((2, 6, 4), (6, 1), (1, 1, 4)),
+        lambda call, x, y, z: call(aten.where.self, call(aten.gt.Scalar, x, 0), y, z),
+        (0, 1, 2),
+    ),
     Case("addcmul", ((2, 6, 4), (2, 1, 4), (6, 4)), op(aten.addcmul.default), (0, 1, 2)),
     Case("pointwise along an axis of 1", ((2, 1, 4), (2, 1, 4)), op(aten.add.Tensor), (0, 2)),
     Case("mm", ((6, 4), (4, 5)), op(aten.mm.default), (0,)),
@@ -123,18 +154,53 @@ CASES = [
     Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), (0, 1)),
     Case("matmul, one weight", ((2, 6, 4), (4, 5)), op(aten.matmul.default), (0, 1)),
     Case("matmul, a wider batch on the right", ((6, 4), (2, 4, 5)), op(aten.matmul.default), ()),
-    Case("matmul, heads broadcast", ((2, 3, 6, 4), (2, 1, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
-    Case("matmul, a batch on the left", ((2, 3, 6, 4), (3, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
+    Case(
+        "matmul, heads broadcast", ((2, 3, 6, 4), (2, 1, 4, 5)), op(aten.matmul.default), (0, 1, 2)
+    ),
+    Case(
+        "matmul, a batch on the left", ((2, 3, 6, 4), (3, 4, 5)), op(aten.matmul.default), (0, 1, 2)
+    ),
     Case("bmm", ((2, 6, 4), (2, 4, 5)), op(aten.bmm.default), (0, 1)),
     Case("conv1d, kernel 1", ((2, 4, 6), (5, 4, 1), (5,)), op(aten.conv1d.default), (0, 2)),
-    Case("conv2d, kernel 1", ((2, 4, 6, 3), (5, 4, 1, 1), (5,)), op(aten.conv2d.default), (0, 2, 3)),
-    Case("conv3d, kernel 1", ((2, 4, 2, 6, 3), (5, 4, 1, 1, 1)), op(aten.conv3d.default), (0, 2, 3, 4)),
-    Case("conv2d, kernel 3", ((2, 4, 6, 6), (5, 4, 3, 3)), op(aten.conv2d.default, None, [1, 1], [1, 1]), ()),
-    Case("conv1d, kernel 1, stride 2", ((2, 4, 6), (5, 4, 1)), op(aten.conv1d.default, None, [2]), ()),
-    Case("attention", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
-    Case("attention, masked", (*(((2, 3, 6, 4),) * 3), (2, 1, 6, 6)), op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
-    Case("attention, one mask", (*(((2, 3, 6, 4),) * 3), (1, 1, 1, 6)), op(aten.scaled_dot_product_attention.default), (0, 1, 2)),
-    Case("attention, causal", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default, None, 0.0, True), ()),
+    Case(
+        "conv2d, kernel 1", ((2, 4, 6, 3), (5, 4, 1, 1), (5,)), op(aten.conv2d.default), (0, 2, 3)
+    ),
+    Case(
+        "conv3d, kernel 1",
+        ((2, 4, 2, 6, 3), (5, 4, 1, 1, 1)),
+        op(aten.conv3d.default),
+        (0, 2, 3, 4),
+    ),
+    Case(
+        "conv2d, kernel 3",
+        ((2, 4, 6, 6), (5, 4, 3, 3)),
+        op(aten.conv2d.default, None, [1, 1], [1, 1]),
+        (),
+    ),
+    Case(
+        "conv1d, kernel 1, stride 2", ((2, 4, 6), (5, 4, 1)), op(aten.conv1d.default, None, [2]), ()
+    ),
+    Case(
+        "attention", ((2, 3, 6, 4),) * 3, op(aten.scaled_dot_product_attention.default), (0, 1, 2)
+    ),
+    Case(
+        "attention, masked",
+        (*(((2, 3, 6, 4),) * 3), (2, 1, 6, 6)),
+        op(aten.scaled_dot_product_attention.default),
+        (0, 1, 2),
+    ),
+    Case(
+        "attention, one mask",
+        (*(((2, 3, 6, 4),) * 3), (1, 1, 1, 6)),
+        op(aten.scaled_dot_product_attention.default),
+        (0, 1, 2),
+    ),
+    Case(
+        "attention, causal",
+        ((2, 3, 6, 4),) * 3,
+        op(aten.scaled_dot_product_attention.default, None, 0.0, True),
+        (),
+    ),
     Case("_softmax", X, op(aten._softmax.default, -1, False), (0, 1)),
     Case("glu", X, op(aten.glu.default), (0, 1)),
     Case("mean", X, op(aten.mean.dim, [2]), (0, 1)),
@@ -185,16 +251,23 @@ class Evaluator:
         return node
 
     def restricted(self, node: fx.Node, axis: int, kept: Tensor) -> Any:
-        """The value of ``node`` at ``kept`` along ``axis``, computed from operands restricted likewise."""
+        """The value of ``node`` at ``kept`` along ``axis``, computed from operands restricted
+        likewise.
+        """
         if node.op == "placeholder":
             return node.meta["val"].index_select(axis, kept)
         operands = axes.operands(node, axis)
         assert operands is not None
-        values = {operand: self.restricted(operand, operand_axis, kept) for operand, operand_axis in operands.items()}
+        values = {
+            operand: self.restricted(operand, operand_axis, kept)
+            for operand, operand_axis in operands.items()
+        }
         args, kwargs = node.args, node.kwargs
         if axes.has_sizes(node):
             args = (args[0], axes.resized(node, axis, len(kept)), *args[2:])  # type: ignore[arg-type]
-        args, kwargs = fx.map_arg((args, kwargs), lambda operand: values.get(operand, operand.meta["val"]))
+        args, kwargs = fx.map_arg(
+            (args, kwargs), lambda operand: values.get(operand, operand.meta["val"])
+        )
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -216,7 +289,9 @@ def test_slicing_commutes_with_the_operator(case: Case) -> None:
     for axis in found:
         kept = torch.tensor(KEPT[value.shape[axis]])
         expected = value.index_select(axis, kept)
-        assert torch.allclose(evaluator.restricted(node, axis, kept), expected, rtol=0, atol=1e-12), f"axis {axis}"
+        assert torch.allclose(
+            evaluator.restricted(node, axis, kept), expected, rtol=0, atol=1e-12
+        ), f"axis {axis}"
 
 
 def test_the_table_is_covered() -> None:
@@ -227,7 +302,9 @@ def test_the_table_is_covered() -> None:
         tried |= {node.target for node in evaluator.graph.nodes}
     # One rule serves both packed products; that with 4 bits runs on accelerators only.
     assert set(axes.RULES) - tried == {aten._weight_int4pack_mm.default}
-    assert axes.RULES[aten._weight_int4pack_mm.default] is axes.RULES[aten._weight_int8pack_mm.default]
+    assert (
+        axes.RULES[aten._weight_int4pack_mm.default] is axes.RULES[aten._weight_int8pack_mm.default]
+    )
 
 
 def test_a_placeholder_has_no_operands() -> None:

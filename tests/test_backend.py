@@ -20,7 +20,14 @@ from toca_fx.backend import toca
 
 INSTALLED = "toca" in torch.compiler.list_backends(exclude_tags=())
 BACKEND: Any = "toca" if INSTALLED else toca
-SMALLEST = {"version": 1, "name": "x", "sampler": {"steps": 4}, "N": {"base": 2}, "R": {"base": 0.5}, "scores": {"staleness": 1.0}}
+SMALLEST = {
+    "version": 1,
+    "name": "x",
+    "sampler": {"steps": 4},
+    "N": {"base": 2},
+    "R": {"base": 0.5},
+    "scores": {"staleness": 1.0},
+}
 
 
 @pytest.fixture
@@ -131,7 +138,10 @@ def test_a_twin_in_a_pipeline(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("policy", "text"),
     [
-        ("dit-xl-3", "there is no shipped policy and no file of this name; did you mean `dit-xl-2`?"),
+        (
+            "dit-xl-3",
+            "there is no shipped policy and no file of this name; did you mean `dit-xl-2`?",
+        ),
         ("./missing.yaml", "missing.yaml"),
         (Path("missing.yaml"), "missing.yaml"),
         ({**SMALLEST, "R": {"base": 2}}, "R.base"),
@@ -151,23 +161,36 @@ def test_every_problem_of_a_policy_is_told(model: nn.Module) -> None:
 
 
 def test_an_unknown_inner_backend_is_refused_at_once(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"unknown inner backend `inducter`; did you mean `inductor`\?; known: .*aot_eager"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown inner backend `inducter`; did you mean `inductor`\?; known: .*aot_eager",
+    ):
         toca_fx.compile(model, make_policy(), inner="inducter")
 
 
 @pytest.mark.parametrize("wrong", [None, "model", 3, object()])
 def test_what_is_no_model_is_refused_at_once(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or a diffusers pipeline with a transformer, got "):
+    with pytest.raises(
+        TypeError,
+        match=r"expected a torch\.nn\.Module or a diffusers pipeline with a transformer, got ",
+    ):
         toca_fx.compile(wrong, make_policy(), inner="eager")
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"backend toca: unknown option `polcy`; did you mean `policy`\?"):
+    with pytest.raises(
+        ValueError, match=r"backend toca: unknown option `polcy`; did you mean `policy`\?"
+    ):
         toca(None, [], options={"polcy": "dit-xl-2"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("options", "text"), [({"inner": "eagre"}, "did you mean `eager`?"), ({"policy": "dit"}, "no shipped policy")])
-def test_options_are_checked_at_the_first_call_of_torch_compile(model: nn.Module, options: Mapping[str, Any], text: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"inner": "eagre"}, "did you mean `eager`?"), ({"policy": "dit"}, "no shipped policy")],
+)
+def test_options_are_checked_at_the_first_call_of_torch_compile(
+    model: nn.Module, options: Mapping[str, Any], text: str
+) -> None:
     compiled = torch.compile(model, backend=BACKEND, options=dict(options))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as raised:
         run_all(compiled, make_inputs(1))
@@ -201,15 +224,26 @@ def test_the_entry_point_leads_here() -> None:
 def test_torch_compile_does_the_same(kind: str, policy: str, tmp_path: Path) -> None:
     model, inputs = tiny(kind, layers=2), make_inputs(6)
     file = tmp_path / "policy.yaml"
-    file.write_text("version: 1\nname: x\nsampler: {steps: 6}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n", encoding="utf-8")
-    source: Any = {"data": {**SMALLEST, "sampler": {"steps": 6}}, "file": str(file), "name": "default-image"}[policy]
+    file.write_text(
+        "version: 1\nname: x\nsampler: {steps: 6}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n",
+        encoding="utf-8",
+    )
+    source: Any = {
+        "data": {**SMALLEST, "sampler": {"steps": 6}},
+        "file": str(file),
+        "name": "default-image",
+    }[policy]
     compiled = torch.compile(model, backend=BACKEND, options={"policy": source, "inner": "eager"})
     with toca_fx.session(6) as run:
         outputs = [run_one(compiled, model, step) for step in inputs]
     with toca_fx.session(6):
         expected = run_all(toca_fx.compile(model, source, inner="eager"), inputs)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    cycle = ["full", "full", "partial", "partial", "full", "full"] if policy == "name" else ["full", "partial"] * 3
+    cycle = (
+        ["full", "full", "partial", "partial", "full", "full"]
+        if policy == "name"
+        else ["full", "partial"] * 3
+    )
     assert [step.kind for step in run.report().steps] == cycle
 
 
@@ -217,7 +251,11 @@ def run_one(compiled: nn.Module, model: nn.Module, step: tuple[Tensor, Tensor, T
     """torch.compile's wrapper is of another class than the model."""
     x, t, y = step
     with torch.no_grad():
-        return compiled(x, t=t, y=y) if isinstance(model, OriginalDiT) else compiled(x, timestep=t, class_labels=y).sample
+        return (
+            compiled(x, t=t, y=y)
+            if isinstance(model, OriginalDiT)
+            else compiled(x, timestep=t, class_labels=y).sample
+        )
 
 
 def test_a_compiled_function_around_the_model(model: nn.Module) -> None:
@@ -233,7 +271,9 @@ def test_a_compiled_function_around_the_model(model: nn.Module) -> None:
 
 
 def test_a_graph_break_between_blocks() -> None:
-    """Each part of the model has a clock and caches of its own, so that all of them are on the same step."""
+    """Each part of the model has a clock and caches of its own, so that all of them are on the same
+    step.
+    """
 
     class Broken(OriginalDiT):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -248,7 +288,9 @@ def test_a_graph_break_between_blocks() -> None:
     broken.load_state_dict(model.state_dict())
     with toca_fx.session():
         expected = run_all(toca_fx.compile(model, SMALLEST, inner="eager"), inputs)
-    compiled = torch.compile(broken, backend=BACKEND, options={"policy": SMALLEST, "inner": "eager"})
+    compiled = torch.compile(
+        broken, backend=BACKEND, options={"policy": SMALLEST, "inner": "eager"}
+    )
     with toca_fx.session(), torch.no_grad():
         outputs = [compiled(x, t=t, y=y) for x, t, y in inputs]
     assert all((a - b).abs().max() < 1e-4 for a, b in zip(outputs, expected, strict=True))
@@ -258,15 +300,24 @@ def test_a_graph_break_between_blocks() -> None:
 
 
 def chosen(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "toca_fx.backend" and "policy" in record.getMessage()]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "toca_fx.backend" and "policy" in record.getMessage()
+    ]
 
 
 @pytest.mark.parametrize("way", ["compile", "torch.compile"])
 @pytest.mark.parametrize(
     ("kind", "line"),
-    [("diffusers", "policy `dit-xl-2` (it names DiTTransformer2DModel)"), ("original", "policy `default-image` (none names OriginalDiT)")],
+    [
+        ("diffusers", "policy `dit-xl-2` (it names DiTTransformer2DModel)"),
+        ("original", "policy `default-image` (none names OriginalDiT)"),
+    ],
 )
-def test_the_policy_for_a_model_is_found_by_its_class(way: str, kind: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_policy_for_a_model_is_found_by_its_class(
+    way: str, kind: str, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="toca_fx")
     model = tiny(kind, layers=1)
     step = next(iter(make_inputs(1)))
@@ -277,7 +328,9 @@ def test_the_policy_for_a_model_is_found_by_its_class(way: str, kind: str, line:
     assert chosen(caplog) == [line]
 
 
-def test_the_policy_from_the_environment(model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_policy_from_the_environment(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="toca_fx")
     monkeypatch.setenv("TOCA_POLICY", "default-image")
     assert kinds(toca_fx.compile(model, inner="eager")) == ["full", "full", "partial", "partial"]
@@ -287,15 +340,22 @@ def test_the_policy_from_the_environment(model: nn.Module, monkeypatch: pytest.M
     assert chosen(caplog) == [], "a policy that is given comes first"
 
 
-def test_a_policy_for_another_model_is_warned_of(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_policy_for_another_model_is_warned_of(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     toca = toca_fx.compile(model, {**SMALLEST, "model": ["FluxTransformer2DModel"]}, inner="eager")
     with torch.no_grad():
         call(toca, *next(iter(make_inputs(1))))
-    assert "policy `x` was written for FluxTransformer2DModel; the model is a DiTTransformer2DModel" in caplog.messages
+    assert (
+        "policy `x` was written for FluxTransformer2DModel; the model is a DiTTransformer2DModel"
+        in caplog.messages
+    )
 
 
 def test_a_policy_for_this_model_is_not(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
-    toca = toca_fx.compile(model, {**SMALLEST, "model": ["A", "DiTTransformer2DModel"]}, inner="eager")
+    toca = toca_fx.compile(
+        model, {**SMALLEST, "model": ["A", "DiTTransformer2DModel"]}, inner="eager"
+    )
     with torch.no_grad():
         call(toca, *next(iter(make_inputs(1))))
     assert not [message for message in caplog.messages if "was written for" in message]

@@ -1,4 +1,6 @@
-"""The benchmark: from end to end on a model that is too small to mean anything, on the CPU and on a made-up GPU; and its parts."""
+"""The benchmark: from end to end on a model that is too small to mean anything, on the CPU and on a
+made-up GPU; and its parts.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ import torch
 
 import toca_fx
 from toca_fx import cli
+from toca_fx import examples as integration
 from toca_fx.bench import clock as clock_module
 from toca_fx.bench import limits as limits_module
 from toca_fx.bench import run as bench_run
@@ -25,17 +28,28 @@ from toca_fx.bench.contestants import Contestant, Field
 from toca_fx.bench.gpu import Cuda, Launches, Traced, launches, launches_by_kind
 from toca_fx.bench.limits import Limits, measure_limits
 from toca_fx.bench.result import BenchResult, Measured, Work, summarize
-from toca_fx.integrations import diffusers as integration
-from toca_fx.integrations.diffusers import PRESETS, examples
+from toca_fx.examples import PRESETS, Draw, examples
 from toca_fx.policy import Policy, shipped_policies
-from toca_fx.report import Launch, Report, StepRecord
+from toca_fx.runtime.report import Launch, Report, StepRecord
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "sample_size": 16}
+    config = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "sample_size": 16,
+    }
     monkeypatch.setitem(CASES, "dit-xl-2", Case("dit-xl-2-256", "dit-xl-2", 10, config))
-    inputs = lambda d: {"hidden_states": d.normal(4, 16, 16), "timestep": d.full(500), "class_labels": d.whole(1000)}  # noqa: E731
+
+    def inputs(d: Draw) -> dict[str, Any]:
+        return {
+            "hidden_states": d.normal(4, 16, 16),
+            "timestep": d.full(500),
+            "class_labels": d.whole(1000),
+        }
+
     monkeypatch.setitem(PRESETS, "dit-xl-2-256", replace(PRESETS["dit-xl-2-256"], inputs=inputs))
 
 
@@ -96,7 +110,17 @@ def test_bench_prints_writes_and_draws_every_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    options = ["bench", "--rounds", "1", "--threads", str(torch.get_num_threads()), "--json", str(figures), "--chart", str(picture)]
+    options = [
+        "bench",
+        "--rounds",
+        "1",
+        "--threads",
+        str(torch.get_num_threads()),
+        "--json",
+        str(figures),
+        "--chart",
+        str(picture),
+    ]
     assert cli.main(options) == 0
     printed = capsys.readouterr().out
     assert "the session was planned for" not in caplog.text
@@ -115,7 +139,9 @@ def test_bench_prints_writes_and_draws_every_figure(
         "peak memory",
     )
     assert [word for word in words if word not in printed] == []
-    assert [word for word in ("host", "launches", "CUDA graphs", "memory above") if word in printed] == []
+    assert [
+        word for word in ("host", "launches", "CUDA graphs", "memory above") if word in printed
+    ] == []
     written = json.loads(figures.read_text())
     assert {"date", "torch", "device", "dtype"} <= written.keys()
     assert not {"driver", "cuda"} & written.keys()
@@ -124,8 +150,15 @@ def test_bench_prints_writes_and_draws_every_figure(
     assert result["flops_ratio"] > 1.5
     assert result["quotient"] == pytest.approx(result["latency_ratio"] / result["flops_ratio"])
     uncached = result["uncached"]
-    assert all(0 < kind["flops"] < uncached["flops"] and kind["bytes"] > 0 for kind in result["kinds"] if kind["kind"] == "partial")
-    assert all(kind["host"] == kind["seconds"] and kind["launches"] is None for kind in (uncached, *result["kinds"]))
+    assert all(
+        0 < kind["flops"] < uncached["flops"] and kind["bytes"] > 0
+        for kind in result["kinds"]
+        if kind["kind"] == "partial"
+    )
+    assert all(
+        kind["host"] == kind["seconds"] and kind["launches"] is None
+        for kind in (uncached, *result["kinds"])
+    )
     assert result["memory"] is None
     assert result["peak_bytes"] > 2**20
     fewer, fora = result["alternatives"]
@@ -140,12 +173,33 @@ def test_bench_on_a_gpu_has_two_baselines_the_time_of_the_host_launches_and_memo
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    options = ["bench", "--rounds", "2", "--images", "2", "--dtype", "float32", "--alone", "--json", str(figures), "--chart", str(picture)]
+    options = [
+        "bench",
+        "--rounds",
+        "2",
+        "--images",
+        "2",
+        "--dtype",
+        "float32",
+        "--alone",
+        "--json",
+        str(figures),
+        "--chart",
+        str(picture),
+    ]
     assert cli.main(options) == 0
     printed = capsys.readouterr().out
-    assert [word for word in ("2 images", "host", "launches", "CUDA graphs", "fastest of the uncached") if word not in printed] == []
+    assert [
+        word
+        for word in ("2 images", "host", "launches", "CUDA graphs", "fastest of the uncached")
+        if word not in printed
+    ] == []
     written = json.loads(figures.read_text())
-    assert (written["device"], written["driver"], written["cuda"]) == ("NVIDIA Paper 1", None, "13.0")
+    assert (written["device"], written["driver"], written["cuda"]) == (
+        "NVIDIA Paper 1",
+        None,
+        "13.0",
+    )
     (result,) = written["results"]
     baselines = {found["name"]: found for found in result["baselines"]}
     assert list(baselines) == ["torch.compile", "torch.compile, CUDA graphs"]
@@ -159,25 +213,37 @@ def test_bench_on_a_gpu_has_two_baselines_the_time_of_the_host_launches_and_memo
     assert {kind["launches"]["kernels"] for kind in (result["uncached"], *result["kinds"])} == {1}
     assert set(result["timings"]) == {*baselines, "toca"}
     for timing in result["timings"].values():
-        assert (len(timing["device_ms"]), len(timing["host_ms"]), len(timing["rounds_s"])) == (10, 10, 2)
+        assert (len(timing["device_ms"]), len(timing["host_ms"]), len(timing["rounds_s"])) == (
+            10,
+            10,
+            2,
+        )
         assert sum(timing["host_ms"]) <= 1.01e3 * timing["generation_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_a_baseline_that_fails_is_named_with_its_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_fails_is_named_with_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(**call: Any) -> None:
         raise RuntimeError("capture failed\nsomewhere")
 
-    monkeypatch.setattr(Field, "uncached_recorded", lambda self: Contestant("torch.compile, CUDA graphs", fails))
-    assert cli.main(["bench", "--rounds", "1", "--steps", "4", "--dtype", "float32", "--alone"]) == 0
+    monkeypatch.setattr(
+        Field, "uncached_recorded", lambda self: Contestant("torch.compile, CUDA graphs", fails)
+    )
+    assert (
+        cli.main(["bench", "--rounds", "1", "--steps", "4", "--dtype", "float32", "--alone"]) == 0
+    )
     printed = capsys.readouterr().out
     assert "does not run: capture failed" in printed
     assert "fastest of the uncached" not in printed
 
 
 class Simulated:
-    """A host that asks for work in 1 s, and a device that takes longer over it; no time goes by but theirs."""
+    """A host that asks for work in 1 s, and a device that takes longer over it; no time goes by but
+    theirs.
+    """
 
     def __init__(self, work: float) -> None:
         self.work, self.now, self.busy_until = work, 0.0, 0.0
@@ -220,13 +286,18 @@ def test_nothing_waits_inside_a_generation_on_a_gpu(monkeypatch: pytest.MonkeyPa
     first, second = WholeGenerations(device).time([device, device], [0, 1, 2], 2, shares.append)
     monkeypatch.undo()
     assert device.log == ["open", "wait", "step 0", "step 1", "step 2", "wait", "close"] * 4
-    # The device starts when it has been asked for the first time, and is then always asked before it is done.
+    # The device starts when it has been asked for the first time, and is then always asked before
+    # it is done.
     assert first == second == Timing((6.0, 5.0, 5.0), (1.0, 1.0, 1.0), 16.0, (16.0, 16.0))
     assert shares == [0.25] * 4
 
 
 def test_medians_are_taken_step_by_step_and_of_whole_generations() -> None:
-    taken = [Taken([1.0, 5.0], [0.1, 0.3], 6.0), Taken([3.0, 4.0], [0.2, 0.1], 9.0), Taken([2.0, 9.0], [0.9, 0.2], 7.0)]
+    taken = [
+        Taken([1.0, 5.0], [0.1, 0.3], 6.0),
+        Taken([3.0, 4.0], [0.2, 0.1], 9.0),
+        Taken([2.0, 9.0], [0.9, 0.2], 7.0),
+    ]
     assert medians(taken) == Timing((2.0, 5.0), (0.2, 0.2), 7.0, (6.0, 9.0, 7.0))
 
 
@@ -243,10 +314,14 @@ def _steady(seconds: Sequence[float], host: float) -> Timing:
 
 
 def _summary(slow: float, fast: float) -> BenchResult:
-    """Three steps, a full one and two partial ones of a tenth of the work, beside two uncached models."""
+    """Three steps, a full one and two partial ones of a tenth of the work, beside two uncached
+    models.
+    """
 
     def record(index: int, kind: str, fresh: int) -> StepRecord:
-        plan: Any = SimpleNamespace(fresh=(fresh, 9), modes=("partial" if kind == "partial" else "full", "reuse"))
+        plan: Any = SimpleNamespace(
+            fresh=(fresh, 9), modes=("partial" if kind == "partial" else "full", "reuse")
+        )
         launch = Launch("recorded", "") if kind == "partial" else Launch("queued", "too large")
         return StepRecord(index, kind, "", 1.0, 0.25, plan, 0, launch)
 
@@ -254,20 +329,32 @@ def _summary(slow: float, fast: float) -> BenchResult:
     report = Report(steps, (), (1000, 100, 100), 3000, 0, 0, 2, ())
     counted = {"full": Launches(3, 0, 3), "partial": Launches(0, 1, 9)}
     ours = Measured("toca", _steady((6.0, 1.0, 2.0), 0.5), 4.0, report, counted)
-    uncached = [Measured("queued", _steady((slow,) * 3, 3.0), 2.0), Measured("recorded", _steady((fast,) * 3, 0.1), 3.0)]
+    uncached = [
+        Measured("queued", _steady((slow,) * 3, 3.0), 2.0),
+        Measured("recorded", _steady((fast,) * 3, 0.1), 3.0),
+    ]
     other = Measured("another cache", _steady((5.0,) * 3, 1.0))
-    return summarize("case", "policy", uncached, ours, [other], Work(50, (40, 20, 20)), Limits(1.0, 1.0))
+    return summarize(
+        "case", "policy", uncached, ours, [other], Work(50, (40, 20, 20)), Limits(1.0, 1.0)
+    )
 
 
 @pytest.mark.parametrize(("slow", "fast", "named"), [(9.0, 6.0, "recorded"), (6.0, 9.0, "queued")])
-def test_the_quotient_is_taken_against_the_faster_baseline(slow: float, fast: float, named: str) -> None:
+def test_the_quotient_is_taken_against_the_faster_baseline(
+    slow: float, fast: float, named: str
+) -> None:
     result = _summary(slow, fast)
     assert (result.baseline, result.uncached.seconds, result.latency_ratio) == (named, 6.0, 2.0)
     assert result.quotient == pytest.approx(2.0 / 2.5)
     assert result.ratios == {"full": 1.0, "partial": 0.25}
     full, partial = result.kinds
     assert (full.host, full.fresh, full.bytes, str(full.launches)) == (0.5, 0.0, 40, "3 kernels")
-    assert (partial.seconds, partial.fresh, partial.bytes, str(partial.launches)) == (1.5, 7.0, 20, "1 graph")
+    assert (partial.seconds, partial.fresh, partial.bytes, str(partial.launches)) == (
+        1.5,
+        7.0,
+        20,
+        "1 graph",
+    )
     assert result.alternatives[1].latency_ratio == pytest.approx(18 / 15)
     figures = json.loads(json.dumps(result.to_dict()))
     assert figures["timings"]["toca"] == {
@@ -281,8 +368,20 @@ def test_the_quotient_is_taken_against_the_faster_baseline(slow: float, fast: fl
 
 
 def test_launches_are_counted_by_what_the_host_called() -> None:
-    on_host = ("cudaLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC_v11060", "cudaGraphLaunch", "cudaMemcpyAsync", "aten::mm")
-    on_device = ("triton_poi_fused_0", "sm90_xmma_gemm", "Memcpy DtoD (Device -> Device)", "Memset (Device)")
+    on_host = (
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaLaunchKernelExC_v11060",
+        "cudaGraphLaunch",
+        "cudaMemcpyAsync",
+        "aten::mm",
+    )
+    on_device = (
+        "triton_poi_fused_0",
+        "sm90_xmma_gemm",
+        "Memcpy DtoD (Device -> Device)",
+        "Memset (Device)",
+    )
     seen = [*(Traced(name, False) for name in on_host), *(Traced(name, True) for name in on_device)]
     assert launches(seen) == Launches(kernels=3, graphs=1, ran=2)
     assert launches(event for event in seen if not event.on_device) is None
@@ -298,10 +397,14 @@ def test_launches_are_counted_in_the_middle_step_of_each_kind() -> None:
         return [Traced("cudaGraphLaunch", False), Traced("k", True)]
 
     traced.traced = trace  # type: ignore[method-assign]
-    counted = launches_by_kind(device, range(5), ["full", "full", "partial", "partial", "partial"], traced)
+    counted = launches_by_kind(
+        device, range(5), ["full", "full", "partial", "partial", "partial"], traced
+    )
     assert seen == ["step 1", "step 3"]
     assert counted == {"full": Launches(0, 1, 1), "partial": Launches(0, 1, 1)}
-    assert [entry for entry in device.log if entry.startswith("step")] == [f"step {at}" for at in range(5)]
+    assert [entry for entry in device.log if entry.startswith("step")] == [
+        f"step {at}" for at in range(5)
+    ]
 
 
 def test_the_profiler_names_what_the_host_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +414,9 @@ def test_the_profiler_names_what_the_host_called(monkeypatch: pytest.MonkeyPatch
     assert launches(seen) is None
 
 
-def test_limits_are_measured_by_events_where_a_device_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_measured_by_events_where_a_device_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(limits_module, "_GPU_ROWS", 8)
     monkeypatch.setattr(limits_module, "_GPU_WIDTH", 4)
     device = Simulated(work=0.0)
@@ -337,7 +442,9 @@ def test_every_case_has_its_preset_and_its_policy() -> None:
         assert example_of(case, "all") is PRESETS[case.preset]
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])  # "meta" has no values to read, as a GPU has none for numpy
+@pytest.mark.parametrize(
+    "device", ["cpu", "meta"]
+)  # "meta" has no values to read, as a GPU has none for numpy
 def test_every_model_can_be_made_in_place_in_half_precision(device: str) -> None:
     for example in examples().values():
         with torch.device(device):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.helpers import capture_tiny, make_policy
-from toca_fx.buffers import Buffers, given, kept, site_of
-from toca_fx.match import match
-from toca_fx.plan import make_plan
+from toca_fx.match.matcher import match
+from toca_fx.plan.buffers import Buffers, given, kept, site_of
+from toca_fx.plan.plan import make_plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -18,7 +18,14 @@ def test_buffers_of_a_dit_whose_attention_is_partial(dtype: torch.dtype) -> None
     plan = make_plan(match(source.graph), make_policy(modules=modules))
     names = kept(plan)
     # One linear makes q, k and v: keys and values are two reads of it.
-    assert [name for name in names if not name.startswith("keys")] == ["cache:0", "cache:1", "score:0", "score:1", "picked:0", "picked:1"]
+    assert [name for name in names if not name.startswith("keys")] == [
+        "cache:0",
+        "cache:1",
+        "score:0",
+        "score:1",
+        "picked:0",
+        "picked:1",
+    ]
     assert any(name.startswith("keys:0:") for name in names)
     partial = next(step.modes for step in plan.steps if step.kind == "partial")
     assert given(plan, partial) == ["order:0", "order:1", "ranks:0", "ranks:1"]

@@ -1,4 +1,6 @@
-"""Caches in another dtype than the model's: smaller by as much as it is, exact on full steps, rounded on partial ones."""
+"""Caches in another dtype than the model's: smaller by as much as it is, exact on full steps,
+rounded on partial ones.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,24 @@ from torch import Tensor
 
 import toca_fx
 from tests.helpers import capture, make_policy
-from toca_fx.analysis import Analysis
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
-from toca_fx.patterns import aten
-from toca_fx.report import Report
+from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.graph.ops import aten
+from toca_fx.lower.cost import Analysis
+from toca_fx.runtime.report import Report
 
 STEPS = 6
-EVERYTHING_PARTIAL = {kind: {"weight": 1.0} for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")}
+EVERYTHING_PARTIAL = {
+    kind: {"weight": 1.0}
+    for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")
+}
 # Relative rounding of one value.
-ROUNDING = {"float32": 1e-7, "bfloat16": 2**-8, "float16": 2**-11, "float8_e4m3fn": 2**-4, "float8_e5m2": 2**-3}
+ROUNDING = {
+    "float32": 1e-7,
+    "bfloat16": 2**-8,
+    "float16": 2**-11,
+    "float8_e4m3fn": 2**-4,
+    "float8_e5m2": 2**-3,
+}
 
 
 def run(name: str, *, inner: str = "eager", **sections: Any) -> tuple[list[Tensor], Report]:
@@ -29,21 +40,33 @@ def run(name: str, *, inner: str = "eager", **sections: Any) -> tuple[list[Tenso
     torch._dynamo.reset()
     fast = toca_fx.compile(model, policy, inner=inner)
     with torch.no_grad(), toca_fx.session(STEPS) as session:
-        outputs = [prediction(fast(**vary(example, first, step, STEPS)))[0].clone() for step in range(STEPS)]
+        outputs = [
+            prediction(fast(**vary(example, first, step, STEPS)))[0].clone()
+            for step in range(STEPS)
+        ]
     return outputs, session.report()
 
 
 @pytest.mark.parametrize("modules", [{}, EVERYTHING_PARTIAL], ids=["mlp partial", "all partial"])
 @pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "FluxTransformer2DModel"])
-def test_partial_steps_are_rounded_and_full_ones_are_not(name: str, modules: dict[str, Any]) -> None:
+def test_partial_steps_are_rounded_and_full_ones_are_not(
+    name: str, modules: dict[str, Any]
+) -> None:
     exact, plain = run(name, modules=modules)
-    dtypes = ROUNDING if name == "FluxTransformer2DModel" and not modules else ("bfloat16", "float8_e4m3fn")
+    dtypes = (
+        ROUNDING
+        if name == "FluxTransformer2DModel" and not modules
+        else ("bfloat16", "float8_e4m3fn")
+    )
     for dtype in dtypes:
         rounded, report = run(name, modules=modules, cache={"dtype": dtype})
         assert [step.kind for step in report.steps] == ["full", "partial", "partial"] * 2
         for step, ours, theirs in zip(report.steps, rounded, exact, strict=True):
             error = float((ours - theirs).norm() / theirs.norm())
-            assert error == 0 if step.kind == "full" else 0 < error < 2 * ROUNDING[dtype], (dtype, step.index)
+            assert error == 0 if step.kind == "full" else 0 < error < 2 * ROUNDING[dtype], (
+                dtype,
+                step.index,
+            )
         assert report.cache_bytes < plain.cache_bytes
 
 
@@ -53,11 +76,18 @@ def test_the_bytes_are_predicted_and_shrink_with_the_dtype() -> None:
     captured, flat = capture(model, **inputs)
     sizes = {}
     for dtype in ("model", "bfloat16", "float8_e4m3fn"):
-        found = Analysis(captured, flat, make_policy(sampler={"steps": STEPS}, scores={"random": 1.0}, cache={"dtype": dtype}))
+        found = Analysis(
+            captured,
+            flat,
+            make_policy(sampler={"steps": STEPS}, scores={"random": 1.0}, cache={"dtype": dtype}),
+        )
         plan = found.plan(None)
         sizes[dtype] = found.nbytes(plan)
         assert run("DiTTransformer2DModel", cache={"dtype": dtype})[1].cache_bytes == sizes[dtype]
-        features = sum(batch * tokens * channels for batch, tokens, channels in (site.shape for site in plan.sites))
+        features = sum(
+            batch * tokens * channels
+            for batch, tokens, channels in (site.shape for site in plan.sites)
+        )
     assert sizes["model"] - sizes["bfloat16"] == features * (8 - 2)
     assert sizes["bfloat16"] - sizes["float8_e4m3fn"] == features
 
@@ -71,12 +101,24 @@ def test_a_rule_sets_the_dtype_of_its_sites() -> None:
     for kind, conversions in (("full", 0), ("partial", 2)):
         step = found.step_graph(plan, next(step.modes for step in plan.steps if step.kind == kind))
         casts = step.module.graph.find_nodes(op="call_function", target=aten.to.dtype)
-        assert len([node for node in casts if torch.bfloat16 in (node.args[1], node.args[0].meta.get("val", flat[0]).dtype)]) == conversions
+        assert (
+            len(
+                [
+                    node
+                    for node in casts
+                    if torch.bfloat16 in (node.args[1], node.args[0].meta.get("val", flat[0]).dtype)
+                ]
+            )
+            == conversions
+        )
 
 
 def test_inductor_keeps_to_it() -> None:
     for dtype in ("bfloat16", "float8_e4m3fn"):
-        (ours, report), (theirs, _) = (run("DiTTransformer2DModel", inner=inner, cache={"dtype": dtype}) for inner in ("inductor", "eager"))
+        (ours, report), (theirs, _) = (
+            run("DiTTransformer2DModel", inner=inner, cache={"dtype": dtype})
+            for inner in ("inductor", "eager")
+        )
         for a, b, step in zip(ours, theirs, report.steps, strict=True):
             # The same value may be rounded up here and down there.
             assert (a - b).norm() <= (1e-5 if step.kind == "full" else ROUNDING[dtype]) * b.norm()

@@ -20,7 +20,14 @@ WARNINGS = sorted(map(str, (POLICIES / "warnings").glob("*.yaml")))
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toca_fx", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=60)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
 
 
 def test_clean_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +65,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_unreadable_files_come_before_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_files_come_before_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     contents = {
         "binary": bytes(range(256)),
@@ -86,7 +95,9 @@ def test_unreadable_files_come_before_problems(tmp_path: Path, capsys: pytest.Ca
     assert main(["validate", "nul\0in-name"]) == 2
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user"
+)
 def test_forbidden_file(tmp_path: Path) -> None:
     file = tmp_path / "secret.yaml"
     file.touch(mode=0o000)
@@ -103,13 +114,20 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
     file = tmp_path / "größe-\udcff.yaml"
     file.write_text("ключ: 1\n", encoding="utf-8")
     for form in ("text", "json"):
-        result = run("validate", "--format", form, str(file), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+        result = run(
+            "validate", "--format", form, str(file), PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+        )
         assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_validate_does_not_import_torch() -> None:
     code = "import sys; from toca_fx.cli import main; main(['validate', sys.argv[1]]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code, VALID[0]], capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, VALID[0]], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
@@ -175,7 +193,12 @@ def factory(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_explain_a_function(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_a_function(
+    factory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["explain", f"{factory}:make", "--policy", "default-image", "--steps", "10"]) == 0
     page = capsys.readouterr().out
     assert "steps      10: " in page
@@ -190,19 +213,30 @@ def test_explain_a_function(factory: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_explain_an_example_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "DiTTransformer2DModel", "--batch", "1", "--policy", "default-image"]) == 0
+    assert (
+        main(["explain", "DiTTransformer2DModel", "--batch", "1", "--policy", "default-image"]) == 0
+    )
     assert "transformer_blocks.0-1.ff " in capsys.readouterr().out
 
 
 def test_explain_unknown_names(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["DiTTransformer2DModl"], "unknown model `DiTTransformer2DModl`; did you mean `DiTTransformer2DModel`?"),
+        (
+            ["DiTTransformer2DModl"],
+            "unknown model `DiTTransformer2DModl`; did you mean `DiTTransformer2DModel`?",
+        ),
         (["dit-xl-2-265"], "did you mean `dit-xl-2-256`?"),
-        (["PriorTransformer"], "there is no example of `PriorTransformer`: denoises one embedding vector"),
+        (
+            ["PriorTransformer"],
+            "there is no example of `PriorTransformer`: denoises one embedding vector",
+        ),
         ([f"{factory}:mak"], "has no function `mak`; did you mean `make`?"),
         (["nowhere.py:make"], "there is no file `nowhere.py`"),
         (["no.such.module:make"], "there is no module `no.such.module`"),
-        ([f"{factory}:nothing"], "expected the function to return (module, mapping of keyword arguments), got (Model, int)"),
+        (
+            [f"{factory}:nothing"],
+            "expected the function to return (module, mapping of keyword arguments), got (Model, int)",
+        ),
         ([f"{factory}:make", "--policy", "defalt-image"], "did you mean `default-image`?"),
     ):
         assert main(["explain", *arguments]) == 2
@@ -210,7 +244,17 @@ def test_explain_unknown_names(factory: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_explain_problems(factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", f"{factory}:make", "--policy", str(POLICIES / "invalid" / "duplicates.yaml")]) == 1
+    assert (
+        main(
+            [
+                "explain",
+                f"{factory}:make",
+                "--policy",
+                str(POLICIES / "invalid" / "duplicates.yaml"),
+            ]
+        )
+        == 1
+    )
     assert ":7:1: duplicate key `R`" in capsys.readouterr().err
     file = tmp_path / "policy.yaml"
     text = "version: 1\nname: x\nsampler: {steps: 4}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n"

@@ -1,4 +1,6 @@
-"""s1 on a GPU: the kernel by Triton's interpreter and as it is compiled, the operator's choices on fake tensors, the graphs it is in."""
+"""s1 on a GPU: the kernel by Triton's interpreter and as it is compiled, the operator's choices on
+fake tensors, the graphs it is in.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,14 @@ from torch.nn.attention import SDPBackend
 
 from tests.helpers import make_policy
 from tests.made_up_cuda import fake_example, made_up_cuda
-from toca_fx import attention, columns
-from toca_fx.analysis import Analysis
-from toca_fx.capture import capture
-from toca_fx.columns import attention_and_columns, column_sums, takes
-from toca_fx.flops import columns_flops, count_flops
-from toca_fx.integrations.diffusers import examples
-from toca_fx.rewrite import rewrite
+from toca_fx.capture.dynamo import capture
+from toca_fx.examples import examples
+from toca_fx.kernels import columns
+from toca_fx.kernels import influence as attention
+from toca_fx.kernels.columns import attention_and_columns, column_sums, takes
+from toca_fx.lower.cost import Analysis
+from toca_fx.lower.flops import columns_flops, count_flops
+from toca_fx.rewrite.step import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
@@ -41,8 +44,8 @@ OPERATOR = torch.ops.toca_fx.attention_and_columns.default
 # Prints the largest error of the columns, relative to their largest value, for every case.
 SCRIPT = """
 import json, sys, torch
-from toca_fx import columns_triton
-from toca_fx.columns import look_at
+from toca_fx.kernels import columns_triton
+from toca_fx.kernels.columns import look_at
 
 found = []
 for (batch, heads, queries, keys, width), dtype, layout, every, config in json.loads(sys.argv[1]):
@@ -90,7 +93,12 @@ def triton() -> Any:
 def test_the_kernel_sums_the_columns_of_the_map() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(CASES)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, json.dumps(CASES)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
@@ -101,33 +109,46 @@ def test_the_kernel_sums_the_columns_of_the_map() -> None:
 # What the compiler makes of it, for a GPU that need not be there
 
 
-def compile_for(capability: tuple[int, int], dtype: torch.dtype, width: int, config: Any) -> tuple[Any, dict[str, int]]:
+def compile_for(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, config: Any
+) -> tuple[Any, dict[str, int]]:
     """The kernel as compiled for queries as projections leave them, and what it needs.
 
-    That is registers per thread, bytes per thread that did not fit into them (the stack), and bytes of shared memory.
+    That is registers per thread, bytes per thread that did not fit into them (the stack), and bytes
+    of shared memory.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from toca_fx import columns_triton
+    from toca_fx.kernels import columns_triton
 
     kernel = columns_triton._column_sums
     main, rest = columns_triton.parts(width)
-    # A stride of 1 is a constant for Triton, and so is whether a number is a multiple of 16; that of tokens may be any.
+    # A stride of 1 is a constant for Triton, and so is whether a number is a multiple of 16; that
+    # of tokens may be any.
     constants = {**config.kwargs, "WIDTH": width, "MAIN": main, "REST": rest, "total_n": 1}
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     pointers = {"query": pointer, "key": pointer, "logsumexp": "*fp32", "columns": "*fp32"}
     multiples = {*pointers, "query_b", "query_h", "query_n", "key_b", "key_h", "key_n"}
-    types = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    types = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
     source = ASTSource(
         kernel,
         {**types, "factor": "fp32"},
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name in multiples},
+        {
+            (at,): [["tt.divisibility", 16]]
+            for at, name in enumerate(kernel.arg_names)
+            if name in multiples
+        },
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32), options=options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
@@ -135,7 +156,11 @@ def compile_for(capability: tuple[int, int], dtype: torch.dtype, width: int, con
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) ", usage)
     assert found
-    return compiled, {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+    return compiled, {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": compiled.metadata.shared,
+    }
 
 
 HOPPER, AMPERE, ADA = (9, 0), (8, 0), (8, 9)
@@ -146,14 +171,26 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 @pytest.mark.parametrize(
     ("capability", "dtype", "width"),
     [
-        *((capability, dtype, width) for capability in (HOPPER, AMPERE) for dtype in (HALF, FLOAT) for width in (64, 72)),
-        *((HOPPER, torch.float16, 128), (HOPPER, HALF, 128), (AMPERE, torch.float16, 128), (HOPPER, FLOAT, 96)),
+        *(
+            (capability, dtype, width)
+            for capability in (HOPPER, AMPERE)
+            for dtype in (HALF, FLOAT)
+            for width in (64, 72)
+        ),
+        *(
+            (HOPPER, torch.float16, 128),
+            (HOPPER, HALF, 128),
+            (AMPERE, torch.float16, 128),
+            (HOPPER, FLOAT, 96),
+        ),
         *((HOPPER, HALF, 256), (ADA, HALF, 192), (ADA, FLOAT, 96)),
     ],
 )
 @pytest.mark.usefixtures("triton")
-def test_no_warp_waits_for_others_sums_and_no_register_is_spilled(capability: tuple[int, int], dtype: torch.dtype, width: int) -> None:
-    from toca_fx.columns_triton import configurations
+def test_no_warp_waits_for_others_sums_and_no_register_is_spilled(
+    capability: tuple[int, int], dtype: torch.dtype, width: int
+) -> None:
+    from toca_fx.kernels.columns_triton import configurations
 
     for config in configurations(capability, dtype):
         compiled, needs = compile_for(capability, dtype, width, config)
@@ -162,10 +199,13 @@ def test_no_warp_waits_for_others_sums_and_no_register_is_spilled(capability: tu
         (loop,) = re.findall(r"scf\.for.*?scf\.yield", compiled.asm["ttgir"], re.DOTALL)
         layouts = re.findall(r"nvidia_mma<\{.*?warpsPerCTA = \[([^]]*)\]", compiled.asm["ttgir"])
         assert layouts
-        assert set(layouts) == {f"{config.num_warps}, 1"}, "each warp owns whole rows of keys x queries"
+        assert set(layouts) == {f"{config.num_warps}, 1"}, (
+            "each warp owns whole rows of keys x queries"
+        )
         assert re.findall(r'"tt.reduce".*axis = (\d)', loop) == ["1"], "along the queries"
         assert "async_copy_global_to_local" in loop, "the next queries are on their way"
-        # Nothing goes through shared memory from thread to thread, but for the second TF32 part of the queries.
+        # Nothing goes through shared memory from thread to thread, but for the second TF32 part of
+        # the queries.
         assert loop.count("ttg.convert_layout") == 0
         assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (capability == HOPPER)
         assert ("mma.sync" in compiled.asm["ptx"]) == (capability != HOPPER)
@@ -173,8 +213,10 @@ def test_no_warp_waits_for_others_sums_and_no_register_is_spilled(capability: tu
 
 @pytest.mark.usefixtures("triton")
 def test_two_blocks_share_a_multiprocessor_of_a_hopper_gpu() -> None:
-    """While one of them waits for its products, the other takes exponentials: FLUX.1-dev and Wan, with 128 channels a head."""
-    from toca_fx.columns_triton import configurations
+    """While one of them waits for its products, the other takes exponentials: FLUX.1-dev and Wan,
+    with 128 channels a head.
+    """
+    from toca_fx.kernels.columns_triton import configurations
 
     for config in configurations(HOPPER, HALF):
         _, needs = compile_for(HOPPER, HALF, 128, config)
@@ -185,7 +227,7 @@ def test_two_blocks_share_a_multiprocessor_of_a_hopper_gpu() -> None:
 @pytest.mark.parametrize(("dtype", "width", "most"), [(FLOAT, 128, 512), (HALF, 256, 256)])
 @pytest.mark.usefixtures("triton")
 def test_the_widest_heads_still_fit_a_small_gpu(dtype: torch.dtype, width: int, most: int) -> None:
-    from toca_fx.columns_triton import configurations
+    from toca_fx.kernels.columns_triton import configurations
 
     for config in configurations(ADA, dtype):
         _, needs = compile_for(ADA, dtype, width, config)
@@ -195,28 +237,51 @@ def test_the_widest_heads_still_fit_a_small_gpu(dtype: torch.dtype, width: int, 
 
 @pytest.mark.usefixtures("triton")
 def test_channels_are_padded_as_little_as_possible() -> None:
-    from toca_fx.columns_triton import parts
+    from toca_fx.kernels.columns_triton import parts
 
     found = {width: parts(width) for width in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 160, 256)}
     assert found == {
-        **{8: (16, 0), 16: (16, 0), 24: (32, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 112: (128, 0)},
+        **{
+            8: (16, 0),
+            16: (16, 0),
+            24: (32, 0),
+            40: (32, 16),
+            64: (64, 0),
+            72: (64, 16),
+            80: (64, 16),
+            96: (64, 32),
+            112: (128, 0),
+        },
         **{128: (128, 0), 160: (128, 32), 256: (256, 0)},
     }
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize(("capability", "dtype", "tried"), [(HOPPER, HALF, 3), (ADA, HALF, 2), (HOPPER, FLOAT, 0), ((12, 0), HALF, 2)])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tried"),
+    [(HOPPER, HALF, 3), (ADA, HALF, 2), (HOPPER, FLOAT, 0), ((12, 0), HALF, 2)],
+)
 def test_the_fastest_configuration_is_found_once_for_sizes_of_an_order(
-    capability: tuple[int, int], dtype: torch.dtype, tried: int, triton: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    tried: int,
+    triton: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from toca_fx import columns_triton
+    from toca_fx.kernels import columns_triton
 
     launched: list[dict[str, Any]] = []
     timed: list[object] = []
 
     def launch(*args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         bound = inspect.signature(columns_triton._column_sums.fn).bind(
-            *args, **{name: value for name, value in kwargs.items() if name not in ("num_warps", "num_stages", "num_ctas", "maxnreg")}
+            *args,
+            **{
+                name: value
+                for name, value in kwargs.items()
+                if name not in ("num_warps", "num_stages", "num_ctas", "maxnreg")
+            },
         )
         launched.append({**bound.arguments, "grid": grid(kwargs)})
 
@@ -231,7 +296,10 @@ def test_the_fastest_configuration_is_found_once_for_sizes_of_an_order(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for tokens in (1000, 1020, 900):
-        query, key = (torch.empty(2, tokens, 3, 72, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(2))
+        query, key = (
+            torch.empty(2, tokens, 3, 72, dtype=dtype, device="cuda").transpose(1, 2)
+            for _ in range(2)
+        )
         total, sums = (torch.empty(2, 3, tokens, device="cuda") for _ in range(2))
         columns_triton.launch(query[:, :, ::4], key, total[:, :, ::4], sums, 0.3)
     assert len(timed) == tried
@@ -247,7 +315,9 @@ def test_the_fastest_configuration_is_found_once_for_sizes_of_an_order(
 
 def on_gpu(dtype: torch.dtype, width: int) -> list[Tensor]:
     """Fake q, k and v as projections leave them, [2, 3, 50, width]; to be called in a fake mode."""
-    return [torch.empty(2, 50, 3, width, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)]
+    return [
+        torch.empty(2, 50, 3, width, dtype=dtype, device="cuda").transpose(1, 2) for _ in range(3)
+    ]
 
 
 @pytest.mark.usefixtures("device")
@@ -256,11 +326,24 @@ def test_on_a_gpu_the_operator_takes_the_place_of_the_attention(dtype: torch.dty
     def attend(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         return attention.attention_and_influence(query, key, value, scale=0.3, every=4, read=read)
 
-    traced = make_fx(attend, tracing_mode="fake", pre_dispatch=True)(*on_gpu(dtype, 72), torch.ones((), dtype=torch.bool))
-    operator, mean = (node for node in traced.graph.nodes if node.op == "call_function" and "getitem" not in node.name)
+    traced = make_fx(attend, tracing_mode="fake", pre_dispatch=True)(
+        *on_gpu(dtype, 72), torch.ones((), dtype=torch.bool)
+    )
+    operator, mean = (
+        node
+        for node in traced.graph.nodes
+        if node.op == "call_function" and "getitem" not in node.name
+    )
     assert (operator.target, mean.target) == (OPERATOR, aten.mean.dim)
-    assert operator.args == (*traced.graph.find_nodes(op="placeholder")[:3], 0.3, 4, traced.graph.find_nodes(op="placeholder")[3])
-    output, score = (node.meta["val"] for node in next(iter(traced.graph.find_nodes(op="output"))).args[0])
+    assert operator.args == (
+        *traced.graph.find_nodes(op="placeholder")[:3],
+        0.3,
+        4,
+        traced.graph.find_nodes(op="placeholder")[3],
+    )
+    output, score = (
+        node.meta["val"] for node in next(iter(traced.graph.find_nodes(op="output"))).args[0]
+    )
     assert (tuple(output.shape), output.dtype) == ((2, 3, 50, 72), dtype)
     assert output.transpose(1, 2).is_contiguous()
     assert (tuple(score.shape), score.dtype) == ((2, 50), torch.float32)
@@ -274,7 +357,11 @@ def test_what_the_operator_does_not_take() -> None:
     assert not takes(query, key, value.half()), "operands of several types are left to autocast"
     assert not takes(query, key, value.mT.contiguous().mT)
     assert not takes(query.cpu(), key.cpu(), value.cpu())
-    for dtype, width in ((torch.float16, 65), (torch.float64, 64), (torch.float32, 256)):  # rows not aligned; too wide
+    for dtype, width in (
+        (torch.float16, 65),
+        (torch.float64, 64),
+        (torch.float32, 256),
+    ):  # rows not aligned; too wide
         assert not takes(*on_gpu(dtype, width))
 
 
@@ -282,7 +369,11 @@ def test_what_the_operator_does_not_take() -> None:
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": True}, {"dropout_p": 0.5}])
 def test_masks_and_dropout_are_done_beside_the_attention(options: dict[str, Any]) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        mask = {"attn_mask": torch.ones(50, 50, dtype=torch.bool, device="cuda")} if "attn_mask" in options else {}
+        mask = (
+            {"attn_mask": torch.ones(50, 50, dtype=torch.bool, device="cuda")}
+            if "attn_mask" in options
+            else {}
+        )
         return attention.attention_and_influence(query, key, value, **{**options, **mask})
 
     traced = make_fx(attend, tracing_mode="fake", pre_dispatch=True)(*on_gpu(torch.float16, 64))
@@ -292,14 +383,21 @@ def test_masks_and_dropout_are_done_beside_the_attention(options: dict[str, Any]
 
 
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
-FLASH, EFFICIENT = aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default
-BY_CHOICE = {SDPBackend.CUDNN_ATTENTION: CUDNN, SDPBackend.FLASH_ATTENTION: FLASH, SDPBackend.EFFICIENT_ATTENTION: EFFICIENT}
+FLASH, EFFICIENT = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+BY_CHOICE = {
+    SDPBackend.CUDNN_ATTENTION: CUDNN,
+    SDPBackend.FLASH_ATTENTION: FLASH,
+    SDPBackend.EFFICIENT_ATTENTION: EFFICIENT,
+}
 
 
 @pytest.fixture
 def launched(device: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the kernel was launched with, on the device."""
-    columns_triton = pytest.importorskip("toca_fx.columns_triton")
+    columns_triton = pytest.importorskip("toca_fx.kernels.columns_triton")
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(columns_triton, "launch", lambda *args: calls.append(args))
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
@@ -314,7 +412,9 @@ def run(read: bool | None, dtype: torch.dtype, every: int = 1) -> tuple[list[Any
         return attention_and_columns._init_fn(query, key, value, 0.3, every, told)
 
     traced = make_fx(call, tracing_mode="fake", pre_dispatch=True)(*on_gpu(dtype, 72))
-    output, sums = (node.meta["val"] for node in next(iter(traced.graph.find_nodes(op="output"))).args[0])
+    output, sums = (
+        node.meta["val"] for node in next(iter(traced.graph.find_nodes(op="output"))).args[0]
+    )
     return [node.target for node in traced.graph.nodes if node.op == "call_function"], output, sums
 
 
@@ -324,29 +424,52 @@ def test_the_log_sum_exp_is_that_of_the_kernel_which_would_have_been_chosen(
     choice: SDPBackend, every: int, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice.value)
-    targets, output, sums = run(None, torch.float32 if choice is SDPBackend.EFFICIENT_ATTENTION else torch.bfloat16, every)
+    targets, output, sums = run(
+        None, torch.float32 if choice is SDPBackend.EFFICIENT_ATTENTION else torch.bfloat16, every
+    )
     assert [target for target in targets if target in BY_CHOICE.values()] == [BY_CHOICE[choice]]
     assert output.transpose(1, 2).is_contiguous()
     ((query, key, logsumexp, into, scale),) = launched
     looked_at = -(50 // -every)
-    assert (tuple(query.shape), tuple(key.shape), tuple(logsumexp.shape)) == ((2, 3, looked_at, 72), (2, 3, 50, 72), (2, 3, looked_at))
+    assert (tuple(query.shape), tuple(key.shape), tuple(logsumexp.shape)) == (
+        (2, 3, looked_at, 72),
+        (2, 3, 50, 72),
+        (2, 3, looked_at),
+    )
     assert (query.stride(2), scale) == (every * 3 * 72, 0.3)
-    assert (tuple(sums.shape), sums.dtype, into.is_contiguous()) == ((2, 3, 50), torch.float32, True)
+    assert (tuple(sums.shape), sums.dtype, into.is_contiguous()) == (
+        (2, 3, 50),
+        torch.float32,
+        True,
+    )
 
 
-@pytest.mark.parametrize(("choice", "capability"), [(SDPBackend.MATH, HOPPER), (SDPBackend.EFFICIENT_ATTENTION, (7, 5))])
+@pytest.mark.parametrize(
+    ("choice", "capability"), [(SDPBackend.MATH, HOPPER), (SDPBackend.EFFICIENT_ATTENTION, (7, 5))]
+)
 def test_where_no_kernel_runs_a_plain_product_takes_its_place(
-    choice: SDPBackend, capability: tuple[int, int], launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    choice: SDPBackend,
+    capability: tuple[int, int],
+    launched: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     targets, output, sums = run(True, torch.float16, every=2)
-    attention_ = EFFICIENT if choice is SDPBackend.EFFICIENT_ATTENTION else aten.scaled_dot_product_attention.default
+    attention_ = (
+        EFFICIENT
+        if choice is SDPBackend.EFFICIENT_ATTENTION
+        else aten.scaled_dot_product_attention.default
+    )
     assert attention_ in targets
     assert (aten.logsumexp.default in targets) == (choice is SDPBackend.MATH)
     assert aten.matmul.default in targets
     assert not launched
-    assert (tuple(output.shape), tuple(sums.shape), sums.dtype) == ((2, 3, 50, 72), (2, 3, 50), torch.float32)
+    assert (tuple(output.shape), tuple(sums.shape), sums.dtype) == (
+        (2, 3, 50, 72),
+        (2, 3, 50),
+        torch.float32,
+    )
 
 
 def test_what_nobody_reads_is_not_computed(launched: list[tuple[Any, ...]]) -> None:
@@ -360,19 +483,30 @@ def test_what_nobody_reads_is_not_computed(launched: list[tuple[Any, ...]]) -> N
 @pytest.mark.parametrize("read", [None, True, False])
 def test_elsewhere_the_operator_is_what_it_stands_for(read: bool | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, tokens, 16, generator=generator) for tokens in (50, 30, 30))
+    query, key, value = (
+        torch.randn(2, 3, tokens, 16, generator=generator) for tokens in (50, 30, 30)
+    )
     told = None if read is None else torch.tensor(read)
     output, sums = attention_and_columns(query, key, value, 0.3, 4, told)
     assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, scale=0.3))
     assert output.transpose(1, 2).is_contiguous()
     expected = torch.softmax(query @ key.mT * 0.3, dim=-1)[:, :, ::4].sum(2)
-    assert torch.equal(sums, torch.zeros_like(sums)) if read is False else (sums - expected).abs().max() < 1e-5
-    torch.library.opcheck(OPERATOR, (query, key, value, 0.3, 4, told), test_utils=("test_schema", "test_faketensor"))
+    assert (
+        torch.equal(sums, torch.zeros_like(sums))
+        if read is False
+        else (sums - expected).abs().max() < 1e-5
+    )
+    torch.library.opcheck(
+        OPERATOR, (query, key, value, 0.3, 4, told), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("read", [True, False])
 def test_the_callers_autocast_changes_no_type(read: bool) -> None:
-    query, key, value = (torch.randn(1, 2, 10, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    query, key, value = (
+        torch.randn(1, 2, 10, 16, generator=torch.Generator().manual_seed(seed))
+        for seed in range(3)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         output, sums = attention_and_columns(query, key, value, 0.3, 1, torch.tensor(read))
     assert torch.equal(output, F.scaled_dot_product_attention(query, key, value, scale=0.3))
@@ -381,7 +515,10 @@ def test_the_callers_autocast_changes_no_type(read: bool) -> None:
 
 
 def test_columns_of_chunks_and_of_totals_that_are_known() -> None:
-    query, key = (torch.randn(1, 2, 1100, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for _ in range(2))
+    query, key = (
+        torch.randn(1, 2, 1100, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for _ in range(2)
+    )
     logits = query @ key.mT * 0.3
     for total in (None, logits.logsumexp(-1)):
         assert (column_sums(query, key, 0.3, total) - logits.softmax(-1).sum(2)).abs().max() < 1e-12
@@ -417,10 +554,19 @@ def test_a_step_on_a_gpu_is_told_whether_its_scores_are_read() -> None:
         partial = next(step.modes for step in plan.steps if step.kind == "partial")
         full, later = (rewrite(analysis.aten, plan, modes) for modes in (plan.full_modes, partial))
     operators = [node for node in full.module.graph.nodes if node.target is OPERATOR]
-    assert len(operators) == len({plan.sites[plan.sites[i].influence or 0].anchor for i in plan.scored_by_attention})
+    assert len(operators) == len(
+        {plan.sites[plan.sites[i].influence or 0].anchor for i in plan.scored_by_attention}
+    )
     assert [name for name in full.names if name == "read"] == ["read"]
-    (read,) = (node for node in full.module.graph.find_nodes(op="placeholder") if node.target == "read")
-    assert [operator.args[4:] for operator in operators] == [(3, read), (3, read), (5, read), (5, read)]
+    (read,) = (
+        node for node in full.module.graph.find_nodes(op="placeholder") if node.target == "read"
+    )
+    assert [operator.args[4:] for operator in operators] == [
+        (3, read),
+        (3, read),
+        (5, read),
+        (5, read),
+    ]
     value = read.meta["val"]
     assert (value.device.type, value.dtype, value.dim()) == ("cpu", torch.bool, 0)
     assert "read" not in later.names, "which scores nothing"

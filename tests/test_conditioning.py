@@ -1,4 +1,6 @@
-"""Hoisted values over a generation: computed once, again when something changed, and never to another result."""
+"""Hoisted values over a generation: computed once, again when something changed, and never to
+another result.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import make_policy
-from toca_fx.hoisted_values import distance
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
-from toca_fx.report import Report
+from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.lower.hoisted_values import distance
+from toca_fx.runtime.report import Report
 
 STEPS = 6
 CLASSES = (
@@ -29,7 +31,9 @@ ON, OFF = {"memory": 64}, {"memory": 0}
 
 
 def generation(name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A tiny model in float64 and the keywords of its calls: latents and timestep are new at each, all else are the same tensors."""
+    """A tiny model in float64 and the keywords of its calls: latents and timestep are new at each,
+    all else are the same tensors.
+    """
     example = examples()[name]
     model, first = build(example, dtype=torch.float64)
     return model, [vary(example, first, step, STEPS) for step in range(STEPS)]
@@ -62,8 +66,12 @@ def spent(report: Report) -> list[int]:
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """To the rounding of double precision; the sinusoids of timesteps are in single precision on either side."""
-    return all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    """To the rounding of double precision; the sinusoids of timesteps are in single precision on
+    either side.
+    """
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -90,8 +98,13 @@ def test_a_caption_is_projected_once_and_again_if_it_changes() -> None:
     once = spent(run(model, calls, ON)[1])
     assert once[0] > once[1] == once[2]
 
-    other = [{**call, "encoder_hidden_states": caption if step < 2 else caption.clone()} for step, call in enumerate(calls)]
-    copied, report = run(model, [{**call, "encoder_hidden_states": caption.clone()} for call in calls], ON)
+    other = [
+        {**call, "encoder_hidden_states": caption if step < 2 else caption.clone()}
+        for step, call in enumerate(calls)
+    ]
+    copied, report = run(
+        model, [{**call, "encoder_hidden_states": caption.clone()} for call in calls], ON
+    )
     assert spent(report) == [once[0]] * STEPS, "other tensors, equal or not"
     assert close(copied, run(model, calls, OFF)[0])
     assert spent(run(model, other, ON)[1])[1:4] == [once[1], once[0], once[0]]
@@ -128,8 +141,16 @@ def test_tensors_of_inference_mode_are_not_trusted() -> None:
     model, calls = generation("PixArtTransformer2DModel")
     expected, _ = run(model, calls, OFF)
     with torch.inference_mode():
-        untracked = [{key: value.clone() if isinstance(value, Tensor) else value for key, value in calls[0].items()}]
-        calls = [{**untracked[0], "hidden_states": call["hidden_states"], "timestep": call["timestep"]} for call in calls]
+        untracked = [
+            {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in calls[0].items()
+            }
+        ]
+        calls = [
+            {**untracked[0], "hidden_states": call["hidden_states"], "timestep": call["timestep"]}
+            for call in calls
+        ]
 
         def write(step: int) -> None:
             if step == 1:
@@ -193,7 +214,10 @@ def test_an_operator_of_somebody_else_is_computed_for_all_timesteps() -> None:
     torch.manual_seed(0)
     model = Modulated().double().eval().requires_grad_(False)
     calls = [
-        {"x": torch.randn(2, 12, 8, dtype=torch.float64), "timestep": torch.full((2,), 6.0 - step, dtype=torch.float64)}
+        {
+            "x": torch.randn(2, 12, 8, dtype=torch.float64),
+            "timestep": torch.full((2,), 6.0 - step, dtype=torch.float64),
+        }
         for step in range(STEPS)
     ]
     ours, report = run(model, calls, ON, timesteps(calls))
@@ -206,14 +230,17 @@ def test_the_number_of_steps_is_that_of_the_timesteps() -> None:
         assert session.num_steps == 3
     with toca_fx.session(3, timesteps=torch.tensor([3, 2, 1])) as session:
         assert session.num_steps == 3
-    with pytest.raises(ValueError, match="2 timesteps were given"), toca_fx.session(3, timesteps=[2.0, 1.0]):
+    with (
+        pytest.raises(ValueError, match="2 timesteps were given"),
+        toca_fx.session(3, timesteps=[2.0, 1.0]),
+    ):
         pass
 
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device whose tensors are not read in every call."""
-    monkeypatch.setattr("toca_fx.watch.reading_waits", lambda tensor: True)
+    monkeypatch.setattr("toca_fx.runtime.watch.reading_waits", lambda tensor: True)
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -234,7 +261,9 @@ def test_on_an_accelerator_a_lost_timestep_is_nan_and_told() -> None:
     known = timesteps(calls)
     known[3] += 1
     outputs, report = run(model, calls, ON, known)
-    assert [bool(output.isnan().any()) for output in outputs] == [step >= 3 for step in range(STEPS)], "caches too"
+    assert [bool(output.isnan().any()) for output in outputs] == [
+        step >= 3 for step in range(STEPS)
+    ], "caches too"
     assert close([*outputs[:3]], [*plain[:3]])
     assert any("are NaN" in warning for warning in report.warnings)
 
@@ -251,7 +280,9 @@ def test_on_an_accelerator_timesteps_in_another_unit_are_noticed_at_once() -> No
 @pytest.mark.parametrize("steps", [20, 28, 50])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_timestep_is_found_whatever_way_it_was_rounded(steps: int, dtype: torch.dtype) -> None:
-    """diffusers' FLUX pipeline rounds t to the model's type and divides then; who lists timesteps divides first."""
+    """diffusers' FLUX pipeline rounds t to the model's type and divides then; who lists timesteps
+    divides first.
+    """
     listed = torch.linspace(1000, 1000 / steps, steps, dtype=torch.float64) * 0.9987
     called = listed.to(dtype) / 1000
     assert dtype != torch.bfloat16 or (called != (listed / 1000).to(dtype)).any()

@@ -1,4 +1,6 @@
-"""Every transformer of diffusers: what is matched in it, and that it runs uncached, wholly reused and token by token."""
+"""Every transformer of diffusers: what is matched in it, and that it runs uncached, wholly reused
+and token by token.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,21 @@ from torch import Tensor
 
 import toca_fx
 from tests.helpers import capture_calls, make_policy
-from toca_fx import trace
-from toca_fx.coverage import coverage
-from toca_fx.inner import Inner
-from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples, prediction, vary
+from toca_fx.capture import aten as trace
+from toca_fx.capture.aten import to_aten
+from toca_fx.describe.coverage import coverage
+from toca_fx.examples import UNSUPPORTED, build, examples, prediction, vary
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.program import Program
 from toca_fx.policy.types import Policy
-from toca_fx.program import Program
-from toca_fx.runtime import Lane, Session
-from toca_fx.trace import to_aten
+from toca_fx.runtime.session import Lane, Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 
 STEPS = 3
 NEVER = make_policy(sampler={"steps": STEPS}, N={"base": 1})
-FORA = make_policy(sampler={"steps": STEPS}, N={"base": 3}, R={"base": 1.0}, modules={"mlp": "reuse"})
+FORA = make_policy(
+    sampler={"steps": STEPS}, N={"base": 3}, R={"base": 1.0}, modules={"mlp": "reuse"}
+)
 TOKENWISE = make_policy(sampler={"steps": STEPS}, N={"base": 3}, R={"base": 0.5})
 
 
@@ -40,9 +44,18 @@ def test_enough_classes_are_supported() -> None:
 
 def test_the_package_knows_no_model_by_name() -> None:
     package = Path(toca_fx.__file__).parent
-    files = [file for file in package.rglob("*.*") if file.suffix in (".py", ".json") and "integrations" not in file.parts]
+    files = [
+        file
+        for file in package.rglob("*.*")
+        if file.suffix in (".py", ".json") and "examples" not in file.parts
+    ]
     assert len(files) > 30
-    named = {(file.name, name) for file in files for name in {*examples(), *UNSUPPORTED} if name in file.read_text(encoding="utf-8")}
+    named = {
+        (file.name, name)
+        for file in files
+        for name in {*examples(), *UNSUPPORTED}
+        if name in file.read_text(encoding="utf-8")
+    }
     assert named == set()
 
 
@@ -73,5 +86,9 @@ def test_a_transformer_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) 
     kinds = {site.kind for site in never.matches.sites}
     assert "mlp" in kinds or name in PARTLY
     reused, fresh = results[id(FORA)][1], results[id(TOKENWISE)][1]
-    assert torch.equal(reused, fresh) == ("mlp" not in kinds), "R changes the result, where tokens are chosen"
-    assert torch.allclose(reused, expected[1], rtol=1e-4, atol=1e-5) == (not kinds), "caching changes the result"
+    assert torch.equal(reused, fresh) == ("mlp" not in kinds), (
+        "R changes the result, where tokens are chosen"
+    )
+    assert torch.allclose(reused, expected[1], rtol=1e-4, atol=1e-5) == (not kinds), (
+        "caching changes the result"
+    )

@@ -44,8 +44,12 @@ def test_a_batch_shows_each_digit_as_it_is_alone() -> None:
     pair = torch.randn(2, 1, digits.SIZE, digits.SIZE, generator=noise)
     labels = torch.tensor([3, 7])
     with torch.no_grad():
-        together = denoiser(pair, timestep=torch.tensor([500, 500]), class_labels=labels, return_dict=False)[0]
-        alone = denoiser(pair[:1], timestep=torch.tensor([500]), class_labels=labels[:1], return_dict=False)[0]
+        together = denoiser(
+            pair, timestep=torch.tensor([500, 500]), class_labels=labels, return_dict=False
+        )[0]
+        alone = denoiser(
+            pair[:1], timestep=torch.tensor([500]), class_labels=labels[:1], return_dict=False
+        )[0]
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
@@ -53,9 +57,22 @@ def test_demo_command_writes_a_picture_and_prints_the_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     picture = tmp_path / "demo.png"
-    assert run.main(argparse.Namespace(policy="digits", per_class=1, seed=0, output=str(picture))) == 0
+    assert (
+        run.main(argparse.Namespace(policy="digits", per_class=1, seed=0, output=str(picture))) == 0
+    )
     printed = capsys.readouterr().out
-    for word in ("latency ratio", "FLOPs ratio", "PSNR", "recognised", "uncached, 50 steps", "digits, 50 steps"):
+    for word in (
+        "latency ratio",
+        "FLOPs ratio",
+        "PSNR",
+        "recognised",
+        "uncached, 50 steps",
+        "digits, 50 steps",
+    ):
         assert word in printed
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [record.getMessage() for record in caplog.records if record.name.startswith("toca_fx") and record.levelname != "INFO"] == []
+    assert [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("toca_fx") and record.levelname != "INFO"
+    ] == []

@@ -1,4 +1,6 @@
-"""toca_fx.explain: what it says is what a session then does; nothing runs; problems are short errors."""
+"""toca_fx.explain: what it says is what a session then does; nothing runs; problems are short
+errors.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,15 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
 from tests.models import OriginalDiT, tiny_dit
-from toca_fx.explanation import Explanation
-from toca_fx.integrations import diffusers as integration
+from toca_fx import examples as integration
+from toca_fx.describe.explanation import Explanation
 
-PARTIAL = {"self_attention": "reuse", "cross_attention": {"weight": 0.5}, "joint_attention": "reuse", "mlp": {"weight": 1.0}}
+PARTIAL = {
+    "self_attention": "reuse",
+    "cross_attention": {"weight": 0.5},
+    "joint_attention": "reuse",
+    "mlp": {"weight": 1.0},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +30,9 @@ def _no_policy_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOCA_POLICY", raising=False)
 
 
-def explain_tiny(kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any) -> Explanation:
+def explain_tiny(
+    kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any
+) -> Explanation:
     model = tiny(kind, layers=layers)
     x, t, y = next(iter(make_inputs(1)))
     names = ("t", "y") if isinstance(model, OriginalDiT) else ("timestep", "class_labels")
@@ -51,7 +60,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        attended = q.relu() @ (k.relu().mT @ v) if self.linear_attention else custom_attention(q, k, v)
+        attended = (
+            q.relu() @ (k.relu().mT @ v) if self.linear_attention else custom_attention(q, k, v)
+        )
         x = x + self.out(attended)
         return x + self.mlp(x)
 
@@ -108,7 +119,9 @@ def test_the_device_makes_no_difference() -> None:
     for device in ("cpu", "meta"):
         model, inputs = integration.build(example, device=device)
         # Not by attention: s1 is computed in another way, at other cost, on each kind of device.
-        pages.append(toca_fx.explain(model, make_policy(scores={"staleness": 1.0}), **inputs).to_dict())
+        pages.append(
+            toca_fx.explain(model, make_policy(scores={"staleness": 1.0}), **inputs).to_dict()
+        )
     assert pages[0] == pages[1]
 
 
@@ -116,7 +129,10 @@ def test_a_model_that_is_compiled_already() -> None:
     model, policy = tiny("diffusers", layers=1), make_policy()
     x, t, y = next(iter(make_inputs(1)))
     plain = toca_fx.explain(model, policy, x, timestep=t, class_labels=y)
-    for compiled in (toca_fx.compile(model, policy, inner="eager"), torch.compile(model, backend="eager")):
+    for compiled in (
+        toca_fx.compile(model, policy, inner="eager"),
+        torch.compile(model, backend="eager"),
+    ):
         assert toca_fx.explain(compiled, policy, x, timestep=t, class_labels=y) == plain
 
 
@@ -129,7 +145,10 @@ def test_nothing_runs() -> None:
 
 
 def test_nothing_runs_with_dynamo_off() -> None:
-    with torch.compiler.set_stance("force_eager"), pytest.raises(toca_fx.UnsupportedModelError, match="switched off"):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(toca_fx.UnsupportedModelError, match="switched off"),
+    ):
         toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 16))
 
 
@@ -147,11 +166,15 @@ def test_a_compiled_model_is_not_recompiled() -> None:
             toca_fx.explain(model, make_policy(), x, timestep=t, class_labels=y)
         for _ in range(2):
             x, t, y = next(iter(make_inputs(1)))
-            call(fast, x, t, y) if isinstance(fast, OriginalDiT) else fast(x, timestep=t, class_labels=y)
+            call(fast, x, t, y) if isinstance(fast, OriginalDiT) else fast(
+                x, timestep=t, class_labels=y
+            )
             toca_fx.explain(model, make_policy(), x, timestep=t, class_labels=y)
     assert len(compiled) == 1
     assert not any(
-        isinstance(node.meta["example_value"], torch.SymInt) for graph in compiled for node in graph.graph.find_nodes(op="placeholder")
+        isinstance(node.meta["example_value"], torch.SymInt)
+        for graph in compiled
+        for node in graph.graph.find_nodes(op="placeholder")
     )
 
 
@@ -174,7 +197,9 @@ def test_latents_of_five_axes_are_a_video() -> None:
 
 def test_a_policy_for_another_model() -> None:
     told = explain_tiny(policy=make_policy(model=["Another"]), layers=1)
-    assert told.warnings == ("policy `test` was written for Another; the model is a DiTTransformer2DModel",)
+    assert told.warnings == (
+        "policy `test` was written for Another; the model is a DiTTransformer2DModel",
+    )
     assert "warning: policy `test` was written for Another" in str(told)
 
 
@@ -188,7 +213,10 @@ def test_rows_of_a_block_list_are_joined() -> None:
         "transformer_blocks.0-2.attn1  self_attention   64 tokens  full on 4, reused on 8 of 12 steps",
         "transformer_blocks.0-2.ff     mlp              64 tokens  full on 4, 16 to 48 of 64 tokens on 8 of 12 steps",
     ]
-    assert page[page.index(rows[1]) + 1].strip() == "chosen by self_attention: 1 (of transformer_blocks.*.attn1), staleness: 0.25"
+    assert (
+        page[page.index(rows[1]) + 1].strip()
+        == "chosen by self_attention: 1 (of transformer_blocks.*.attn1), staleness: 0.25"
+    )
 
 
 def test_who_says_that_a_site_is_computed() -> None:
@@ -218,7 +246,9 @@ def test_suggested_rules_do_what_they_say() -> None:
 
 
 def test_full_steps_only_and_shares_below_one_token() -> None:
-    assert "computed on every step: every step is full" in str(explain_tiny(policy=make_policy(N={"base": 1}), layers=1))
+    assert "computed on every step: every step is full" in str(
+        explain_tiny(policy=make_policy(N={"base": 1}), layers=1)
+    )
     page = str(explain_tiny(policy=make_policy(R={"base": 0.999}), layers=1))
     assert "reused on 8 of 12 steps: its share is less than one token" in page
 
@@ -230,8 +260,14 @@ def test_json_holds_every_site() -> None:
     assert [site["path"] for site in data["sites"]] == [site.path for site in told.sites]
     assert len(data["sites"]) == 6
     mlp = data["sites"][3]
-    assert (mlp["path"], mlp["influence"], mlp["entropy"]) == ("transformer_blocks.1.ff", "transformer_blocks.1.attn1", None)
-    assert data["flops"]["ratio"] == pytest.approx(data["flops"]["uncached"] / data["flops"]["done"])
+    assert (mlp["path"], mlp["influence"], mlp["entropy"]) == (
+        "transformer_blocks.1.ff",
+        "transformer_blocks.1.attn1",
+        None,
+    )
+    assert data["flops"]["ratio"] == pytest.approx(
+        data["flops"]["uncached"] / data["flops"]["done"]
+    )
 
 
 # What was not matched
@@ -239,13 +275,18 @@ def test_json_holds_every_site() -> None:
 
 def test_an_unknown_attention_operator() -> None:
     told = toca_fx.explain(Model(), make_policy(), torch.randn(2, 9, 16))
-    assert {miss.advice for miss in told.skipped} == {"if this is an attention: toca_fx.register_attention(torch.ops.toca_test.attention)"}
+    assert {miss.advice for miss in told.skipped} == {
+        "if this is an attention: toca_fx.register_attention(torch.ops.toca_test.attention)"
+    }
     assert "\n  blocks.0-1  module: no softmax attention" in str(told)
 
 
 def test_linear_attention() -> None:
     told = toca_fx.explain(Model(linear_attention=True), make_policy(), torch.randn(2, 9, 16))
-    assert [(miss.path, miss.advice) for miss in told.skipped] == [("blocks.0", ""), ("blocks.1", "")]
+    assert [(miss.path, miss.advice) for miss in told.skipped] == [
+        ("blocks.0", ""),
+        ("blocks.1", ""),
+    ]
     assert "aten.matmul.default" in told.skipped[0].reason
     assert str(told).count("module: ") == 1
 
@@ -261,7 +302,9 @@ def test_no_sites_at_all() -> None:
 
 
 def test_a_graph_break_is_a_short_error() -> None:
-    with pytest.raises(toca_fx.UnsupportedModelError, match=r"cannot be captured as one graph: .*graph_break") as error:
+    with pytest.raises(
+        toca_fx.UnsupportedModelError, match=r"cannot be captured as one graph: .*graph_break"
+    ) as error:
         toca_fx.explain(Model(broken=True), make_policy(), torch.randn(2, 9, 16))
     assert "\n" not in str(error.value)
 
@@ -273,7 +316,9 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_policy_errors_pass_through() -> None:
     with pytest.raises(toca_fx.PolicyError, match="matches none of the 2 sites"):
-        explain_tiny(policy=make_policy(rules=[{"path": "nowhere.*", "module": "compute"}]), layers=1)
+        explain_tiny(
+            policy=make_policy(rules=[{"path": "nowhere.*", "module": "compute"}]), layers=1
+        )
     with pytest.raises(toca_fx.PolicyError, match="no shipped policy"):
         explain_tiny(policy="nonsense", layers=1)
 

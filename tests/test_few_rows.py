@@ -1,4 +1,6 @@
-"""Linear layers of few rows: the same numbers from either library, and which layers of which steps decide."""
+"""Linear layers of few rows: the same numbers from either library, and which layers of which steps
+decide.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import toca_fx
 from tests.helpers import capture, make_inputs, make_policy, programs, run_all, tiny
-from toca_fx.few_rows import linear, use_few_rows
-from toca_fx.patterns import aten
+from toca_fx.graph.ops import aten
+from toca_fx.kernels.few_rows import linear, use_few_rows
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 63, 64, 65, 256, 257])
@@ -30,7 +32,8 @@ def test_both_libraries_give_the_same(rows: int, sizes: tuple[int, int], biased:
 
 
 @pytest.mark.parametrize(
-    ("rows", "sizes", "few"), [(256, (24, 96), True), (257, (24, 96), False), (64, (96, 24), True), (65, (96, 24), False)]
+    ("rows", "sizes", "few"),
+    [(256, (24, 96), True), (257, (24, 96), False), (64, (96, 24), True), (65, (96, 24), False)],
 )
 def test_the_number_of_rows_decides(rows: int, sizes: tuple[int, int], few: bool) -> None:
     with torch.profiler.profile() as profile:
@@ -43,16 +46,27 @@ def test_only_layers_of_fresh_tokens_in_float32_decide() -> None:
         model = tiny("original", layers=1).to(dtype)
         x, t, y = next(iter(make_inputs(1, dtype=dtype)))
         captured, inputs = capture(model, x, t=t, y=y)
-        program = toca_fx.program.Program(captured, inputs, make_policy(), toca_fx.inner.Inner("eager"))
+        program = toca_fx.lower.program.Program(
+            captured, inputs, make_policy(), toca_fx.lower.compiler.Inner("eager")
+        )
         plan = program.plan(None)
         graph = program.step_graph(plan, plan.steps[1].modes)
         before = len(graph.module.graph.find_nodes(op="call_function", target=aten.linear.default))
         use_few_rows(graph.module.graph, set().union(*graph.fresh_nodes.values()))
-        after = graph.module.graph.find_nodes(op="call_function", target=torch.ops.toca_fx.linear.default)
+        after = graph.module.graph.find_nodes(
+            op="call_function", target=torch.ops.toca_fx.linear.default
+        )
         assert len(after) == expected
-        assert len(graph.module.graph.find_nodes(op="call_function", target=aten.linear.default)) == before - expected
+        assert (
+            len(graph.module.graph.find_nodes(op="call_function", target=aten.linear.default))
+            == before - expected
+        )
         # Another compiler gets the graph as it is.
-        assert not [node for node in program.step(plan, plan.steps[1].modes)._run.__self__.graph.nodes if "toca_fx" in str(node.target)]
+        assert not [
+            node
+            for node in program.step(plan, plan.steps[1].modes)._run.__self__.graph.nodes
+            if "toca_fx" in str(node.target)
+        ]
 
 
 class Quantised(nn.Module):
@@ -60,7 +74,9 @@ class Quantised(nn.Module):
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.randint(-127, 128, (outside, inside), dtype=torch.int8))
+        self.register_buffer(
+            "weight", torch.randint(-127, 128, (outside, inside), dtype=torch.int8)
+        )
         self.register_buffer("scale", torch.full((outside, 1), 1e-3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,10 +93,19 @@ def test_a_weight_that_is_computed_counts_by_its_type() -> None:
                 mlp.set_submodule(name, Quantised(child.in_features, child.out_features))
         x, t, y = next(iter(make_inputs(1, dtype=dtype)))
         captured, inputs = capture(model, x, t=t, y=y)
-        program = toca_fx.program.Program(captured, inputs, make_policy(), toca_fx.inner.Inner("eager"))
+        program = toca_fx.lower.program.Program(
+            captured, inputs, make_policy(), toca_fx.lower.compiler.Inner("eager")
+        )
         graph = program.step_graph(program.plan(None), program.plan(None).steps[1].modes)
         use_few_rows(graph.module.graph, set().union(*graph.fresh_nodes.values()))
-        assert len(graph.module.graph.find_nodes(op="call_function", target=torch.ops.toca_fx.linear.default)) == expected
+        assert (
+            len(
+                graph.module.graph.find_nodes(
+                    op="call_function", target=torch.ops.toca_fx.linear.default
+                )
+            )
+            == expected
+        )
 
 
 def test_autocast_gets_what_it_casts() -> None:
@@ -89,7 +114,12 @@ def test_autocast_gets_what_it_casts() -> None:
     for inner in ("inductor", "eager"):
         torch._dynamo.reset()
         with toca_fx.session(), torch.autocast("cpu", torch.bfloat16):
-            outputs.append(run_all(toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner), make_inputs()))
+            outputs.append(
+                run_all(
+                    toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner),
+                    make_inputs(),
+                )
+            )
     for ours, theirs in zip(*outputs, strict=True):
         assert (ours.float() - theirs.float()).abs().max() < 0.05 * theirs.float().abs().max()
 
@@ -102,12 +132,20 @@ def test_inductor_gets_the_operator_and_flops_stay(monkeypatch: pytest.MonkeyPat
         seen.extend(node.target for node in module.graph.nodes)
         return inductor(module, inputs, **options)
 
-    monkeypatch.setattr("toca_fx.inner.lookup_backend", lambda name: noting if name == "inductor" else lookup_backend(name))
+    monkeypatch.setattr(
+        "toca_fx.lower.compiler.lookup_backend",
+        lambda name: noting if name == "inductor" else lookup_backend(name),
+    )
     model, flops, outputs = tiny("original", layers=2), [], []
     for inner in ("inductor", "eager"):
         torch._dynamo.reset()
         with toca_fx.session() as run:
-            outputs.append(run_all(toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner), make_inputs()))
+            outputs.append(
+                run_all(
+                    toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner),
+                    make_inputs(),
+                )
+            )
             flops.append(run.report().flops_done)
             (_,) = programs(run)
     assert torch.ops.toca_fx.linear.default in seen

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.helpers import capture
-from toca_fx.flow import Flow, passages, root
-from toca_fx.trace import to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.graph.stream import Flow, passages, root
 
 aten = torch.ops.aten
 
@@ -38,7 +38,9 @@ def test_residual_adds_and_the_states_that_branches_read() -> None:
     assert list(flow.residuals) == [first, second], "the last add has no linear layer in its branch"
     stream, branch = flow.residuals[second]
     assert stream is first
-    assert flow.read_by(branch, stream) is flow.residuals[first][0], "the second branch reads the state before the first add"
+    assert flow.read_by(branch, stream) is flow.residuals[first][0], (
+        "the second branch reads the state before the first add"
+    )
     assert flow.reaches(first, third)
     assert not flow.reaches(third, first)
     assert root(branch).target is aten.linear.default

@@ -1,4 +1,6 @@
-"""Writes in place become values: the graph computes what the module does, writes to nothing, and refuses what it cannot follow."""
+"""Writes in place become values: the graph computes what the module does, writes to nothing, and
+refuses what it cannot follow.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tests.helpers import capture
+from toca_fx.capture.aten import to_aten
+from toca_fx.capture.functionalize import is_mutable
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.functional import is_mutable
-from toca_fx.trace import to_aten
 
 aten = torch.ops.aten
 
@@ -39,7 +41,9 @@ QUIET = {
 
 
 class Writing(nn.Module):
-    """``write(x * 2, y)``: the doubled x is the model's own memory, y and the attributes are the caller's."""
+    """``write(x * 2, y)``: the doubled x is the model's own memory, y and the attributes are the
+    caller's.
+    """
 
     table: Tensor
 
@@ -77,13 +81,19 @@ def traced(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
 
 def operators(graph: fx.Graph) -> list[Any]:
     """The operators that compute something, in order, without the doubling that comes first."""
-    found = [node.target for node in graph.nodes if node.op == "call_function" and node.target not in QUIET]
+    found = [
+        node.target
+        for node in graph.nodes
+        if node.op == "call_function" and node.target not in QUIET
+    ]
     assert found.pop(0) is aten.mul.Tensor
     return found
 
 
 def assert_equal(module: nn.Module) -> fx.Graph:
-    """The graph and the module give the same numbers in the same dtypes; nothing in the graph writes."""
+    """The graph and the module give the same numbers in the same dtypes; nothing in the graph
+    writes.
+    """
     graph, given = traced(module)
     before = [value.clone() for value in given]
     expected = module(*inputs())
@@ -254,7 +264,11 @@ WRITES: dict[Write, list[Any]] = {
     where_a_mask_is_true: [aten.gt.Scalar, aten.index_put.default],
     at_indices: [aten.argsort.default, aten.index_copy.default],
     slice_of_a_slice: [*SCATTERED, aten.slice_scatter.default],
-    slice_of_a_transposition: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
+    slice_of_a_transposition: [
+        aten.mul.Tensor,
+        aten.slice_scatter.default,
+        aten.contiguous.default,
+    ],
     part_of_a_permutation: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
     rows_of_a_view: [aten.mul.Tensor, aten.slice_scatter.default],
     rows_of_a_flattened: [aten.fill.Tensor, aten.slice_scatter.default],
@@ -293,7 +307,9 @@ def through_a_transposition(x: Tensor, y: Tensor) -> Tensor:
     return made.view(-1)
 
 
-@pytest.mark.parametrize("write", [added_in_less_precision, compared, laid_out_otherwise, through_a_transposition])
+@pytest.mark.parametrize(
+    "write", [added_in_less_precision, compared, laid_out_otherwise, through_a_transposition]
+)
 def test_the_memory_keeps_its_dtype_and_its_layout(write: Write) -> None:
     assert_equal(Writing(write))
 
@@ -407,8 +423,10 @@ def test_a_graph_without_writes_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
     def refuse(node: fx.Node) -> None:
         raise AssertionError(f"{node} writes to nothing")
 
-    monkeypatch.setattr("toca_fx.trace.make_functional", refuse)
-    module = Writing(lambda x, y: F.dropout(x[:, 1:3].transpose(1, 2), 0.0).detach_() + y[:, 0, :, None])
+    monkeypatch.setattr("toca_fx.capture.aten.make_functional", refuse)
+    module = Writing(
+        lambda x, y: F.dropout(x[:, 1:3].transpose(1, 2), 0.0).detach_() + y[:, 0, :, None]
+    )
     graph, _ = traced(module)
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
         aten.mul.Tensor,
@@ -504,5 +522,7 @@ REFUSED: dict[Callable[..., Outputs], str] = {
 def test_a_write_that_cannot_be_followed_is_refused(write: Callable[..., Outputs]) -> None:
     module = Writing(lambda x, y: x)
     module.write = lambda x, y: write(module, x, y)
-    with pytest.raises(UnsupportedModelError, match=rf"^the model writes to a tensor in place \({REFUSED[write]}"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"^the model writes to a tensor in place \({REFUSED[write]}"
+    ):
         traced(module)

@@ -1,4 +1,6 @@
-"""Every kind of step, lowered for a GPU that is not there: no size is guarded, and the kernels are those that are expected."""
+"""Every kind of step, lowered for a GPU that is not there: no size is guarded, and the kernels are
+those that are expected.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import make_policy
 from tests.made_up_cuda import Lowered, fake_example, made_up_cuda
-from toca_fx.capture import capture
-from toca_fx.inner import Inner
-from toca_fx.integrations.diffusers import examples
-from toca_fx.program import CompiledStep, Program
+from toca_fx.capture.dynamo import capture
+from toca_fx.examples import examples
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.program import CompiledStep, Program
 
-MODELS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel", "LatteTransformer3DModel")
+MODELS = (
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "FluxTransformer2DModel",
+    "LatteTransformer3DModel",
+)
 DTYPES = ("float32", "bfloat16")
 
 
 @torch.no_grad()
-def lower(model: str, dtype: str, **sections: Any) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
+def lower(
+    model: str, dtype: str, **sections: Any
+) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
     """The steps of a generation by kind, and what was lowered for each."""
     policy = make_policy(**sections)
     steps: dict[str, CompiledStep] = {}
@@ -49,30 +58,44 @@ def test_no_size_is_guarded(model: str, dtype: str) -> None:
 
 
 def test_half_precision_takes_the_kernels_that_are_expected() -> None:
-    """Full: attention and s1 in one operator. Partial: no attention at all, as all of it is reused; a handful of launches a block."""
+    """Full: attention and s1 in one operator. Partial: no attention at all, as all of it is reused;
+    a handful of launches a block.
+    """
     steps, found = lower("FluxTransformer2DModel", "bfloat16")
     plan = steps["full"]._plan
     scoring = {plan.sites[plan.sites[i].influence or 0].anchor for i in plan.scored_by_attention}
     graph = steps["full"].graph.module.graph
-    operators = [node for node in graph.nodes if node.target is torch.ops.toca_fx.attention_and_columns.default]
+    operators = [
+        node
+        for node in graph.nodes
+        if node.target is torch.ops.toca_fx.attention_and_columns.default
+    ]
     assert len(operators) == len(scoring)
-    assert found["full"].calls(r"torch\.ops\.toca_fx\.attention_and_columns\.default\(") == len(scoring), "each lies in a piece of its own"
+    assert found["full"].calls(r"torch\.ops\.toca_fx\.attention_and_columns\.default\(") == len(
+        scoring
+    ), "each lies in a piece of its own"
     for kind in ("full", "partial"):
         assert not found[kind].calls(r"_scaled_dot_product"), kind
     assert not found["partial"].calls("attention_and_columns")
 
 
 def test_attention_that_nobody_scores_is_that_of_the_model() -> None:
-    """An interval of one caches nothing, and asks for no scores: SDPA's own choice of a kernel stays in the graph."""
+    """An interval of one caches nothing, and asks for no scores: SDPA's own choice of a kernel
+    stays in the graph.
+    """
     _, found = lower("FluxTransformer2DModel", "bfloat16", N={"base": 1})
     assert found["full"].calls(r"_scaled_dot_product_cudnn_attention\.default\(") == 4
     assert not found["full"].calls("attention_and_columns")
     _, found = lower("PixArtTransformer2DModel", "float32", N={"base": 1})
-    assert found["full"].calls(r"_scaled_dot_product_efficient_attention\.default\(") == 2, "equal blocks are compiled once"
+    assert found["full"].calls(r"_scaled_dot_product_efficient_attention\.default\(") == 2, (
+        "equal blocks are compiled once"
+    )
 
 
 def test_launches_of_a_partial_step() -> None:
-    """Per block of DiT: gather, norm and modulation; two products; the activation; the scatter; gate and add."""
+    """Per block of DiT: gather, norm and modulation; two products; the activation; the scatter;
+    gate and add.
+    """
     _, found = lower("DiTTransformer2DModel", "bfloat16")
     (block,) = [code for code in found["partial"].codes if "gelu" in code]
     body = block[block.rindex("def call(") :]

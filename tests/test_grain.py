@@ -1,4 +1,6 @@
-"""Modules that are always reused together share one cache, of what they add to the stream (cache.grain: block)."""
+"""Modules that are always reused together share one cache, of what they add to the stream
+(cache.grain: block).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,22 @@ import torch
 from torch import Tensor, nn
 
 import toca_fx
-from tests.helpers import capture, capture_tiny, make_inputs, make_policy, programs, run_all, text_inputs, tiny
-from toca_fx import buffers
-from toca_fx.analysis import Analysis
-from toca_fx.integrations.diffusers import build, examples
-from toca_fx.match import Matches, match
-from toca_fx.patterns import aten
-from toca_fx.plan import Plan, make_plan
+from tests.helpers import (
+    capture,
+    capture_tiny,
+    make_inputs,
+    make_policy,
+    programs,
+    run_all,
+    text_inputs,
+    tiny,
+)
+from toca_fx.examples import build, examples
+from toca_fx.graph.ops import aten
+from toca_fx.lower.cost import Analysis
+from toca_fx.match.matcher import Matches, match
+from toca_fx.plan import buffers
+from toca_fx.plan.plan import Plan, make_plan
 
 REUSED = {"modules": {"mlp": "reuse"}, "scores": {"staleness": 1.0}}
 TOGETHER = {**REUSED, "cache": {"grain": "block"}}
@@ -36,9 +47,17 @@ def test_all_modules_of_a_block_share_the_cache_of_the_first() -> None:
 
 def test_only_what_is_reused_on_the_same_steps_shares() -> None:
     assert plan_of("original", **REUSED).runs == ()
-    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 0, "N": {"base": 6}}]).runs == ((2, 3),)
-    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"grain": "module"}}]).runs == ((0, 1),)
-    assert plan_of("original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"dtype": "bfloat16"}}]).runs == ((0, 1),)
+    assert plan_of(
+        "original", **TOGETHER, rules=[{"match": "mlp", "layers": 0, "N": {"base": 6}}]
+    ).runs == ((2, 3),)
+    assert plan_of(
+        "original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"grain": "module"}}]
+    ).runs == ((0, 1),)
+    assert plan_of(
+        "original",
+        **TOGETHER,
+        rules=[{"match": "mlp", "layers": 1, "cache": {"dtype": "bfloat16"}}],
+    ).runs == ((0, 1),)
     partial = plan_of("original", cache={"grain": "block"})
     assert partial.runs == ()
     assert [warning for warning in partial.warnings if "grain" in warning]
@@ -48,19 +67,31 @@ def test_no_cache_is_shared_where_another_site_joins_the_same_add() -> None:
     """The add would be replaced, and with it what the other site computes."""
     source, _ = capture_tiny("original", layers=1)
     first, second = match(source.graph).sites
-    sites = (first, second, replace(second, path="blocks.0.other", output=first.output, follows=None))
+    sites = (
+        first,
+        second,
+        replace(second, path="blocks.0.other", output=first.output, follows=None),
+    )
     assert make_plan(Matches(sites, ()), make_policy(**TOGETHER)).runs == ()
     assert make_plan(Matches(sites[:2], ()), make_policy(**TOGETHER)).runs == ((0, 1),)
 
 
 def test_a_branch_that_is_no_site_is_never_cached() -> None:
-    """Work that joins the stream together with a site's, and is none itself, is done on every step."""
+    """Work that joins the stream together with a site's, and is none itself, is done on every
+    step.
+    """
 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.mlp = nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-            self.norm2, self.mlp2 = nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+            self.norm, self.mlp = (
+                nn.LayerNorm(32),
+                nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+            )
+            self.norm2, self.mlp2 = (
+                nn.LayerNorm(32),
+                nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+            )
             self.extra = nn.Linear(32, 32)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +180,9 @@ def test_a_state_that_something_else_reads_is_computed() -> None:
     """A site follows another only if nothing but itself reads the stream between them."""
     source, _ = capture_tiny("original", layers=1)
     assert [site.follows for site in match(source.graph).sites] == [None, 0]
-    between = next(node for node in source.graph.nodes if node.name == match(source.graph).sites[1].stream)
+    between = next(
+        node for node in source.graph.nodes if node.name == match(source.graph).sites[1].stream
+    )
     end = next(iter(source.graph.find_nodes(op="output")))
     with source.graph.inserting_before(end):
         end.args = ((*end.args[0], source.graph.call_function(aten.relu.default, (between,))),)
@@ -194,14 +227,28 @@ def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) 
     assert bool(program.plan(None).runs)
     for one, other in zip(outputs["module"], outputs["block"], strict=True):
         assert (one - other).abs().max() < 1e-10 * one.abs().max()
-    assert (outputs["block"][1] - run_all(model, inputs)[1]).abs().max() > 1e-3, "partial steps do reuse"
+    assert (outputs["block"][1] - run_all(model, inputs)[1]).abs().max() > 1e-3, (
+        "partial steps do reuse"
+    )
     plan = program.plan(None)
     partial = program.step_graph(plan, plan.steps[1].modes).module.graph
     blocks = [node for node in partial.nodes if "blocks" in node.meta.get("path", "")]
-    assert not [node for node in blocks if node.target in (aten.scaled_dot_product_attention.default, aten.layer_norm.default)]
+    assert not [
+        node
+        for node in blocks
+        if node.target in (aten.scaled_dot_product_attention.default, aten.layer_norm.default)
+    ]
 
 
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DiTTransformer2DModel",
+        "PixArtTransformer2DModel",
+        "FluxTransformer2DModel",
+        "SD3Transformer2DModel",
+    ],
+)
 @pytest.mark.parametrize("dtype", ["model", "bfloat16"])
 def test_bytes_are_predicted_and_fewer(name: str, dtype: str) -> None:
     model, inputs = build(examples()[name], dtype=torch.float64)
@@ -225,7 +272,9 @@ def test_inductor_keeps_to_it() -> None:
     for inner in ("inductor", "eager"):
         torch._dynamo.reset()
         with toca_fx.session() as run:
-            outputs.append(run_all(toca_fx.compile(model, make_policy(**TOGETHER), inner=inner), make_inputs()))
+            outputs.append(
+                run_all(toca_fx.compile(model, make_policy(**TOGETHER), inner=inner), make_inputs())
+            )
         assert run.report().compiled_graphs == 2
     for ours, theirs in zip(*outputs, strict=True):
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.helpers import capture, make_policy
-from toca_fx.analysis import Analysis
-from toca_fx.hoist import extract
-from toca_fx.inner import Inner
-from toca_fx.integrations.diffusers import build, examples
-from toca_fx.patterns import aten, linear_input
-from toca_fx.program import Program
+from toca_fx.examples import build, examples
+from toca_fx.graph.ops import aten, linear_input
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.cost import Analysis
+from toca_fx.lower.program import Program
+from toca_fx.rewrite.hoist import extract
 
 
 @cache
@@ -25,7 +25,11 @@ def analysis(name: str, memory: int = 64) -> Analysis:
 
 
 def paths(found: Analysis, names: tuple[str, ...], target: Any = aten.linear.default) -> list[str]:
-    return [node.meta["path"] for node in found.aten.graph.nodes if node.name in names and node.target is target]
+    return [
+        node.meta["path"]
+        for node in found.aten.graph.nodes
+        if node.name in names and node.target is target
+    ]
 
 
 def linears(found: Analysis, kind: str) -> list[str]:
@@ -34,7 +38,11 @@ def linears(found: Analysis, kind: str) -> list[str]:
     step = next(step for step in plan.steps if step.kind == kind)
     left = found.step_graph(plan, step.modes).module.graph
     names = {node.name for node in left.nodes}
-    return [node.meta["path"] for node in found.aten.graph.nodes if linear_input(node) is not None and node.name in names]
+    return [
+        node.meta["path"]
+        for node in found.aten.graph.nodes
+        if linear_input(node) is not None and node.name in names
+    ]
 
 
 def test_modulations_depend_on_the_timestep() -> None:
@@ -43,30 +51,49 @@ def test_modulations_depend_on_the_timestep() -> None:
     assert paths(found, found.hoisted.timed) == [*blocks, "proj_out_1"]
     assert paths(found, found.hoisted.conditions) == []
     for kind in ("full", "partial"):
-        assert not [path for path in linears(found, kind) if "norm1" in path], "the blocks' embedders are gone as well"
+        assert not [path for path in linears(found, kind) if "norm1" in path], (
+            "the blocks' embedders are gone as well"
+        )
 
 
 def test_keys_and_values_of_a_caption_are_conditions() -> None:
     found = analysis("PixArtTransformer2DModel")
-    keys_and_values = [f"transformer_blocks.{layer}.attn2.to_{what}" for layer in range(2) for what in "kv"]
+    keys_and_values = [
+        f"transformer_blocks.{layer}.attn2.to_{what}" for layer in range(2) for what in "kv"
+    ]
     assert paths(found, found.hoisted.conditions) == keys_and_values
-    assert paths(found, found.hoisted.timed) == ["adaln_single.emb.timestep_embedder.linear_2", "adaln_single.linear"]
+    assert paths(found, found.hoisted.timed) == [
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "adaln_single.linear",
+    ]
     left = linears(found, "full")
-    assert not [path for path in left if "caption" in path or path in keys_and_values or "adaln" in path]
+    assert not [
+        path for path in left if "caption" in path or path in keys_and_values or "adaln" in path
+    ]
     assert "transformer_blocks.1.attn2.to_q" in left
 
 
 def test_joint_streams_stay_in_the_step() -> None:
     found = analysis("FluxTransformer2DModel")
     assert "context_embedder" in paths(found, found.hoisted.conditions)
-    assert not [path for path in paths(found, found.hoisted.names) if ".attn." in path or ".ff" in path]
+    assert not [
+        path for path in paths(found, found.hoisted.names) if ".attn." in path or ".ff" in path
+    ]
     plan = found.plan(None)
     left = found.step_graph(plan, plan.full_modes).module.graph
-    assert not left.find_nodes(op="call_function", target=aten.cos.default), "tables of positions are conditions"
+    assert not left.find_nodes(op="call_function", target=aten.cos.default), (
+        "tables of positions are conditions"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"]
+    "name",
+    [
+        "DiTTransformer2DModel",
+        "PixArtTransformer2DModel",
+        "FluxTransformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+    ],
 )
 def test_no_site_and_nothing_behind_one_is_hoisted(name: str) -> None:
     found = analysis(name)
@@ -84,7 +111,9 @@ def test_no_site_and_nothing_behind_one_is_hoisted(name: str) -> None:
 
 
 def test_without_memory_nothing_is_hoisted() -> None:
-    found = Analysis(*capture(*_built("PixArtTransformer2DModel")), make_policy(hoisting={"memory": 0}))
+    found = Analysis(
+        *capture(*_built("PixArtTransformer2DModel")), make_policy(hoisting={"memory": 0})
+    )
     assert found.hoisted.names == ()
     assert found.hoisted_bytes == found.hoisted_flops == (0, 0)
 
@@ -97,15 +126,28 @@ def _built(name: str) -> tuple[Any, ...]:
             super().__init__()
             self.model = model
 
-        def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-            rest = {key: value for key, value in inputs.items() if key not in ("hidden_states", "timestep", "encoder_hidden_states")}
-            return self.model(hidden_states, timestep=timestep, encoder_hidden_states=encoder_hidden_states, **rest).sample
+        def forward(
+            self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
+        ) -> Tensor:
+            rest = {
+                key: value
+                for key, value in inputs.items()
+                if key not in ("hidden_states", "timestep", "encoder_hidden_states")
+            }
+            return self.model(
+                hidden_states,
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                **rest,
+            ).sample
 
     return Call(), inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"]
 
 
 class PerToken(nn.Module):
-    """A block whose modulation differs from token to token, as for images whose parts are at several timesteps."""
+    """A block whose modulation differs from token to token, as for images whose parts are at
+    several timesteps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,10 +160,15 @@ class PerToken(nn.Module):
 
 
 @pytest.mark.parametrize(("tokens", "hoisted"), [(12, 0), (1, 1)])
-def test_a_modulation_of_each_token_stays_where_fresh_tokens_can_be_picked(tokens: int, hoisted: int) -> None:
+def test_a_modulation_of_each_token_stays_where_fresh_tokens_can_be_picked(
+    tokens: int, hoisted: int
+) -> None:
     model, x = PerToken(), torch.randn(2, 12, 8)
     captured, inputs = capture(model, x, timestep=torch.rand(2, tokens))
-    assert len(Analysis(captured, inputs, make_policy(scores={"staleness": 1.0})).hoisted.timed) == hoisted
+    assert (
+        len(Analysis(captured, inputs, make_policy(scores={"staleness": 1.0})).hoisted.timed)
+        == hoisted
+    )
 
 
 def test_a_part_computes_what_the_model_computes() -> None:
@@ -139,10 +186,26 @@ def test_a_part_computes_what_the_model_computes() -> None:
 
     Keeping(program.aten).run(*given[1])
     conditions = program.conditions
-    found = dict(zip(conditions.names, conditions.module(*(given[1][at] for at in conditions.kept)), strict=True))
+    found = dict(
+        zip(
+            conditions.names,
+            conditions.module(*(given[1][at] for at in conditions.kept)),
+            strict=True,
+        )
+    )
     timed = program.timed
     assert set(timed.given) <= set(conditions.names)
-    found |= dict(zip(timed.names, timed.module(*(given[1][at] for at in timed.kept), *(found[name] for name in timed.given)), strict=True))
+    found |= dict(
+        zip(
+            timed.names,
+            timed.module(
+                *(given[1][at] for at in timed.kept), *(found[name] for name in timed.given)
+            ),
+            strict=True,
+        )
+    )
     assert found.keys() == values.keys() == set(wanted)
-    assert all(torch.equal(found[name], values[name]) and found[name].is_contiguous() for name in wanted)
+    assert all(
+        torch.equal(found[name], values[name]) and found[name].is_contiguous() for name in wanted
+    )
     assert extract(program.aten, ()).kept == ()

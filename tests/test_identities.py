@@ -1,4 +1,6 @@
-"""What must hold exactly: full steps are the model, generations and samples do not see each other."""
+"""What must hold exactly: full steps are the model, generations and samples do not see each
+other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import torch
 from torch import Tensor
 
 import toca_fx
-from tests.helpers import AUTHORS, KINDS, make_inputs, make_policy, programs, record_choices, run_all, tiny
+from tests.helpers import (
+    AUTHORS,
+    KINDS,
+    make_inputs,
+    make_policy,
+    programs,
+    record_choices,
+    run_all,
+    tiny,
+)
 
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +33,9 @@ TOLERANCE = 1e-10
 def test_random_scores_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     record = record_choices(monkeypatch)
     for seed, inputs_seed in ((1, 0), (1, 5), (2, 0)):
-        fast = toca_fx.compile(tiny("diffusers"), make_policy(scores={"random": 1.0}, seed=seed), inner="eager")
+        fast = toca_fx.compile(
+            tiny("diffusers"), make_policy(scores={"random": 1.0}, seed=seed), inner="eager"
+        )
         with toca_fx.session():
             run_all(fast, make_inputs(4, seed=inputs_seed))
     first, same, other = record[0:2], record[2:4], record[4:6]
@@ -44,7 +57,10 @@ def test_an_interval_of_one_is_the_uncached_model_exactly(kind: str, dtype: torc
     (compiled,) = program._steps.values()
     targets = [node.target for node in compiled.graph.module.graph.nodes]
     assert not {aten.copy_.default, aten.index_put.default, aten.index.Tensor} & set(targets)
-    assert not any(node.name.startswith(("cache", "score", "rows")) for node in compiled.graph.module.graph.nodes)
+    assert not any(
+        node.name.startswith(("cache", "score", "rows"))
+        for node in compiled.graph.module.graph.nodes
+    )
     assert aten.scaled_dot_product_attention.default in targets
 
 
@@ -55,7 +71,10 @@ def test_full_steps_equal_the_uncached_model(kind: str) -> None:
     fast = toca_fx.compile(model, make_policy(), inner="eager")
     with toca_fx.session() as run:
         outputs = run_all(fast, inputs)
-    equal = [bool((a - b).abs().max() < 1e-12) for a, b in zip(outputs, run_all(model, inputs), strict=True)]
+    equal = [
+        bool((a - b).abs().max() < 1e-12)
+        for a, b in zip(outputs, run_all(model, inputs), strict=True)
+    ]
     assert equal == [step.kind == "full" for step in run.report().steps] == [True, False, False] * 4
 
 
@@ -92,9 +111,13 @@ def test_two_generations_in_one_process_equal_two_processes() -> None:
     def run(*seeds: int) -> dict[str, Tensor]:
         command = [sys.executable, "-c", _SCRIPT, json.dumps(seeds)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        return {seed: torch.tensor(values, dtype=torch.float64) for seed, values in json.loads(done.stdout).items()}
+        return {
+            seed: torch.tensor(values, dtype=torch.float64)
+            for seed, values in json.loads(done.stdout).items()
+        }
 
-    # Not to the bit: kernels round differently by the alignment of their operands, which differs between processes.
+    # Not to the bit: kernels round differently by the alignment of their operands, which differs
+    # between processes.
     together, apart = run(1, 2), {**run(1), **run(2)}
     assert together.keys() == apart.keys() == {"1", "2"}
     assert all((together[seed] - apart[seed]).abs().max() <= TOLERANCE for seed in together)
@@ -108,7 +131,11 @@ def test_a_sample_in_a_batch_equals_the_sample_alone(kind: str) -> None:
     with toca_fx.session():
         together = run_all(fast, inputs)
     for sample in range(3):
-        alone = type(inputs)(inputs.latents[:, sample : sample + 1], inputs.timesteps, inputs.labels[sample : sample + 1])
+        alone = type(inputs)(
+            inputs.latents[:, sample : sample + 1],
+            inputs.timesteps,
+            inputs.labels[sample : sample + 1],
+        )
         with toca_fx.session():
             outputs = run_all(fast, alone)
         for a, b in zip(together, outputs, strict=True):

@@ -1,4 +1,6 @@
-"""The inner compilers: how often they are asked, and that they change nothing. The only file that runs inductor."""
+"""The inner compilers: how often they are asked, and that they change nothing. The only file that
+runs inductor.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
+from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.policy.types import Policy
 
 STEPS = 50
-TOLERANCE = 1e-4  # of the largest output: sinusoids of timesteps near 1000 lose three digits in single precision
+# Of the largest output: sinusoids of timesteps near 1000 lose three digits in single precision
+TOLERANCE = 1e-4
 
 
 class Counting:
@@ -32,9 +35,19 @@ class Counting:
 
 
 def pinned(**sections: Any) -> Policy:
-    """Random scores do not depend on activations, so every inner backend gets the same tokens; K rises from 0 by 1 or 2."""
+    """Random scores do not depend on activations, so every inner backend gets the same tokens; K
+    rises from 0 by 1 or 2.
+    """
     ratio = {"base": 0.5, "step_weight": -1.05}
-    return make_policy(**{"sampler": {"steps": STEPS}, "R": ratio, "scores": {"random": 1.0}, "spatial": {"bonus": 0.5}, **sections})
+    return make_policy(
+        **{
+            "sampler": {"steps": STEPS},
+            "R": ratio,
+            "scores": {"random": 1.0},
+            "spatial": {"bonus": 0.5},
+            **sections,
+        }
+    )
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -43,7 +56,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 def compilations() -> tuple[Any, ...]:
     """What Dynamo, AOTAutograd and inductor have counted so far."""
-    return {name: dict(values) for name, values in counters.items()}, {name: len(times) for name, times in compilation_time_metrics.items()}
+    return {name: dict(values) for name, values in counters.items()}, {
+        name: len(times) for name, times in compilation_time_metrics.items()
+    }
 
 
 def test_a_ratio_schedule_compiles_one_graph_per_kind_of_step() -> None:
@@ -90,16 +105,20 @@ def test_a_constant_number_of_tokens(kept: float) -> None:
 
 
 def test_no_token_and_one_token_in_bfloat16() -> None:
-    """There the lowering of matmuls reasons about K = 1, so that what holds in float32 has to be shown again.
+    """There the lowering of matmuls reasons about K = 1, so that what holds in float32 has to be
+    shown again.
 
-    Measured against eager in float32, because both backends round timesteps and features to 8 bits in places of their own.
+    Measured against eager in float32, because both backends round timesteps and features to 8 bits
+    in places of their own.
     """
     model = tiny("original", layers=2)
     with toca_fx.session():
         expected = run_all(toca_fx.compile(model, pinned(), inner="eager"), make_inputs(6))
     plain = run_all(model, make_inputs(6))
     with toca_fx.session() as run:
-        fast = toca_fx.compile(tiny("original", layers=2).to(torch.bfloat16), pinned(), inner="inductor")
+        fast = toca_fx.compile(
+            tiny("original", layers=2).to(torch.bfloat16), pinned(), inner="inductor"
+        )
         outputs = run_all(fast, make_inputs(6, dtype=torch.bfloat16))
     assert all(site.computed[1:3] == (0, 1) for site in run.report().sites if site.kind == "mlp")
     for number in (1, 2):
@@ -109,20 +128,32 @@ def test_no_token_and_one_token_in_bfloat16() -> None:
 
 
 def test_a_diffusers_model_with_scores_from_its_attention() -> None:
-    """The choice itself may differ in single precision; full steps, and steps that compute all or nothing, do not."""
+    """The choice itself may differ in single precision; full steps, and steps that compute all or
+    nothing, do not.
+    """
     model, inputs = tiny("diffusers", layers=2), make_inputs(4)
     policy = make_policy(
-        sampler={"steps": 6}, R={"base": 0.5, "step_weight": -0.99}, rules=[{"match": "mlp", "layers": 1, "R": {"base": 0.0}}]
+        sampler={"steps": 6},
+        R={"base": 0.5, "step_weight": -0.99},
+        rules=[{"match": "mlp", "layers": 1, "R": {"base": 0.0}}],
     )
     with toca_fx.session() as run:
         outputs = run_all(toca_fx.compile(model, policy), inputs)
     expected = run_all(model, inputs)
     assert run.report().compiled_graphs == 2
-    assert [close(a, b) for a, b in zip(outputs, expected, strict=True)] == [True, False, False, True]
+    assert [close(a, b) for a, b in zip(outputs, expected, strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert [step.kind for step in run.report().steps] == ["full", "partial", "partial", "full"]
 
 
-PARTIAL = {kind: {"weight": 1.0} for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")}
+PARTIAL = {
+    kind: {"weight": 1.0}
+    for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")
+}
 OF_THE_PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     "chosen in the graph, for both halves, over a grid": (
         "PixArtTransformer2DModel",
@@ -141,7 +172,9 @@ OF_THE_PAPER: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", OF_THE_PAPER)
 def test_a_model_of_the_paper_in_double_precision(case: str) -> None:
-    """There both compilers choose the same tokens, though diffusers keeps the sinusoids of timesteps in single precision."""
+    """There both compilers choose the same tokens, though diffusers keeps the sinusoids of
+    timesteps in single precision.
+    """
     name, sections = OF_THE_PAPER[case]
     example = examples()[name]
     model, first = build(example, dtype=torch.float64)

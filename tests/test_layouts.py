@@ -1,7 +1,8 @@
 """Blocks that nobody adapted: attention in odd layouts is cached rightly, or not at all.
 
-With all tokens fresh the result is the model's; a gather in the wrong place shows there. With half of them it is that of a replay by hooks,
-which knows nothing of graphs: what is fresh is computed from the present inputs, with fresh keys among remembered ones.
+With all tokens fresh the result is the model's; a gather in the wrong place shows there. With half
+of them it is that of a replay by hooks, which knows nothing of graphs: what is fresh is computed
+from the present inputs, with fresh keys among remembered ones.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from torch.nn import functional as F
 
 import toca_fx
 from tests.helpers import make_policy, programs
-from toca_fx.buffers import site_of
+from toca_fx.plan.buffers import site_of
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 12, 16, 2
-PARTIAL = {kind: {"weight": 1.0} for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")}
+PARTIAL = {
+    kind: {"weight": 1.0}
+    for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")
+}
 
 Attend = Callable[["Attention", Tensor], Tensor]
 
@@ -63,7 +67,11 @@ def with_one_projection_for_all(own: Attention, x: Tensor) -> Tensor:
 
 def with_keys_in_another_order(own: Attention, x: Tensor) -> Tensor:
     order = torch.arange(x.shape[1] - 1, -1, -1)
-    return merged(F.scaled_dot_product_attention(heads(own.q(x)), heads(own.k(x)[:, order]), heads(own.v(x)[:, order])))
+    return merged(
+        F.scaled_dot_product_attention(
+            heads(own.q(x)), heads(own.k(x)[:, order]), heads(own.v(x)[:, order])
+        )
+    )
 
 
 def in_windows(own: Attention, x: Tensor) -> Tensor:
@@ -71,20 +79,30 @@ def in_windows(own: Attention, x: Tensor) -> Tensor:
 
 
 def in_five_axes(own: Attention, x: Tensor) -> Tensor:
-    query, key, value = (part(x).view(*x.shape[:2], 1, HEADS, -1).permute(0, 2, 3, 1, 4) for part in (own.q, own.k, own.v))
+    query, key, value = (
+        part(x).view(*x.shape[:2], 1, HEADS, -1).permute(0, 2, 3, 1, 4)
+        for part in (own.q, own.k, own.v)
+    )
     weights = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1)
     return (weights @ value).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def with_a_view_of_minus_one(own: Attention, x: Tensor) -> Tensor:
-    query, key, value = (part(x).view(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2) for part in (own.q, own.k, own.v))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(*x.shape[:2], -1)
+    query, key, value = (
+        part(x).view(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2)
+        for part in (own.q, own.k, own.v)
+    )
+    return (
+        F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(*x.shape[:2], -1)
+    )
 
 
 def with_some_who_attend_to_nothing(own: Attention, x: Tensor) -> Tensor:
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     mask[3] = False
-    return merged(F.scaled_dot_product_attention(heads(own.q(x)), heads(own.k(x)), heads(own.v(x)), mask))
+    return merged(
+        F.scaled_dot_product_attention(heads(own.q(x)), heads(own.k(x)), heads(own.v(x)), mask)
+    )
 
 
 LAYOUTS: tuple[Attend, ...] = (
@@ -132,10 +150,15 @@ def made(attend: Attend) -> nn.Module:
 def calls(batch: int, steps: int = 6) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(steps, batch, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
-    return [{"x": x, "timestep": torch.full((batch,), 1000.0 - 100 * step, dtype=torch.float64)} for step, x in enumerate(latents)]
+    return [
+        {"x": x, "timestep": torch.full((batch,), 1000.0 - 100 * step, dtype=torch.float64)}
+        for step, x in enumerate(latents)
+    ]
 
 
-def run(model: nn.Module, given: list[dict[str, Tensor]], inner: Any = "eager", **sections: Any) -> tuple[list[Tensor], list[Any]]:
+def run(
+    model: nn.Module, given: list[dict[str, Tensor]], inner: Any = "eager", **sections: Any
+) -> tuple[list[Tensor], list[Any]]:
     """The outputs, and per call the tokens that each site picked: {path: [B, N] bool}."""
     torch._dynamo.reset()
     policy = make_policy(**{"sampler": {"steps": 6}, "modules": PARTIAL, **sections})
@@ -148,7 +171,13 @@ def run(model: nn.Module, given: list[dict[str, Tensor]], inner: Any = "eager", 
             (track,) = session._tracks.values()
             buffers = track.generations[""].storage.buffers
             sites = program.matches.sites
-            picked.append({sites[site_of(name)].path: kept.clone() for name, kept in buffers.items() if name.startswith("picked:")})
+            picked.append(
+                {
+                    sites[site_of(name)].path: kept.clone()
+                    for name, kept in buffers.items()
+                    if name.startswith("picked:")
+                }
+            )
     return outputs, picked
 
 
@@ -162,29 +191,44 @@ def test_with_all_tokens_fresh_it_is_the_model(attend: Attend, batch: int) -> No
         expected = [model(**call) for call in given]
     for sections in ({"R": {"base": 0.0}}, {"N": {"base": 1}}):
         outputs, _ = run(model, given, **sections)
-        assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-12) for ours, theirs in zip(outputs, expected, strict=True))
+        assert all(
+            torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+            for ours, theirs in zip(outputs, expected, strict=True)
+        )
 
 
 class Replay:
-    """The same by forward hooks: what stale tokens get is remembered, keys and values of usual attention among it."""
+    """The same by forward hooks: what stale tokens get is remembered, keys and values of usual
+    attention among it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.fresh: dict[str, Tensor | None] = {}
         self.known: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if name.endswith((".attn", ".mlp")):
-                module.register_forward_hook(lambda _, __, output, name=name: self.merged(name, name, output))
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: self.merged(name, name, output)
+                )
             elif name.endswith((".k", ".v")):
                 site = name.rpartition(".")[0]
-                module.register_forward_hook(lambda _, __, output, name=name, site=site: self.merged(name, site, output))
+                module.register_forward_hook(
+                    lambda _, __, output, name=name, site=site: self.merged(name, site, output)
+                )
 
     def merged(self, name: str, site: str, output: Tensor) -> Tensor:
         fresh = self.fresh.get(site)
-        self.known[name] = output if fresh is None else torch.where(fresh[..., None], output, self.known[name])
+        self.known[name] = (
+            output if fresh is None else torch.where(fresh[..., None], output, self.known[name])
+        )
         return self.known[name]
 
 
-@pytest.mark.parametrize("attend", [usual, with_a_view_of_minus_one, with_some_who_attend_to_nothing], ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize(
+    "attend",
+    [usual, with_a_view_of_minus_one, with_some_who_attend_to_nothing],
+    ids=lambda attend: attend.__name__,
+)
 def test_with_half_of_them_it_is_the_replay(attend: Attend) -> None:
     model, given = made(attend), calls(BATCH)
     outputs, picked = run(model, given)
@@ -193,10 +237,16 @@ def test_with_half_of_them_it_is_the_replay(attend: Attend) -> None:
         replay.fresh = {} if step % 3 == 0 else picked[step]
         with torch.no_grad():
             assert torch.allclose(model(**call), output, rtol=0, atol=1e-12), f"step {step}"
-        assert step % 3 == 0 or all(int(rows.sum()) == BATCH * TOKENS // 2 for rows in picked[step].values())
+        assert step % 3 == 0 or all(
+            int(rows.sum()) == BATCH * TOKENS // 2 for rows in picked[step].values()
+        )
 
 
-@pytest.mark.parametrize("attend", [attend for attend in LAYOUTS if attend is not over_samples], ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize(
+    "attend",
+    [attend for attend in LAYOUTS if attend is not over_samples],
+    ids=lambda attend: attend.__name__,
+)
 def test_any_share_of_fresh_tokens_runs(attend: Attend) -> None:
     """From all of them down to none, of which the kernels know nothing."""
     model, given = made(attend), calls(BATCH)
@@ -208,7 +258,9 @@ def test_any_share_of_fresh_tokens_runs(attend: Attend) -> None:
 def test_no_query_at_all_under_inductor() -> None:
     model, given = made(usual), calls(BATCH)
     sections: dict[str, Any] = {"R": {"base": 0.9, "step_weight": -1.0}, "scores": {"random": 1.0}}
-    (ours, _), (theirs, _) = (run(model, given, inner, **sections) for inner in ("inductor", "eager"))
+    (ours, _), (theirs, _) = (
+        run(model, given, inner, **sections) for inner in ("inductor", "eager")
+    )
     assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -229,7 +281,9 @@ class SequenceFirst(nn.Module):
 def test_samples_are_not_taken_for_tokens() -> None:
     torch.manual_seed(0)
     explained = toca_fx.explain(
-        SequenceFirst().eval().requires_grad_(False), make_policy(), **{k: v.float() for k, v in calls(BATCH)[0].items()}
+        SequenceFirst().eval().requires_grad_(False),
+        make_policy(),
+        **{k: v.float() for k, v in calls(BATCH)[0].items()},
     )
     assert explained.sites == ()
     assert {miss.reason for miss in explained.skipped} == {
@@ -249,7 +303,9 @@ def test_models_with_a_parameter_in_common_keep_their_caches_apart() -> None:
     with torch.no_grad(), toca_fx.session():
         for call in calls(BATCH)[:2]:
             first(**call)
-        assert torch.allclose(second(**calls(BATCH)[0]), expected, rtol=0, atol=1e-12), "its first step is full"
+        assert torch.allclose(second(**calls(BATCH)[0]), expected, rtol=0, atol=1e-12), (
+            "its first step is full"
+        )
 
 
 def test_a_returned_feature_is_not_written_to_by_later_steps() -> None:
@@ -261,7 +317,9 @@ def test_a_returned_feature_is_not_written_to_by_later_steps() -> None:
             return x + self.blocks[1].mlp(x), feature
 
     torch.manual_seed(0)
-    fast = toca_fx.compile(Returning(usual).double().eval(), make_policy(sampler={"steps": 6}), inner="eager")
+    fast = toca_fx.compile(
+        Returning(usual).double().eval(), make_policy(sampler={"steps": 6}), inner="eager"
+    )
     kept, copies = [], []
     with torch.no_grad(), toca_fx.session():
         for call in calls(BATCH):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import KINDS, capture, capture_tiny
-from toca_fx.match import Matches, match
-from toca_fx.trace import to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.match.matcher import Matches, match
 
 WIDTH, HEADS = 16, 2
 
@@ -31,7 +31,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        heads = (split_heads(linear(value)) for linear, value in ((self.q, x), (self.k, source), (self.v, source)))
+        heads = (
+            split_heads(linear(value))
+            for linear, value in ((self.q, x), (self.k, source), (self.v, source))
+        )
         return self.out(merge_heads(F.scaled_dot_product_attention(*heads)))
 
 
@@ -120,7 +123,9 @@ def matches_of(model: nn.Module, tokens: int = 8) -> Matches:
 def test_the_sites_of_a_dit(kind: str) -> None:
     aten, _ = capture_tiny(kind, layers=3)
     sites = match(aten.graph).sites
-    blocks, attention, mlp = ("transformer_blocks", "attn1", "ff") if kind == "diffusers" else ("blocks", "attn", "mlp")
+    blocks, attention, mlp = (
+        ("transformer_blocks", "attn1", "ff") if kind == "diffusers" else ("blocks", "attn", "mlp")
+    )
     expected = [
         found
         for layer in range(3)
@@ -180,12 +185,18 @@ def test_attention_without_projections() -> None:
     found = matches_of(Blocks(Residual(Bare())))
     assert found.sites == ()
     reason = "query or key does not come from a linear projection"
-    assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [("attention", "layers.0.part", reason)]
+    assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [
+        ("attention", "layers.0.part", reason)
+    ]
 
 
 def test_kinds_of_attention() -> None:
     found = matches_of(Blocks(Residual(SelfAttention()), Cross(), Joint()))
-    assert [(site.kind, site.layer) for site in found.sites] == [("self_attention", 0), ("cross_attention", 1), ("joint_attention", 2)]
+    assert [(site.kind, site.layer) for site in found.sites] == [
+        ("self_attention", 0),
+        ("cross_attention", 1),
+        ("joint_attention", 2),
+    ]
     assert [site.influence for site in found.sites] == [0, None, 2]
 
 
@@ -209,7 +220,9 @@ def test_two_linears_without_an_activation_are_no_mlp() -> None:
     found = matches_of(Blocks(Residual(nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)))))
     reason = "no softmax attention and no linear-activation-linear in it, but aten.layer_norm.default, aten.linear.default"
     assert found.sites == ()
-    assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [("module", "layers.0", reason)]
+    assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [
+        ("module", "layers.0", reason)
+    ]
 
 
 def test_an_mlp_without_a_token_axis() -> None:
@@ -221,10 +234,18 @@ def test_an_mlp_without_a_token_axis() -> None:
 
 
 def test_influence_is_the_nearest_attention_before_it_in_the_block() -> None:
-    block = nn.Sequential(Residual(SelfAttention()), Residual(Plain()), Residual(SelfAttention()), Residual(Plain()))
+    block = nn.Sequential(
+        Residual(SelfAttention()), Residual(Plain()), Residual(SelfAttention()), Residual(Plain())
+    )
     found = matches_of(Blocks(block, Residual(Plain())))
     kinds = [(site.layer, site.kind, site.influence) for site in found.sites]
-    assert kinds == [(0, "self_attention", 0), (0, "mlp", 0), (0, "self_attention", 2), (0, "mlp", 2), (1, "mlp", None)]
+    assert kinds == [
+        (0, "self_attention", 0),
+        (0, "mlp", 0),
+        (0, "self_attention", 2),
+        (0, "mlp", 2),
+        (1, "mlp", None),
+    ]
 
 
 def test_matching_changes_nothing() -> None:
@@ -260,9 +281,13 @@ class Flat(nn.Module):
         return self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
 
 
-@pytest.mark.parametrize(("attention", "judges"), [(SelfAttention, True), (Windows, False), (Flat, False)])
+@pytest.mark.parametrize(
+    ("attention", "judges"), [(SelfAttention, True), (Windows, False), (Flat, False)]
+)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_only_a_map_over_the_site_s_own_tokens_judges_them(attention: type[nn.Module], judges: bool, batch: int) -> None:
+def test_only_a_map_over_the_site_s_own_tokens_judges_them(
+    attention: type[nn.Module], judges: bool, batch: int
+) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -291,7 +316,11 @@ class LowRank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.base, self.down, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+        self.base, self.down, self.up = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2, bias=False),
+            nn.Linear(2, WIDTH, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 0.5 * self.up(self.down(x))

@@ -1,4 +1,6 @@
-"""The predicted peak against what inductor's code allocates, run on fake tensors for a GPU that is not there, and against an H100."""
+"""The predicted peak against what inductor's code allocates, run on fake tensors for a GPU that is
+not there, and against an H100.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 import toca_fx
 from tests.made_up_cuda import fake_example, made_up_cuda
-from toca_fx import buffers, load_policy, memory
-from toca_fx.analysis import Analysis
-from toca_fx.buffers import Buffers
-from toca_fx.capture import capture
-from toca_fx.inner import Inner
-from toca_fx.integrations.diffusers import PRESETS, build
-from toca_fx.memory import allocated, predict, step_peak
-from toca_fx.plan import Plan, StepPlan
-from toca_fx.program import CompiledStep
+from toca_fx import load_policy
+from toca_fx.capture.dynamo import capture
+from toca_fx.examples import PRESETS, build
+from toca_fx.lower import memory
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.cost import Analysis
+from toca_fx.lower.memory import allocated, predict, step_peak
+from toca_fx.lower.program import CompiledStep
+from toca_fx.plan import buffers
+from toca_fx.plan.buffers import Buffers
+from toca_fx.plan.plan import Plan, StepPlan
 
 MIB = 2**20
 
@@ -41,7 +45,9 @@ CASES: dict[str, tuple[dict[str, int], str]] = {
 
 
 class Allocator(TorchDispatchMode):
-    """Counts the bytes of tensors on the GPU that are there, and the most that were there at once."""
+    """Counts the bytes of tensors on the GPU that are there, and the most that were there at
+    once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +95,9 @@ def code_on_fakes() -> Iterator[None]:
     with (
         mock.patch("torch._C._dynamo.guards._empty_strided_cuda", empty),
         mock.patch("torch._C._dynamo.guards._reinterpret_tensor", reinterpret),
-        mock.patch("torch._inductor.utils.copy_misaligned_inputs", return_value=([], [])),  # it asks for addresses
+        mock.patch(
+            "torch._inductor.utils.copy_misaligned_inputs", return_value=([], [])
+        ),  # it asks for addresses
         mock.patch("torch.cuda._exchange_device", return_value=0),
         mock.patch("torch.cuda._maybe_exchange_device", return_value=0),
         mock.patch("torch.cuda.set_device", return_value=None),
@@ -99,24 +107,32 @@ def code_on_fakes() -> Iterator[None]:
 
 
 def analysis(preset: str) -> tuple[Analysis, list[Any], FakeTensorMode]:
-    """A preset with few blocks on the GPU, its inputs, and the mode that they are fake tensors of."""
+    """A preset with few blocks on the GPU, its inputs, and the mode that they are fake tensors
+    of.
+    """
     config, policy = CASES[preset]
     example = PRESETS[preset]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        module, call = fake_example(dataclasses.replace(example, config={**example.config, **config}), torch.bfloat16)
+        module, call = fake_example(
+            dataclasses.replace(example, config={**example.config, **config}), torch.bfloat16
+        )
         captured, inputs = capture(module, (), call)
     return Analysis(captured, inputs, load_policy(policy)), inputs, mode
 
 
-def simulated(found: Analysis, plan: Plan, step: StepPlan, inputs: list[Any], mode: FakeTensorMode) -> int:
+def simulated(
+    found: Analysis, plan: Plan, step: StepPlan, inputs: list[Any], mode: FakeTensorMode
+) -> int:
     """Bytes that a compiled step allocates at its peak, called as a generation calls it."""
     compiled = CompiledStep(found.step_graph(plan, step.modes), found.aten, plan, Inner())
     made, given = Buffers(found.aten, plan), buffers.given(plan, step.modes)
     allocator = Allocator()
     with mode:
         tensors = {
-            name: made.example(name, step.fresh[buffers.site_of(name)]) if name in given else made.new(name)
+            name: made.example(name, step.fresh[buffers.site_of(name)])
+            if name in given
+            else made.new(name)
             for name in compiled.graph.names
         }
         allocator.ignore((inputs, tensors))
@@ -144,11 +160,15 @@ def test_what_compiled_steps_allocate(preset: str) -> None:
             seen = simulated(found, plan, step, inputs, mode)
             assert told == pytest.approx(seen, rel=0.03), step.kind
             worst = max(worst, seen)
-    assert peak.kept + peak.hoisted + peak.step == pytest.approx(peak.kept + peak.hoisted + worst, rel=0.03)
+    assert peak.kept + peak.hoisted + peak.step == pytest.approx(
+        peak.kept + peak.hoisted + worst, rel=0.03
+    )
 
 
 def test_what_an_h100_allocated() -> None:
-    """torch 2.11, bfloat16, a session that was told its timesteps: max_memory_allocated less what was allocated before."""
+    """torch 2.11, bfloat16, a session that was told its timesteps: max_memory_allocated less what
+    was allocated before.
+    """
     model, inputs = build(PRESETS["flux-dev-1024"], device="meta", dtype=torch.bfloat16)
     told = toca_fx.explain(model, "flux-dev", **inputs)
     assert told.peak_bytes + told.told_bytes == pytest.approx(3584 * MIB, rel=0.01)
@@ -159,9 +179,13 @@ def test_what_an_h100_allocated() -> None:
 
 
 def test_the_allocator() -> None:
-    """CUDACachingAllocator: blocks of 512 bytes; large ones are not split if 1 MiB or less would be left."""
+    """CUDACachingAllocator: blocks of 512 bytes; large ones are not split if 1 MiB or less would be
+    left.
+    """
     assert [allocated(nbytes) for nbytes in (0, 1, 512, 513)] == [0, 512, 512, 1024]
-    assert [allocated(nbytes * MIB) for nbytes in (3, 9, 10, 11, 12, 27, 28)] == [nbytes * MIB for nbytes in (3, 9, 10, 12, 12, 28, 28)]
+    assert [allocated(nbytes * MIB) for nbytes in (3, 9, 10, 11, 12, 27, 28)] == [
+        nbytes * MIB for nbytes in (3, 9, 10, 12, 12, 28, 28)
+    ]
     assert allocated(26 * MIB + 512) == 26 * MIB + 512
 
 
@@ -169,7 +193,9 @@ def test_the_allocator() -> None:
 
 
 def peak_of(function: Callable[..., Any], *inputs: Tensor) -> int:
-    """The peak of a function of tensors, in float32 tensors of [64, 128]; what is much smaller does not count."""
+    """The peak of a function of tensors, in float32 tensors of [64, 128]; what is much smaller does
+    not count.
+    """
     module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
     values = {node.name: node.meta["val"] for node in module.graph.nodes if node.op != "output"}
     return step_peak(module.graph, values, {}) // (64 * 128 * 4)
@@ -181,7 +207,12 @@ X, W = torch.zeros(64, 128), torch.zeros(128, 128)
 
 def test_an_mlp_holds_its_hidden_state_once() -> None:
     up, down = torch.zeros(512, 128), torch.zeros(128, 512)
-    assert peak_of(lambda x, up, down: linear(torch.nn.functional.gelu(linear(x, up)), down), X, up, down) == 4 + 1
+    assert (
+        peak_of(
+            lambda x, up, down: linear(torch.nn.functional.gelu(linear(x, up)), down), X, up, down
+        )
+        == 4 + 1
+    )
     assert peak_of(lambda x, up, down: linear(linear(x, up), down), X, up, down) == 4 + 1
 
 
@@ -198,7 +229,8 @@ def test_what_reads_a_lot_is_not_computed_again() -> None:
         added = sum(products[1:], products[0])
         return linear(added * 2, w) + linear(added * 3, w)
 
-    # The sum of four products is computed for each of its two readers, and so all four stay; that of six is written, in place of one.
+    # The sum of four products is computed for each of its two readers, and so all four stay; that
+    # of six is written, in place of one.
     assert peak_of(of_products, *[X] * 4, W) == 4 + 1
     assert peak_of(of_products, *[X] * 6, W) == 6
 

@@ -1,4 +1,6 @@
-"""Attention computed for fresh tokens only: with all tokens fresh it is the model, with half of them it saves work."""
+"""Attention computed for fresh tokens only: with all tokens fresh it is the model, with half of
+them it saves work.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import KINDS, make_inputs, make_policy, tiny
 from tests.stdit3 import tiny_inputs, tiny_stdit3
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
-from toca_fx.report import Report
+from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.runtime.report import Report
 
 STEPS = 6
 ATTENTIONS = ("self_attention", "cross_attention", "joint_attention")
@@ -31,18 +33,30 @@ Generation = tuple[nn.Module, list[dict[str, Any]]]
 
 
 def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def generation(name: str) -> Generation:
-    """A tiny model in float64 and the keywords of each of its calls; the latents are new at every step."""
+    """A tiny model in float64 and the keywords of each of its calls; the latents are new at every
+    step.
+    """
     if name in KINDS:
-        names = ("x", "t", "y") if name == "original" else ("hidden_states", "timestep", "class_labels")
+        names = (
+            ("x", "t", "y") if name == "original" else ("hidden_states", "timestep", "class_labels")
+        )
         steps = make_inputs(STEPS, dtype=torch.float64)
-        return tiny(name, layers=2).double(), [dict(zip(names, step, strict=True)) for step in steps]
+        return tiny(name, layers=2).double(), [
+            dict(zip(names, step, strict=True)) for step in steps
+        ]
     if name == "STDiT3":
         model = tiny_stdit3().double()
-        calls = [doubled(tiny_inputs(model, seed=step, timestep=torch.full((2,), 900.0 - 150 * step))) for step in range(STEPS)]
+        calls = [
+            doubled(tiny_inputs(model, seed=step, timestep=torch.full((2,), 900.0 - 150 * step)))
+            for step in range(STEPS)
+        ]
         return model, calls
     example = examples()[name]
     built, inputs = build(example, dtype=torch.float64)
@@ -51,7 +65,10 @@ def generation(name: str) -> Generation:
 
 def images(output: Any) -> list[Tensor]:
     """The predicted tensors, whichever way a model returns them."""
-    return [value.clone() for value in prediction(output.sample if hasattr(output, "sample") else output)]
+    return [
+        value.clone()
+        for value in prediction(output.sample if hasattr(output, "sample") else output)
+    ]
 
 
 @cache
@@ -79,7 +96,9 @@ def test_with_all_tokens_fresh_it_is_the_model(name: str) -> None:
     outputs, report = cached(name, 0.0, PARTIAL)
     for step, (ours, theirs) in enumerate(zip(outputs, uncached(name), strict=True)):
         assert distance(ours, theirs) <= 1e-10, f"step {step}"
-    assert {site.computed for site in report.sites} <= {(site.tokens,) * STEPS for site in report.sites}
+    assert {site.computed for site in report.sites} <= {
+        (site.tokens,) * STEPS for site in report.sites
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,8 +113,14 @@ def test_with_half_of_the_tokens_fresh_it_saves_work(name: str) -> None:
     for site in attentions:
         part = site.tokens // 2
         assert site.computed == (site.tokens, part, part) * 2
-    whole, whole_report = cached(name, 0.5, {**dict.fromkeys(ATTENTIONS, "compute"), "mlp": {"weight": 1.0}})
-    assert all(site.computed == (site.tokens,) * STEPS for site in whole_report.sites if site.kind in ATTENTIONS)
+    whole, whole_report = cached(
+        name, 0.5, {**dict.fromkeys(ATTENTIONS, "compute"), "mlp": {"weight": 1.0}}
+    )
+    assert all(
+        site.computed == (site.tokens,) * STEPS
+        for site in whole_report.sites
+        if site.kind in ATTENTIONS
+    )
     assert report.flops_uncached == whole_report.flops_uncached
     assert report.flops_done < whole_report.flops_done
     assert far[2] != distance(whole[2], uncached(name)[2])

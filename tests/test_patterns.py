@@ -1,4 +1,6 @@
-"""One small model whose attention and MLP are spelled in many ways: both are found, and computing all tokens anew changes nothing."""
+"""One small model whose attention and MLP are spelled in many ways: both are found, and computing
+all tokens anew changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from torch.nn import functional as F
 
 import toca_fx
 from tests.helpers import capture, make_policy
-from toca_fx.match import match
-from toca_fx.report import Report
-from toca_fx.trace import to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.match.matcher import match
+from toca_fx.runtime.report import Report
 
 WIDTH, HEADS, HIDDEN, BLOCKS, STEPS = 16, 2, 32, 2, 6
 BATCH, SIDE = 2, 4
@@ -137,7 +139,9 @@ class Int8(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
+        self.register_buffer(
+            "weight", torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        )
         self.register_buffer("scale", torch.full((outputs, 1), 0.02 / inputs**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +152,9 @@ class PackedInt8(Int8):
     """The same as one operator, which wants a matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weight, self.scale[:, 0].to(x.dtype))
+        flat = torch.ops.aten._weight_int8pack_mm(
+            x.reshape(-1, x.shape[-1]), self.weight, self.scale[:, 0].to(x.dtype)
+        )
         return flat.reshape(*x.shape[:-1], -1)
 
 
@@ -159,16 +165,28 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        heads = (
+            linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
         return self.out(self.mix(*heads).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
     """linear -> activation -> dropout -> linear."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.gelu, linear: Callable[[int, int], nn.Module] = nn.Linear) -> None:
+    def __init__(
+        self,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
-        self.up, self.activation, self.dropout, self.down = linear(WIDTH, HIDDEN), activation, nn.Dropout(0.1), linear(HIDDEN, WIDTH)
+        self.up, self.activation, self.dropout, self.down = (
+            linear(WIDTH, HIDDEN),
+            activation,
+            nn.Dropout(0.1),
+            linear(HIDDEN, WIDTH),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(self.activation(self.up(x))))
@@ -187,7 +205,11 @@ class Geglu(nn.Module):
 class Swiglu(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.gate, self.up, self.down = (
+            nn.Linear(WIDTH, HIDDEN),
+            nn.Linear(WIDTH, HIDDEN),
+            nn.Linear(HIDDEN, WIDTH),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -239,7 +261,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, mix: Mix = sdpa, mlp: Callable[[], nn.Module] = Mlp, linear: Callable[[int, int], nn.Module] = nn.Linear) -> None:
+    def __init__(
+        self,
+        mix: Mix = sdpa,
+        mlp: Callable[[], nn.Module] = Mlp,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(Attention(mix, linear), mlp()) for _ in range(BLOCKS))
 
@@ -257,20 +284,34 @@ def make(dtype: torch.dtype = torch.float64, **spellings: Any) -> tuple[nn.Modul
         return model, list(torch.randn(STEPS, BATCH, TOKENS, WIDTH, dtype=dtype))
 
 
-def generate(model: nn.Module, steps: list[Tensor], base: float, attention: Any) -> tuple[list[Tensor], Report]:
+def generate(
+    model: nn.Module, steps: list[Tensor], base: float, attention: Any
+) -> tuple[list[Tensor], Report]:
     torch._dynamo.reset()
     modules = {"self_attention": attention, "mlp": {"weight": 1.0}}
-    fast = toca_fx.compile(model, make_policy(sampler={"steps": STEPS}, R={"base": base}, modules=modules), inner="eager")
+    fast = toca_fx.compile(
+        model,
+        make_policy(sampler={"steps": STEPS}, R={"base": base}, modules=modules),
+        inner="eager",
+    )
     with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
         outputs = [fast(x).clone() for x in steps]
     return outputs, run.report()
 
 
-def check(model: nn.Module, steps: list[Tensor], *, attention: Any = "compute", saves: bool = True) -> None:
-    """Both modules of each block are found; all tokens fresh is the model; half of them is less work."""
+def check(
+    model: nn.Module, steps: list[Tensor], *, attention: Any = "compute", saves: bool = True
+) -> None:
+    """Both modules of each block are found; all tokens fresh is the model; half of them is less
+    work.
+    """
     captured, inputs = capture(model, steps[0])
     found = match(to_aten(captured, inputs).graph)
-    expected = [(kind, f"blocks.{i}.{name}") for i in range(BLOCKS) for kind, name in (("self_attention", "attention"), ("mlp", "mlp"))]
+    expected = [
+        (kind, f"blocks.{i}.{name}")
+        for i in range(BLOCKS)
+        for kind, name in (("self_attention", "attention"), ("mlp", "mlp"))
+    ]
     assert [(site.kind, site.path) for site in found.sites] == expected, found.misses
     assert not found.misses
 

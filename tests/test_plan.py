@@ -12,8 +12,8 @@ import pytest
 from tests import reference
 from tests.helpers import make_policy
 from toca_fx import PolicyError
-from toca_fx.match import Matches, NearMiss, Site
-from toca_fx.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
+from toca_fx.match.matcher import Matches, NearMiss, Site
+from toca_fx.plan.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
 from toca_fx.policy.types import Action, Interval, Ratio, Scores, SitePolicy, Window
 
 
@@ -21,7 +21,18 @@ def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Ma
     sites = []
     for layer in range(layers):
         for kind, name in (("self_attention", "attn"), ("mlp", "mlp")):
-            sites.append(Site(kind, f"{block}.{layer}.{name}", layer, block, f"o{len(sites)}", f"a{len(sites)}", (2, tokens, 8), 2 * layer))
+            sites.append(
+                Site(
+                    kind,
+                    f"{block}.{layer}.{name}",
+                    layer,
+                    block,
+                    f"o{len(sites)}",
+                    f"a{len(sites)}",
+                    (2, tokens, 8),
+                    2 * layer,
+                )
+            )
     return Matches(tuple(sites), ())
 
 
@@ -50,7 +61,12 @@ def full_indices(plan: Plan) -> list[int]:
         (Interval(3, drift=-0.2, phase="modulo"), 20, "ascending", [0, 6, 9, 12, 15, 18]),
         (Interval(4, first=3), 50, "ascending", [0, 1, 2, *range(6, 50, 4)]),
         (Interval(6, first=3, phase="modulo"), 30, "ascending", [0, 1, 2, 6, 12, 18, 24]),
-        (Interval(3, first=3, phase="modulo"), 30, "ascending", [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
+        (
+            Interval(3, first=3, phase="modulo"),
+            30,
+            "ascending",
+            [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27],
+        ),
     ],
 )
 def test_full_steps(interval: Interval, steps: int, order: str, expected: list[int]) -> None:
@@ -70,11 +86,17 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
             first=chance.randint(1, 3),
             last=chance.randint(0, 2),
             phase=chance.choice(["count", "modulo"]),
-            windows=(Window(start, start + 0.25, chance.randint(1, 4)),) if chance.random() < 0.5 else (),
+            windows=(Window(start, start + 0.25, chance.randint(1, 4)),)
+            if chance.random() < 0.5
+            else (),
             extra_full_steps=tuple(chance.sample(range(steps), k=min(steps, chance.randint(0, 2)))),
         )
         order = list(range(steps)) if chance.random() < 0.5 else list(range(steps - 1, -1, -1))
-        assert full_steps(interval, order, steps) == reference.full_steps(interval, order, steps), (interval, steps, order[0])
+        assert full_steps(interval, order, steps) == reference.full_steps(interval, order, steps), (
+            interval,
+            steps,
+            order[0],
+        )
 
 
 def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
@@ -105,7 +127,9 @@ def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
         (Ratio(1.0, multiple=16), 1.0, 0, 0, 64, 0),  # none stays none
     ],
 )
-def test_fresh_tokens(ratio: Ratio, weight: float, s: int, layer: int, tokens: int, expected: int) -> None:
+def test_fresh_tokens(
+    ratio: Ratio, weight: float, s: int, layer: int, tokens: int, expected: int
+) -> None:
     assert fresh_tokens(site_policy(ratio, weight), s, 20, layer, 4, tokens) == expected
 
 
@@ -113,12 +137,28 @@ def test_fresh_tokens_equal_the_reference() -> None:
     chance = random.Random(1)
     for _ in range(500):
         ratio = Ratio(
-            round(chance.random(), 2), round(chance.uniform(-2, 2), 1), round(chance.uniform(-1, 1), 1), chance.choice([None, 27])
+            round(chance.random(), 2),
+            round(chance.uniform(-2, 2), 1),
+            round(chance.uniform(-1, 1), 1),
+            chance.choice([None, 27]),
         )
-        total, layers, tokens = chance.randint(1, 50), chance.randint(1, 28), chance.choice([16, 64, 256, 1000])
-        s, layer, policy = chance.randrange(total), chance.randrange(layers), site_policy(ratio, chance.choice([1.0, 2.5, 0.6]))
+        total, layers, tokens = (
+            chance.randint(1, 50),
+            chance.randint(1, 28),
+            chance.choice([16, 64, 256, 1000]),
+        )
+        s, layer, policy = (
+            chance.randrange(total),
+            chance.randrange(layers),
+            site_policy(ratio, chance.choice([1.0, 2.5, 0.6])),
+        )
         expected = reference.fresh_count(policy, s, total, layer, layers - 1, tokens)
-        assert fresh_tokens(policy, s, total, layer, layers - 1, tokens) == expected, (policy, s, total, layer)
+        assert fresh_tokens(policy, s, total, layer, layers - 1, tokens) == expected, (
+            policy,
+            s,
+            total,
+            layer,
+        )
 
 
 def test_modes_of_the_default() -> None:
@@ -129,7 +169,9 @@ def test_modes_of_the_default() -> None:
     assert plan.cached == tuple(range(8))
     assert plan.scored == plan.scored_by_attention == (1, 3, 5, 7)
     assert plan.full_step(4) == StepPlan(4, plan.full_modes, (64,) * 8)
-    assert plan.full_step(5) == StepPlan(5, plan.full_modes, (64,) * 8, read=False), "the next one is full"
+    assert plan.full_step(5) == StepPlan(5, plan.full_modes, (64,) * 8, read=False), (
+        "the next one is full"
+    )
 
 
 def test_an_interval_of_one_caches_nothing() -> None:
@@ -164,16 +206,33 @@ def test_a_policy_for_other_steps() -> None:
 
 
 def test_descending_steps() -> None:
-    plan = make_plan(make_matches(), make_policy(sampler={"steps": 5, "order": "descending"}, R={"base": 0.5, "step_weight": 1.0}))
+    plan = make_plan(
+        make_matches(),
+        make_policy(
+            sampler={"steps": 5, "order": "descending"}, R={"base": 0.5, "step_weight": 1.0}
+        ),
+    )
     assert [step.index for step in plan.steps] == [4, 3, 2, 1, 0]
-    assert [step.fresh[1] for step in plan.steps] == [64, 25, 38, 64, 64]  # 32 (2 - 2 s/5), full at s = 4 and 1
+    assert [step.fresh[1] for step in plan.steps] == [
+        64,
+        25,
+        38,
+        64,
+        64,
+    ]  # 32 (2 - 2 s/5), full at s = 4 and 1
 
 
 def test_layers_count_per_list_of_blocks() -> None:
     long, short = make_matches(4).sites, make_matches(2, block="refiner").sites
-    plan = make_plan(Matches((*long, *short), ()), make_policy(R={"base": 0.5, "layer_weight": 0.5}))
+    plan = make_plan(
+        Matches((*long, *short), ()), make_policy(R={"base": 0.5, "layer_weight": 0.5})
+    )
     fresh = dict(zip((site.path for site in plan.sites), plan.steps[1].fresh, strict=True))
-    assert (fresh["blocks.0.mlp"], fresh["blocks.3.mlp"]) == (fresh["refiner.0.mlp"], fresh["refiner.1.mlp"]) == (48, 16)
+    assert (
+        (fresh["blocks.0.mlp"], fresh["blocks.3.mlp"])
+        == (fresh["refiner.0.mlp"], fresh["refiner.1.mlp"])
+        == (48, 16)
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,20 +261,39 @@ def test_rules_in_order() -> None:
     ]
     step = make_plan(make_matches(), make_policy(rules=rules)).steps[1]
     assert step.fresh == (0, 16, 64, 16, 0, 48, 0, 0)
-    assert step.modes == ("reuse", "partial", "compute", "partial", "reuse", "partial", "reuse", "reuse")
+    assert step.modes == (
+        "reuse",
+        "partial",
+        "compute",
+        "partial",
+        "reuse",
+        "partial",
+        "reuse",
+        "reuse",
+    )
 
 
 @pytest.mark.parametrize(
     ("rule", "hint"),
     [
-        ({"match": "cross_attention", "module": "compute"}, "the model has no cross_attention, only mlp, self_attention"),
-        ({"path": "blocks.1.mpl", "module": "reuse"}, "no path matches `blocks.1.mpl`; the nearest is `blocks.1.mlp`"),
+        (
+            {"match": "cross_attention", "module": "compute"},
+            "the model has no cross_attention, only mlp, self_attention",
+        ),
+        (
+            {"path": "blocks.1.mpl", "module": "reuse"},
+            "no path matches `blocks.1.mpl`; the nearest is `blocks.1.mlp`",
+        ),
         ({"match": "mlp", "path": "*.attn", "module": "reuse"}, r"no path matches `\*.attn`"),
         ({"layers": "7-9", "module": "reuse"}, "those that match otherwise have layers 0 to 3"),
     ],
 )
-def test_a_rule_that_matches_nothing_names_the_nearest_miss(rule: dict[str, Any], hint: str) -> None:
-    with pytest.raises(PolicyError, match=f"the rule matches none of the 8 sites; {hint}") as raised:
+def test_a_rule_that_matches_nothing_names_the_nearest_miss(
+    rule: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(
+        PolicyError, match=f"the rule matches none of the 8 sites; {hint}"
+    ) as raised:
         make_plan(make_matches(), make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}, rule]))
     (problem,) = raised.value.problems
     assert str(problem).startswith("rules[1]: ")
@@ -223,7 +301,10 @@ def test_a_rule_that_matches_nothing_names_the_nearest_miss(rule: dict[str, Any]
 
 def test_a_rule_for_a_model_without_sites_tells_why_there_are_none() -> None:
     matches = Matches((), (NearMiss("mlp", "head.mlp", "it lies outside the numbered blocks"),))
-    with pytest.raises(PolicyError, match=re.escape("the model has none (head.mlp: it lies outside the numbered blocks)")):
+    with pytest.raises(
+        PolicyError,
+        match=re.escape("the model has none (head.mlp: it lies outside the numbered blocks)"),
+    ):
         make_plan(matches, make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}]))
 
 
@@ -231,7 +312,10 @@ def test_a_rule_for_a_model_without_sites_tells_why_there_are_none() -> None:
 def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
     policy = make_policy(N={key: [0, 5], **({"base": 3} if key == "extra_full_steps" else {})})
     assert 5 in full_indices(make_plan(make_matches(), policy, 12))
-    with pytest.raises(PolicyError, match=r"lists full steps by index, which hold for its 12 steps only; this session has 20"):
+    with pytest.raises(
+        PolicyError,
+        match=r"lists full steps by index, which hold for its 12 steps only; this session has 20",
+    ):
         make_plan(make_matches(), policy, 20)
 
 
@@ -241,7 +325,10 @@ def test_planning_is_pure() -> None:
     assert hash(make_plan(matches, policy).steps) == hash(make_plan(matches, policy).steps)
 
 
-@pytest.mark.parametrize(("score", "what"), [("cross_attention", "cross-attention"), ("self_attention", "self- or joint attention")])
+@pytest.mark.parametrize(
+    ("score", "what"),
+    [("cross_attention", "cross-attention"), ("self_attention", "self- or joint attention")],
+)
 def test_scores_that_nothing_judges_by_count_as_zero_with_a_warning(score: str, what: str) -> None:
     sites = tuple(replace(site, influence=None, entropy=None) for site in make_matches().sites)
     scored = [site.path for site in sites if site.kind == "mlp"]
@@ -249,10 +336,18 @@ def test_scores_that_nothing_judges_by_count_as_zero_with_a_warning(score: str, 
     assert warning.startswith(
         f"no {what} of the same block and tokens judges `{scored[0]}` (and {len(scored) - 1} more sites): the score {score}"
     )
-    assert make_plan(Matches(sites, ()), make_policy(scores={score: 1.0}, modules={"mlp": "reuse"})).warnings == ()
+    assert (
+        make_plan(
+            Matches(sites, ()), make_policy(scores={score: 1.0}, modules={"mlp": "reuse"})
+        ).warnings
+        == ()
+    )
 
 
 def test_a_shared_selection_needs_two_halves() -> None:
     odd = Matches(tuple(replace(site, shape=(3, 64, 8)) for site in make_matches().sites), ())
-    with pytest.raises(PolicyError, match=r"shared, which needs both halves in one batch; `blocks\.0\.mlp` has a batch of 3"):
+    with pytest.raises(
+        PolicyError,
+        match=r"shared, which needs both halves in one batch; `blocks\.0\.mlp` has a batch of 3",
+    ):
         make_plan(odd, make_policy(guidance={"layout": "batched", "selection": "shared"}))

@@ -40,7 +40,13 @@ POLICIES = Path(__file__).parent / "policies"
 VALID = sorted((POLICIES / "valid").glob("*.yaml"))
 FAULTY = sorted([*(POLICIES / "invalid").glob("*.yaml"), *(POLICIES / "warnings").glob("*.yaml")])
 
-SMALLEST: dict[str, Any] = {"version": 1, "name": "x", "sampler": {"steps": 20}, "N": {"base": 3}, "R": {"base": 1}}
+SMALLEST: dict[str, Any] = {
+    "version": 1,
+    "name": "x",
+    "sampler": {"steps": 20},
+    "N": {"base": 3},
+    "R": {"base": 1},
+}
 
 
 def messages(error: pytest.ExceptionInfo[PolicyError]) -> list[str]:
@@ -60,18 +66,43 @@ def test_every_shipped_policy_opens_with_a_modeline_that_points_to_the_schema() 
     for file in shipped_policies().values():
         modeline = file.read_text(encoding="utf-8").splitlines()[0]
         assert modeline.startswith("# yaml-language-server: $schema=")
-        assert (file.parent / modeline.partition("=")[2]).resolve() == ROOT / "toca_fx" / "policy.schema.json"
+        assert (
+            file.parent / modeline.partition("=")[2]
+        ).resolve() == ROOT / "toca_fx" / "policy.schema.json"
 
 
 def test_shipped_policies_are_these() -> None:
-    recommended = {"default-image", "default-video", "digits", "dit-xl-2", "flux-dev", "opensora", "pixart-alpha"}
-    dit, flux = ("dit-xl-2-ddim50", "dit-xl-2-ddpm250"), ("flux-dev-n4", "flux-dev-n5", "flux-dev-n6")
-    assert shipped_policies().keys() == recommended | {f"reference/{name}" for name in (*dit, *flux, "opensora", "pixart-alpha")}
+    recommended = {
+        "default-image",
+        "default-video",
+        "digits",
+        "dit-xl-2",
+        "flux-dev",
+        "opensora",
+        "pixart-alpha",
+    }
+    dit, flux = (
+        ("dit-xl-2-ddim50", "dit-xl-2-ddpm250"),
+        ("flux-dev-n4", "flux-dev-n5", "flux-dev-n6"),
+    )
+    assert shipped_policies().keys() == recommended | {
+        f"reference/{name}" for name in (*dit, *flux, "opensora", "pixart-alpha")
+    }
 
 
 def test_one_recommended_policy_per_model_class_and_none_for_the_defaults() -> None:
-    classes = [name for policy in map(load_policy, shipped_policies()) if "/" not in policy.name for name in policy.model]
-    assert sorted(classes) == ["DiTTransformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel", "STDiT3"]
+    classes = [
+        name
+        for policy in map(load_policy, shipped_policies())
+        if "/" not in policy.name
+        for name in policy.model
+    ]
+    assert sorted(classes) == [
+        "DiTTransformer2DModel",
+        "FluxTransformer2DModel",
+        "PixArtTransformer2DModel",
+        "STDiT3",
+    ]
 
 
 @pytest.mark.parametrize("name", shipped_policies())
@@ -86,7 +117,12 @@ def test_shipped_policies_fit_on_one_screen(name: str) -> None:
     [("ddim50", 50, 3, 2.0, -0.2, (45, 32)), ("ddpm250", 250, 4, 0.4, 0.8, (245, 155))],
 )
 def test_reference_policies_of_dit_hold_the_authors_numbers(
-    name: str, steps: int, base: int, step_weight: float, layer_weight: float, mixed: tuple[int, ...]
+    name: str,
+    steps: int,
+    base: int,
+    step_weight: float,
+    layer_weight: float,
+    mixed: tuple[int, ...],
 ) -> None:
     policy = load_policy(f"reference/dit-xl-2-{name}")
     assert policy.sampler == Sampler(steps, "descending")
@@ -98,10 +134,17 @@ def test_reference_policies_of_dit_hold_the_authors_numbers(
     assert dict(policy.modules)["self_attention"] == Action("reuse")
     assert policy.scores == Scores(self_attention=1.0, staleness=0.25, staleness_over=base)
     assert policy.spatial == Spatial(0.6, 2)
-    first, second = (policy.for_site("mlp", f"transformer_blocks.{layer}.ff", layer) for layer in (0, 1))
+    first, second = (
+        policy.for_site("mlp", f"transformer_blocks.{layer}.ff", layer) for layer in (0, 1)
+    )
     assert first.N.extra_full_steps == mixed
     assert second.N == policy.N
-    assert (first.R, first.action, first.scores, first.spatial) == (second.R, second.action, second.scores, second.spatial)
+    assert (first.R, first.action, first.scores, first.spatial) == (
+        second.R,
+        second.action,
+        second.scores,
+        second.spatial,
+    )
 
 
 def test_reference_policy_of_pixart_holds_the_authors_numbers() -> None:
@@ -109,7 +152,11 @@ def test_reference_policy_of_pixart_holds_the_authors_numbers() -> None:
     assert (policy.sampler, policy.guidance) == (Sampler(20), Guidance("batched", "shared"))
     assert Interval(3, drift=-0.2, phase="modulo") == policy.N
     assert Ratio(0.7, 0.9, 0.6, layer_span=27) == policy.R
-    actions = {"self_attention": Action("reuse"), "cross_attention": Action("partial", 0.6), "mlp": Action("partial", 1.6)}
+    actions = {
+        "self_attention": Action("reuse"),
+        "cross_attention": Action("partial", 0.6),
+        "mlp": Action("partial", 1.6),
+    }
     assert {**dict(policy.modules), **actions} == dict(policy.modules)
     assert policy.scores == Scores(cross_attention=1.0, staleness=0.25, staleness_over=3)
     assert policy.spatial == Spatial(0.4, 4)
@@ -120,9 +167,14 @@ def test_reference_policy_of_pixart_holds_the_authors_numbers() -> None:
 def test_reference_policy_of_opensora_holds_the_authors_numbers() -> None:
     policy = load_policy("reference/opensora")
     assert (policy.sampler, policy.guidance) == (Sampler(30), Guidance("batched", "shared"))
-    intervals = [policy.for_site(kind, "x", 0).N for kind in ("self_attention", "cross_attention", "mlp")]
+    intervals = [
+        policy.for_site(kind, "x", 0).N for kind in ("self_attention", "cross_attention", "mlp")
+    ]
     assert intervals == [Interval(base, first=3, phase="modulo") for base in (3, 6, 3)]
-    actions = [policy.for_site(kind, "x", 0).action for kind in ("self_attention", "cross_attention", "mlp")]
+    actions = [
+        policy.for_site(kind, "x", 0).action
+        for kind in ("self_attention", "cross_attention", "mlp")
+    ]
     assert actions == [Action("reuse"), Action("reuse"), Action("partial", 1.495)]
     assert (policy.R, policy.spatial) == (Ratio(0.9), None)
     assert policy.scores == Scores(cross_attention=1.0, staleness=0.25, staleness_over=3)
@@ -135,20 +187,40 @@ def test_reference_policies_of_flux_hold_the_authors_numbers(base: int) -> None:
     assert Interval(base, first=3) == policy.N
     assert (policy.R, policy.spatial) == (Ratio(0.9, layer_weight=0.5, layer_span=27), None)
     assert policy.scores == Scores(self_attention=1.0, staleness=0.25, staleness_over=base)
-    assert policy.for_site("joint_attention", "transformer_blocks.0.attn", 0).action == Action("reuse")
-    assert policy.for_site("self_attention", "single_transformer_blocks.0.attn", 0).action == Action("reuse")
-    weights = {"transformer_blocks.0.ff": 0.4, "transformer_blocks.0.ff_context": 0.4, "single_transformer_blocks.0": 1.6}
+    assert policy.for_site("joint_attention", "transformer_blocks.0.attn", 0).action == Action(
+        "reuse"
+    )
+    assert policy.for_site(
+        "self_attention", "single_transformer_blocks.0.attn", 0
+    ).action == Action("reuse")
+    weights = {
+        "transformer_blocks.0.ff": 0.4,
+        "transformer_blocks.0.ff_context": 0.4,
+        "single_transformer_blocks.0": 1.6,
+    }
     assert {path: policy.for_site("mlp", path, 0).action.weight for path in weights} == weights
 
 
-@pytest.mark.parametrize(("name", "reference"), [("pixart-alpha", "pixart-alpha"), ("opensora", "opensora"), ("flux-dev", "flux-dev-n4")])
-def test_recommended_policies_have_the_numbers_of_the_reference_and_count(name: str, reference: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("pixart-alpha", "pixart-alpha"), ("opensora", "opensora"), ("flux-dev", "flux-dev-n4")],
+)
+def test_recommended_policies_have_the_numbers_of_the_reference_and_count(
+    name: str, reference: str
+) -> None:
     ours, theirs = load_policy(name), load_policy(f"reference/{reference}")
-    assert (ours.sampler, ours.guidance, ours.modules, ours.spatial) == (theirs.sampler, theirs.guidance, theirs.modules, theirs.spatial)
+    assert (ours.sampler, ours.guidance, ours.modules, ours.spatial) == (
+        theirs.sampler,
+        theirs.guidance,
+        theirs.modules,
+        theirs.spatial,
+    )
     assert ours.N.phase == "count"
     assert dataclasses.replace(ours.N, phase=theirs.N.phase) == theirs.N
     assert dataclasses.replace(ours.R, layer_span=theirs.R.layer_span) == theirs.R
-    assert dataclasses.replace(ours.scores, staleness_over=ours.N.base, queries=1.0) == theirs.scores
+    assert (
+        dataclasses.replace(ours.scores, staleness_over=ours.N.base, queries=1.0) == theirs.scores
+    )
     assert not any(key == "N.extra_full_steps" for rule in ours.rules for key, _ in rule.overrides)
 
 
@@ -158,7 +230,9 @@ def test_recommended_policy_of_dit_mirrors_the_reference() -> None:
     assert (ours.N.base, ours.N.drift) == (theirs.N.base, -theirs.N.drift)
     assert (ours.R.base, ours.R.step_weight) == (theirs.R.base, -theirs.R.step_weight)
     [window], [their_window] = ours.N.windows, theirs.N.windows
-    assert (window.start, window.stop) == pytest.approx((1 - their_window.stop, 1 - their_window.start))
+    assert (window.start, window.stop) == pytest.approx(
+        (1 - their_window.stop, 1 - their_window.start)
+    )
 
 
 # Loading
@@ -178,15 +252,31 @@ def test_load_from_path_and_text_path() -> None:
 
 def test_defaults() -> None:
     policy = load_policy(SMALLEST)
-    assert (policy.N, policy.R, policy.scores, policy.spatial) == (Interval(3), Ratio(1.0), Scores(), None)
-    assert dict(policy.modules) == {kind: Action("partial" if kind == "mlp" else "reuse") for kind in MODULE_TYPES}
-    assert (policy.sampler, policy.guidance, policy.seed, policy.rules) == (Sampler(20), Guidance(), 0, ())
+    assert (policy.N, policy.R, policy.scores, policy.spatial) == (
+        Interval(3),
+        Ratio(1.0),
+        Scores(),
+        None,
+    )
+    assert dict(policy.modules) == {
+        kind: Action("partial" if kind == "mlp" else "reuse") for kind in MODULE_TYPES
+    }
+    assert (policy.sampler, policy.guidance, policy.seed, policy.rules) == (
+        Sampler(20),
+        Guidance(),
+        0,
+        (),
+    )
     assert policy.source == "<mapping>"
 
 
 @pytest.mark.parametrize("kind", MODULE_TYPES)
 def test_every_type_of_module_can_be_reused_computed_or_select_tokens(kind: str) -> None:
-    actions = {"reuse": Action("reuse"), "compute": Action("compute"), "partial": Action("partial", 0.6)}
+    actions = {
+        "reuse": Action("reuse"),
+        "compute": Action("compute"),
+        "partial": Action("partial", 0.6),
+    }
     for given, action in zip(("reuse", "compute", {"weight": 0.6}), actions.values(), strict=True):
         assert dict(load_policy({**SMALLEST, "modules": {kind: given}}).modules)[kind] == action
     for rule in ({"match": kind}, {"path": "*.attn"}, {"layers": 3}):
@@ -203,14 +293,19 @@ def test_whole_numbers_become_the_declared_types() -> None:
 
 
 def test_mean_interval_of_a_step_list_is_the_base() -> None:
-    assert Interval(3, full_steps=(0, 6, 9, 12, 15, 18)) == load_policy(POLICIES / "valid" / "step-list.yaml").N
+    assert (
+        Interval(3, full_steps=(0, 6, 9, 12, 15, 18))
+        == load_policy(POLICIES / "valid" / "step-list.yaml").N
+    )
 
 
 def test_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(PolicyError) as error:
         load_policy("dit-xl2")
     [message] = messages(error)
-    assert message.startswith("dit-xl2: there is no shipped policy and no file of this name; did you mean `dit-xl-2`?")
+    assert message.startswith(
+        "dit-xl2: there is no shipped policy and no file of this name; did you mean `dit-xl-2`?"
+    )
     assert message.endswith(f"(shipped: {', '.join(shipped_policies())})")
 
 
@@ -245,7 +340,9 @@ def test_warnings_are_logged_and_do_not_raise(caplog: pytest.LogCaptureFixture) 
     file = POLICIES / "warnings" / "nothing-to-choose-by.yaml"
     with caplog.at_level(logging.WARNING):
         load_policy(file)
-    assert [record.getMessage() for record in caplog.records] == [str(problem) for problem in validate_file(file)]
+    assert [record.getMessage() for record in caplog.records] == [
+        str(problem) for problem in validate_file(file)
+    ]
 
 
 # Rules
@@ -259,7 +356,13 @@ def test_rules_are_merged_key_by_key_and_later_rules_win() -> None:
             "scores": {"staleness": 0.25},
             "spatial": {"bonus": 0.6},
             "rules": [
-                {"match": "mlp", "path": "*.single_*", "layers": "0-3", "R": {"base": 0.8}, "spatial": {"grid": 4}},
+                {
+                    "match": "mlp",
+                    "path": "*.single_*",
+                    "layers": "0-3",
+                    "R": {"base": 0.8},
+                    "spatial": {"grid": 4},
+                },
                 {"layers": 2, "R": {"base": 0.7}, "N": {"base": 2}},
                 {"match": "mlp", "layers": "3", "module": "compute", "spatial": "off"},
             ],
@@ -271,15 +374,23 @@ def test_rules_are_merged_key_by_key_and_later_rules_win() -> None:
     assert Ratio(0.7, 0.5) == policy.for_site("mlp", path, 2).R
     assert Interval(2) == policy.for_site("mlp", path, 2).N
     assert Ratio(0.7, 0.5) == policy.for_site("mlp", "blocks.2", 2).R
-    assert (policy.for_site("mlp", path, 3).action, policy.for_site("mlp", path, 3).spatial) == (Action("compute"), None)
+    assert (policy.for_site("mlp", path, 3).action, policy.for_site("mlp", path, 3).spatial) == (
+        Action("compute"),
+        None,
+    )
 
 
 def test_a_share_of_the_queries_stands_for_an_odd_number() -> None:
     shares = {1: 1, 0.7: 1, 0.5: 3, 1 / 3: 3, 0.25: 5, 0.2: 5, 0.125: 9, 0.001: 1001}
     rules = [{"layers": 1, "scores": {"queries": 0.1}}]
     for share, every in shares.items():
-        policy = load_policy({**SMALLEST, "scores": {"self_attention": 1.0, "queries": share}, "rules": rules})
-        assert (policy.scores.every, policy.for_site("mlp", "blocks.1", 1).scores.every) == (every, 11)
+        policy = load_policy(
+            {**SMALLEST, "scores": {"self_attention": 1.0, "queries": share}, "rules": rules}
+        )
+        assert (policy.scores.every, policy.for_site("mlp", "blocks.1", 1).scores.every) == (
+            every,
+            11,
+        )
 
 
 def test_a_rule_without_a_layer_number_matches_no_range() -> None:
@@ -316,7 +427,17 @@ def test_valid_files_are_clean(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("-3", -3), ("0.5", 0.5), (".5", 0.5), ("5.", 5.0), ("1.0e-3", 0.001), ("true", True), ("~", None), ("", None)]
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1.0e-3", 0.001),
+        ("true", True),
+        ("~", None),
+        ("", None),
+    ]
     + [(word, word) for word in ("0-3", "y", "1.2.3", "off-axis", "2024-01-01", "nan", "e5")],
 )
 def test_plain_words(text: str, value: object) -> None:
@@ -324,7 +445,24 @@ def test_plain_words(text: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-3", "1E5", "on", "No", "YES", "010", "-007", "0x1F", "0b1", "0o7", "1_000", "1:30", ".inf", "-.INF", ".NaN"]
+    "text",
+    [
+        "1e-3",
+        "1E5",
+        "on",
+        "No",
+        "YES",
+        "010",
+        "-007",
+        "0x1F",
+        "0b1",
+        "0o7",
+        "1_000",
+        "1:30",
+        ".inf",
+        "-.INF",
+        ".NaN",
+    ],
 )
 def test_words_that_are_traps(text: str) -> None:
     complaint = read_plain(text).complaint
@@ -354,10 +492,19 @@ def hostile_texts() -> Iterator[tuple[str, str]]:
     yield "exponents", "seed: 1e" + "9" * 30
     yield (
         "stars",
-        "version: 1\nname: x\nsampler: {steps: 5}\nN: {base: 3}\nR: {base: 1}\nrules: [{path: '" + "*a" * 90 + "', R: {base: 0}}]",
+        "version: 1\nname: x\nsampler: {steps: 5}\nN: {base: 3}\nR: {base: 1}\nrules: [{path: '"
+        + "*a" * 90
+        + "', R: {base: 0}}]",
     )
-    yield "rules", "rules:\n" + "".join(f"- {{layers: {i}, R: {{base: 0.5}}}}\n" for i in range(480))
-    yield "different rules", "rules:\n" + "".join(f"- {{path: '*a{i}*b*', match: mlp, R: {{base: 0.5}}}}\n" for i in range(390))
+    yield (
+        "rules",
+        "rules:\n" + "".join(f"- {{layers: {i}, R: {{base: 0.5}}}}\n" for i in range(480)),
+    )
+    yield (
+        "different rules",
+        "rules:\n"
+        + "".join(f"- {{path: '*a{i}*b*', match: mlp, R: {{base: 0.5}}}}\n" for i in range(390)),
+    )
     yield "steps", "N: {full_steps: [" + "1, x, " * 900 + "]}"
     yield "windows", "N: {windows: [" + "{from: 0.1, to: 0.2, interval: 2}, " * 400 + "]}"
     yield "yaml version", "%YAML " + "9" * 6000 + ".1\n--- a"
@@ -366,7 +513,9 @@ def hostile_texts() -> Iterator[tuple[str, str]]:
     yield "comments", "#\n" * 60_000
 
 
-@pytest.mark.parametrize(("name", "text"), list(hostile_texts()), ids=lambda value: value if len(value) < 20 else "")
+@pytest.mark.parametrize(
+    ("name", "text"), list(hostile_texts()), ids=lambda value: value if len(value) < 20 else ""
+)
 def test_hostile_files_end_in_problems_and_soon(name: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / "hostile.yaml"
     file.write_text(text, encoding="utf-8")
@@ -379,8 +528,48 @@ def test_hostile_files_end_in_problems_and_soon(name: str, text: str, tmp_path: 
 
 def mutate(text: str, chance: random.Random) -> str:
     """One to five small damages."""
-    snippets = ["\t", " ", ":", "-", "[", "}", "{", ",", "&a ", "*a", "!!x ", "'", '"', "\n", "#", "|", ">", "<<", "~", "1e3", "off"]
-    snippets += ["9" * 50, ".nan", "\ud7ff", "\x85", "\u2028", "%", "@", "`", "? ", "null", "[]", "{}", "-1", "0.5", "true", "\\", "---\n"]
+    snippets = [
+        "\t",
+        " ",
+        ":",
+        "-",
+        "[",
+        "}",
+        "{",
+        ",",
+        "&a ",
+        "*a",
+        "!!x ",
+        "'",
+        '"',
+        "\n",
+        "#",
+        "|",
+        ">",
+        "<<",
+        "~",
+        "1e3",
+        "off",
+    ]
+    snippets += [
+        "9" * 50,
+        ".nan",
+        "\ud7ff",
+        "\x85",
+        "\u2028",
+        "%",
+        "@",
+        "`",
+        "? ",
+        "null",
+        "[]",
+        "{}",
+        "-1",
+        "0.5",
+        "true",
+        "\\",
+        "---\n",
+    ]
     for _ in range(chance.randint(1, 5)):
         at = chance.randrange(len(text) + 1)
         length = chance.choice((0, 0, 1, 3, 20))
@@ -394,14 +583,18 @@ def mutate(text: str, chance: random.Random) -> str:
             lines.insert(chance.randrange(len(lines)), chance.choice(lines))
             text = "".join(lines)
         else:
-            text = text.replace(chance.choice("0123456789:,{}"), chance.choice(snippets), chance.randint(1, 3))
+            text = text.replace(
+                chance.choice("0123456789:,{}"), chance.choice(snippets), chance.randint(1, 3)
+            )
     return text
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_damaged_policies_never_raise_anything_else(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    originals = [file.read_text(encoding="utf-8") for file in (*VALID, *shipped_policies().values())]
+    originals = [
+        file.read_text(encoding="utf-8") for file in (*VALID, *shipped_policies().values())
+    ]
     file = tmp_path / "damaged.yaml"
     for _ in range(60):
         file.write_text(mutate(chance.choice(originals), chance), encoding="utf-8")
@@ -451,12 +644,18 @@ def test_defaults_and_examples_of_the_schema_fit_it() -> None:
         values = [*node.get("examples", ()), *([node["default"]] if "default" in node else [])]
         if isinstance(node.get("description"), str):
             for value in values:
-                jsonschema.Draft7Validator({**node, "definitions": schema["definitions"]}).validate(value)
+                jsonschema.Draft7Validator({**node, "definitions": schema["definitions"]}).validate(
+                    value
+                )
 
 
-def test_reference_is_current_and_check_notices_when_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_current_and_check_notices_when_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool = ROOT / "tools" / "policy_reference.py"
-    result = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
     monkeypatch.syspath_prepend(str(tool.parent))
     import policy_reference

@@ -1,4 +1,6 @@
-"""The reference policies do the share of the work that the paper publishes, at its models' real sizes."""
+"""The reference policies do the share of the work that the paper publishes, at its models' real
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,32 @@ def row(model: str, policy: str) -> Row:
     return found
 
 
-CASES = [(model, policy) for model in ("dit", "pixart", "flux") for policy in MODELS[model].published]
+CASES = [
+    (model, policy) for model in ("dit", "pixart", "flux") for policy in MODELS[model].published
+]
 
 
 @pytest.mark.parametrize(("model", "policy"), CASES)
 def test_ratio_is_the_published_one(model: str, policy: str) -> None:
     found = row(model, policy)
     assert found.ratio_as_published == pytest.approx(found.published, rel=0.03)
-    # s1 is all that we do and they do not count; on FLUX we save the output projections of the attentions in turn
+    # s1 is all that we do and they do not count; on FLUX we save the output projections of the
+    # attentions in turn
     assert (found.scoring > 0) == (model != "pixart")
     assert (found.projections > 0) == (model == "flux")
 
 
 def test_open_sora_is_near_the_published_ratio() -> None:
-    # Their captions vary in length; 27 tokens are ours. Not counted: they project the text again for no token on the steps that reuse
-    # the cross-attention (0.02 % of a step).
+    # Their captions vary in length; 27 tokens are ours. Not counted: they project the text again
+    # for no token on the steps that reuse the cross-attention (0.02 % of a step).
     found = row("opensora", "opensora")
     assert 2.25 < found.ratio_as_published < 2.45
     assert found.scoring == 0
 
 
 def test_two_blocks_stand_for_all() -> None:
-    # a mixed step in block 0, s1 added to the attentions; the other models take too long for every day
+    # a mixed step in block 0, s1 added to the attentions; the other models take too long for every
+    # day
     name = "dit"
     model = dataclasses.replace(MODELS[name], stacks=dict.fromkeys(MODELS[name].stacks, 3))
     policy = next(iter(model.published))

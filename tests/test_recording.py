@@ -1,4 +1,6 @@
-"""Recorded steps, without a GPU: what stands in for a CUDA graph replays operators on the tensors that they were recorded with."""
+"""Recorded steps, without a GPU: what stands in for a CUDA graph replays operators on the tensors
+that they were recorded with.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import toca_fx
 from tests.helpers import Call, call, capture, make_inputs, make_policy, run_all, tiny
-from toca_fx.inner import Inner
-from toca_fx.program import Program
-from toca_fx.recording import Recordings
-from toca_fx.report import Report
-from toca_fx.runtime import Session
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.cuda_graphs import Recordings
+from toca_fx.lower.program import Program
+from toca_fx.runtime.report import Report
+from toca_fx.runtime.session import Session
 
 
 def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-CHANGING = {"R": {"base": 0.5, "step_weight": 0.9}}  # another number of fresh tokens on every partial step
+CHANGING = {
+    "R": {"base": 0.5, "step_weight": 0.9}
+}  # another number of fresh tokens on every partial step
 
 
 class Tape(TorchDispatchMode):
-    """Operators in their order, with the very tensors that they read and wrote: what a CUDA graph knows of a step, and nothing else."""
+    """Operators in their order, with the very tensors that they read and wrote: what a CUDA graph
+    knows of a step, and nothing else.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +49,10 @@ class Tape(TorchDispatchMode):
                 written = args[at] if at < len(args) else kwargs[argument.name]
                 self._before += [(tensor, tensor.clone()) for tensor in tree_leaves(written)]
         found = func(*args, **kwargs)
-        if not any(alias.alias_info is not None and not alias.alias_info.is_write for alias in func._schema.returns):
+        if not any(
+            alias.alias_info is not None and not alias.alias_info.is_write
+            for alias in func._schema.returns
+        ):
             self._calls.append((func, args, kwargs, found))  # views stay views
         return found
 
@@ -68,7 +77,7 @@ class TapeRecorder:
     refusal = ""
 
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """See ``toca_fx.recording.Recorder``."""
+        """See ``toca_fx.lower.cuda_graphs.Recorder``."""
         tape = Tape()
         with tape:
             found = body()
@@ -78,21 +87,21 @@ class TapeRecorder:
         return tape.replay, found
 
     def exclusive(self, work: Callable[[], Any]) -> Any:
-        """See ``toca_fx.recording.Recorder``."""
+        """See ``toca_fx.lower.cuda_graphs.Recorder``."""
         return work()
 
     def mark(self) -> None:
-        """See ``toca_fx.recording.Recorder``."""
+        """See ``toca_fx.lower.cuda_graphs.Recorder``."""
 
     def after(self, mark: None) -> None:
-        """See ``toca_fx.recording.Recorder``."""
+        """See ``toca_fx.lower.cuda_graphs.Recorder``."""
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: steps are recorded, and reading a tensor is to be avoided."""
-    monkeypatch.setattr("toca_fx.program.recorder_for", lambda device: TapeRecorder())
-    monkeypatch.setattr("toca_fx.watch.reading_waits", lambda tensor: tensor.dim() > 0)
+    monkeypatch.setattr("toca_fx.lower.program.recorder_for", lambda device: TapeRecorder())
+    monkeypatch.setattr("toca_fx.runtime.watch.reading_waits", lambda tensor: tensor.dim() > 0)
     monkeypatch.setattr(Inner, "records", property(lambda inner: None))
 
 
@@ -109,10 +118,15 @@ def launches(report: Report) -> Counter[str]:
 
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("kind", ["diffusers", "original"])
-def test_recorded_generations_are_the_same_as_queued_ones(kind: str, told: bool, request: pytest.FixtureRequest) -> None:
+def test_recorded_generations_are_the_same_as_queued_ones(
+    kind: str, told: bool, request: pytest.FixtureRequest
+) -> None:
     model, policy = tiny(kind, layers=2).double(), make_policy(**CHANGING)
     seeds = [make_inputs(seed=seed, dtype=torch.float64) for seed in range(4)]
-    expected = [generation(toca_fx.compile(model, policy, inner="eager"), list(inputs), told)[0] for inputs in seeds]
+    expected = [
+        generation(toca_fx.compile(model, policy, inner="eager"), list(inputs), told)[0]
+        for inputs in seeds
+    ]
     torch._dynamo.reset()
     request.getfixturevalue("recorded")
     fast = toca_fx.compile(model, policy, inner="eager")
@@ -123,7 +137,8 @@ def test_recorded_generations_are_the_same_as_queued_ones(kind: str, told: bool,
         assert [step.kind for step in report.steps].count("partial") == 8
         assert not report.warnings
         counts.append(launches(report))
-    # Each step is seen first, then recorded and replayed; only full steps come more than once in a generation.
+    # Each step is seen first, then recorded and replayed; only full steps come more than once in a
+    # generation.
     assert counts[0] == {"queued": 9, "recorded": 3} or counts[0] == {"queued": 10, "recorded": 2}
     assert [count["recorded"] for count in counts[1:]] == [12, 12, 12]
 
@@ -141,7 +156,10 @@ def test_the_report_says_what_was_recorded_and_why_not() -> None:
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"recording": {"memory": 0}}, "queued: 0 MiB of memories, and recorded steps keep 0 at most (recording.memory)"),
+        (
+            {"recording": {"memory": 0}},
+            "queued: 0 MiB of memories, and recorded steps keep 0 at most (recording.memory)",
+        ),
         ({"scores": {"random": 1.0}}, "queued: scores.random draws numbers"),
     ],
 )
@@ -171,8 +189,13 @@ def test_parameters_that_move_are_not_read_where_they_were() -> None:
 @pytest.mark.usefixtures("recorded")
 def test_a_short_schedule_is_recorded_too() -> None:
     """No step of it comes twice in a generation."""
-    policy = make_policy(sampler={"steps": 4}, N={"base": 3, "first": 2}, R={"base": 0.5, "step_weight": 0.9})
-    fast, inputs = toca_fx.compile(tiny("diffusers", layers=2), policy, inner="eager"), list(make_inputs(4))
+    policy = make_policy(
+        sampler={"steps": 4}, N={"base": 3, "first": 2}, R={"base": 0.5, "step_weight": 0.9}
+    )
+    fast, inputs = (
+        toca_fx.compile(tiny("diffusers", layers=2), policy, inner="eager"),
+        list(make_inputs(4)),
+    )
     counts = [launches(generation(fast, inputs, True)[1])["recorded"] for _ in range(3)]
     assert counts == [0, 4, 4]
 
@@ -198,7 +221,11 @@ def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
     _, report = generation(fast, inputs, True)
     small = report.cache_bytes + report.hoisted_bytes
     torch._dynamo.reset()
-    fast = toca_fx.compile(tiny("diffusers", layers=40), make_policy(recording={"memory": 1 + small * 20 // 2**20}), inner="eager")
+    fast = toca_fx.compile(
+        tiny("diffusers", layers=40),
+        make_policy(recording={"memory": 1 + small * 20 // 2**20}),
+        inner="eager",
+    )
     for steps in (12, 11, 12):
         for _ in range(3):
             _, report = generation(fast, list(make_inputs(steps)), True)
@@ -207,7 +234,10 @@ def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_outputs_outlive_the_next_step() -> None:
-    fast, inputs = toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"), list(make_inputs())
+    fast, inputs = (
+        toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"),
+        list(make_inputs()),
+    )
     generation(fast, inputs, False)
     generation(fast, inputs, False)
     with toca_fx.session() as run, torch.no_grad():
@@ -258,12 +288,16 @@ def test_what_cannot_be_recorded_is_queued_and_told(caplog: pytest.LogCaptureFix
     for _ in range(3):
         found, reason = recordings.run("kind", "key", lambda inputs: inputs[0] + 1, [torch.ones(2)])
         assert found.tolist() == [2, 2]
-    assert reason == "a step could not be recorded: operation not permitted when stream is capturing"
+    assert (
+        reason == "a step could not be recorded: operation not permitted when stream is capturing"
+    )
     assert len(caplog.messages) == 1
 
 
 def test_inputs_keep_their_strides() -> None:
-    """A timestep expanded over the batch lies in memory once; latents may be a part of something."""
+    """A timestep expanded over the batch lies in memory once; latents may be a part of
+    something.
+    """
     recordings, seen = Recordings(TapeRecorder(), [], [0, 1], set()), []
 
     def body(inputs: Sequence[Any]) -> Tensor:
@@ -286,7 +320,9 @@ def test_a_recording_serves_every_mode() -> None:
     recordings = Recordings(Trusting(), [], [0], set())
     for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
-            found, reason = recordings.run("kind", "key", lambda inputs: inputs[0].view(-1), [torch.ones(2)])
+            found, reason = recordings.run(
+                "kind", "key", lambda inputs: inputs[0].view(-1), [torch.ones(2)]
+            )
         assert found.tolist() == [1, 1]
     assert not reason
 
@@ -295,14 +331,23 @@ class NoReading(TorchDispatchMode):
     """No number may be read out of a tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default), func
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        ), func
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("told", [True, False])
-def test_nothing_is_read_after_the_first_generation(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, inputs = toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"), list(make_inputs())
+def test_nothing_is_read_after_the_first_generation(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, inputs = (
+        toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"),
+        list(make_inputs()),
+    )
     expected, _ = generation(fast, inputs, told)
     step = Session.call
 

@@ -1,4 +1,6 @@
-"""End to end against the slow reference, in double precision: every kind of attention, score and choice, at every step."""
+"""End to end against the slow reference, in double precision: every kind of attention, score and
+choice, at every step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,18 @@ import pytest
 import torch
 
 import toca_fx
-from tests.helpers import AUTHORS, KINDS, Call, call, make_inputs, make_policy, picked_tokens, run_all, text_inputs, tiny
+from tests.helpers import (
+    AUTHORS,
+    KINDS,
+    Call,
+    call,
+    make_inputs,
+    make_policy,
+    picked_tokens,
+    run_all,
+    text_inputs,
+    tiny,
+)
 from tests.reference import ReferenceSampler
 from toca_fx.policy.types import Policy
 
@@ -21,7 +34,13 @@ DIT: dict[str, Sections] = {
     "as the authors": AUTHORS,
     "count with drift, window, first and last": {
         "sampler": {"steps": 16},
-        "N": {"base": 3, "drift": -0.4, "first": 2, "last": 1, "windows": [{"from": 0.5, "to": 0.75, "interval": 2}]},
+        "N": {
+            "base": 3,
+            "drift": -0.4,
+            "first": 2,
+            "last": 1,
+            "windows": [{"from": 0.5, "to": 0.75, "interval": 2}],
+        },
     },
     "explicit steps": {"N": {"full_steps": [0, 4, 5, 9], "extra_full_steps": [7]}},
     "no token": {"R": {"base": 1.0}},
@@ -29,24 +48,40 @@ DIT: dict[str, Sections] = {
     "all tokens": {"R": {"base": 0.0}},
     "one token": {"R": {"base": 0.98}},
     "value norm": {"scores": {"value_norm": 1.0}},
-    "key norm and influence": {"scores": {"key_norm": 0.5, "self_attention": 1.0, "staleness": 0.1}},
+    "key norm and influence": {
+        "scores": {"key_norm": 0.5, "self_attention": 1.0, "staleness": 0.1}
+    },
     "staleness alone": {"scores": {"staleness": 1.0}, "R": {"base": 0.7}},
-    "shared selection": {"guidance": {"layout": "batched", "selection": "shared"}, "spatial": {"bonus": 0.4, "grid": 2}},
+    "shared selection": {
+        "guidance": {"layout": "batched", "selection": "shared"},
+        "spatial": {"bonus": 0.4, "grid": 2},
+    },
     "spatial bonus in blocks of 4": {"spatial": {"bonus": 0.4, "grid": 4}, "R": {"base": 0.8}},
-    "spatial bonus in blocks that do not fit": {"spatial": {"bonus": 0.4, "grid": 3}, "R": {"base": 0.8}},
+    "spatial bonus in blocks that do not fit": {
+        "spatial": {"bonus": 0.4, "grid": 3},
+        "R": {"base": 0.8},
+    },
     "MLP reused": {"modules": {"mlp": "reuse"}},
     "attention computed": {"modules": {"self_attention": "compute"}},
     "MLP computed": {"modules": {"mlp": "compute"}},
     "layers apart": {
         "R": {"base": 0.7, "layer_weight": 0.6},
         "rules": [
-            {"match": "mlp", "layers": "1-2", "R": {"base": 0.4}, "scores": {"self_attention": 0.0, "value_norm": 1.0}},
+            {
+                "match": "mlp",
+                "layers": "1-2",
+                "R": {"base": 0.4},
+                "scores": {"self_attention": 0.0, "value_norm": 1.0},
+            },
             {"match": "mlp", "layers": 2, "module": "reuse"},
             {"match": "self_attention", "layers": 1, "module": "compute"},
             {"match": "self_attention", "layers": 0, "N": {"base": 6}},
         ],
     },
-    "modules at different intervals": {"N": {"base": 4}, "rules": [{"match": "mlp", "N": {"base": 3}}]},
+    "modules at different intervals": {
+        "N": {"base": 4},
+        "rules": [{"match": "mlp", "N": {"base": 3}}],
+    },
     "attention partial at an interval of its own": {
         "modules": {"self_attention": {"weight": 0.6}},
         "scores": {"self_attention": 1.0, "key_norm": 0.5, "staleness": 0.25},
@@ -55,7 +90,8 @@ DIT: dict[str, Sections] = {
 }
 
 SHARED = {"layout": "batched", "selection": "shared"}
-# Where nothing else is said, self-attention is reused, and cross-attention and MLP are partial, by the map of the one.
+# Where nothing else is said, self-attention is reused, and cross-attention and MLP are partial, by
+# the map of the one.
 CROSS: dict[str, Sections] = {
     "as the authors": {
         "guidance": SHARED,
@@ -64,7 +100,10 @@ CROSS: dict[str, Sections] = {
         "modules": {"cross_attention": {"weight": 0.6}, "mlp": {"weight": 1.6}},
         "spatial": {"bonus": 0.4, "grid": 4},
     },
-    "separate selections": {"spatial": {"bonus": 0.4, "grid": 4}, "R": {"base": 0.5, "step_weight": -2.0}},
+    "separate selections": {
+        "spatial": {"bonus": 0.4, "grid": 4},
+        "R": {"base": 0.5, "step_weight": -2.0},
+    },
     "cross-attention reused or computed": {
         "guidance": SHARED,
         "modules": {"cross_attention": "reuse"},
@@ -72,10 +111,21 @@ CROSS: dict[str, Sections] = {
     },
     "cross-attention reused for twice the interval": {
         "modules": {"cross_attention": "reuse"},
-        "rules": [{"match": "cross_attention", "N": {"base": 6}}, {"match": "mlp", "spatial": {"bonus": 0.3, "grid": 3}}],
+        "rules": [
+            {"match": "cross_attention", "N": {"base": 6}},
+            {"match": "mlp", "spatial": {"bonus": 0.3, "grid": 3}},
+        ],
     },
-    "cross-attention full where the MLP is partial": {"rules": [{"match": "cross_attention", "N": {"base": 2}}]},
-    "every module partial": {"modules": {"self_attention": {"weight": 1.2}, "cross_attention": {"weight": 0.6}, "mlp": {"weight": 0.8}}},
+    "cross-attention full where the MLP is partial": {
+        "rules": [{"match": "cross_attention", "N": {"base": 2}}]
+    },
+    "every module partial": {
+        "modules": {
+            "self_attention": {"weight": 1.2},
+            "cross_attention": {"weight": 0.6},
+            "mlp": {"weight": 0.8},
+        }
+    },
     "every module partial, by both maps": {
         "guidance": SHARED,
         "modules": {"self_attention": {"weight": 0.5}},
@@ -89,10 +139,21 @@ OF_TEXT, OF_IMAGE = {"path": "*.text.*"}, {"path": "*.image.*"}
 PARTIAL = {"joint_attention": {"weight": 1.0}}
 # Where nothing else is said, joint attention is reused, and both MLPs are partial.
 JOINT: dict[str, Sections] = {
-    "as the authors": {"N": {"base": 4, "first": 3}, "R": {"base": 0.5, "layer_weight": 0.5, "layer_span": 27}},
-    "streams apart": {"rules": [{**OF_TEXT, "N": {"base": 2}, "R": {"base": 0.8}}, {**OF_IMAGE, "spatial": {"bonus": 0.4, "grid": 4}}]},
+    "as the authors": {
+        "N": {"base": 4, "first": 3},
+        "R": {"base": 0.5, "layer_weight": 0.5, "layer_span": 27},
+    },
+    "streams apart": {
+        "rules": [
+            {**OF_TEXT, "N": {"base": 2}, "R": {"base": 0.8}},
+            {**OF_IMAGE, "spatial": {"bonus": 0.4, "grid": 4}},
+        ]
+    },
     "attention partial": {"guidance": SHARED, "modules": PARTIAL, "R": {"base": 0.8}},
-    "streams at different intervals": {"modules": PARTIAL, "rules": [{**OF_TEXT, "N": {"base": 2}}]},
+    "streams at different intervals": {
+        "modules": PARTIAL,
+        "rules": [{**OF_TEXT, "N": {"base": 2}}],
+    },
     "attention partial at an interval of its own": {
         "modules": PARTIAL,
         "scores": {"value_norm": 1.0, "key_norm": 0.5, "staleness": 0.25},
@@ -119,12 +180,18 @@ def policy_of(kind: str, name: str) -> Policy:
     sections = POLICIES[kind][name]
     if kind == "cross":
         modules = {"cross_attention": {"weight": 1.0}, **sections.get("modules", {})}
-        sections = {"scores": {"cross_attention": 1.0, "staleness": 0.25}, **sections, "modules": modules}
+        sections = {
+            "scores": {"cross_attention": 1.0, "staleness": 0.25},
+            **sections,
+            "modules": modules,
+        }
     return make_policy(**sections)
 
 
 def generation(kind: str, steps: int) -> tuple[Any, list[Call]]:
-    """A tiny model in float64 and its inputs, new at every step: four samples, or two with guidance in one batch."""
+    """A tiny model in float64 and its inputs, new at every step: four samples, or two with guidance
+    in one batch.
+    """
     if kind in KINDS:
         return tiny(kind).double(), list(make_inputs(steps, batch=4, dtype=torch.float64))
     return tiny(kind, layers=2).double(), text_inputs(steps, batch=4)
@@ -146,7 +213,11 @@ def test_equals_the_reference_at_every_step(kind: str, name: str) -> None:
             far = max(far, (expected - uncached).abs().max().item())
             # Sites that never have a fresh token are reused.
             ours = {path: tokens for path, tokens in picked_tokens(run).items() if tokens[0]}
-            theirs = {path: [sorted(row) for row in tokens] for path, tokens in reference.chosen[-1].items() if tokens[0]}
+            theirs = {
+                path: [sorted(row) for row in tokens]
+                for path, tokens in reference.chosen[-1].items()
+                if tokens[0]
+            }
             assert ours == theirs, f"call {number}"
     assert far > 1e-2, "or a backend that does nothing would pass"
     assert not run.report().warnings
@@ -173,7 +244,9 @@ def test_random_scores_follow_the_choice_that_was_made(kind: str) -> None:
             chosen.append(picked_tokens(run))
     partial = [step for step in chosen if step]
     assert len(partial) == 8
-    assert all(len(set(map(tuple, (tokens[0] for tokens in step.values())))) > 1 for step in partial)
+    assert all(
+        len(set(map(tuple, (tokens[0] for tokens in step.values())))) > 1 for step in partial
+    )
     reference = ReferenceSampler(model, policy, choices=chosen)
     with torch.no_grad():
         for number, (step, output) in enumerate(zip(inputs, outputs, strict=True)):

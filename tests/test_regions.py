@@ -1,4 +1,6 @@
-"""Step graphs cut between blocks: what is cut computes what the whole did, and equal blocks are compiled once."""
+"""Step graphs cut between blocks: what is cut computes what the whole did, and equal blocks are
+compiled once.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import toca_fx
 from tests.helpers import capture, make_inputs, make_policy, run_all, text_inputs, tiny
-from toca_fx import regions
-from toca_fx.analysis import Analysis, CountedStep
-from toca_fx.buffers import Buffers, given
-from toca_fx.integrations.diffusers import build, examples
-from toca_fx.patterns import aten
-from toca_fx.rewrite import StepGraph
+from toca_fx.examples import build, examples
+from toca_fx.graph.ops import aten
+from toca_fx.lower import blocks as regions
+from toca_fx.lower.cost import Analysis, CountedStep
+from toca_fx.plan.buffers import Buffers, given
+from toca_fx.rewrite.step import StepGraph
 
-MODELS = ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel", "SD3Transformer2DModel", "LatteTransformer3DModel"]
+MODELS = [
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "FluxTransformer2DModel",
+    "SD3Transformer2DModel",
+    "LatteTransformer3DModel",
+]
 
 
 class Compiled:
@@ -39,7 +47,9 @@ class Compiled:
 def analysed(name: str) -> tuple[Analysis, list[Any]]:
     model, call = build(examples()[name])
     captured, inputs = capture(model, **call)
-    return Analysis(captured, inputs, make_policy(scores={"self_attention": 1.0, "cross_attention": 0.5})), inputs
+    return Analysis(
+        captured, inputs, make_policy(scores={"self_attention": 1.0, "cross_attention": 0.5})
+    ), inputs
 
 
 def step_of(found: Analysis, kind: str) -> StepGraph:
@@ -58,14 +68,19 @@ def tensors_of(found: Analysis, step: StepGraph) -> list[Tensor]:
             tensor.normal_(generator=generator)
         elif name.startswith("rows"):
             tokens = plan.sites[int(name.split(":")[1])].tokens
-            tensor.copy_(torch.arange(tensor.shape[0])[:, None] * tokens + torch.randperm(tokens, generator=generator)[:3])
+            tensor.copy_(
+                torch.arange(tensor.shape[0])[:, None] * tokens
+                + torch.randperm(tokens, generator=generator)[:3]
+            )
         elif name.startswith("ranks"):
             tensor.copy_(torch.arange(3))
     return tensors
 
 
 def flat(outputs: Any) -> list[Tensor]:
-    return [value for value in torch.utils._pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    return [
+        value for value in torch.utils._pytree.tree_leaves(outputs) if isinstance(value, Tensor)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["full", "partial"])
@@ -83,7 +98,9 @@ def test_the_pieces_compute_what_the_whole_does(name: str, kind: str) -> None:
     whole, pieces = results
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
     changed = [
-        name for name, before, after in zip(step.names, tensors, whole[-len(tensors) :], strict=True) if not torch.equal(before, after)
+        name
+        for name, before, after in zip(step.names, tensors, whole[-len(tensors) :], strict=True)
+        if not torch.equal(before, after)
     ]
     assert any(name.startswith("cache") for name in changed)
 
@@ -93,7 +110,10 @@ def test_the_pieces_compute_what_the_whole_does(name: str, kind: str) -> None:
 def test_one_tensor_per_stream_crosses_a_cut(name: str, kind: str) -> None:
     found, _ = analysed(name)
     pieces = regions.cut(step_of(found, kind).module)
-    outputs = [len(next(iter(piece.graph.find_nodes(op="output"))).all_input_nodes) for _, piece in pieces.named_children()]
+    outputs = [
+        len(next(iter(piece.graph.find_nodes(op="output"))).all_input_nodes)
+        for _, piece in pieces.named_children()
+    ]
     assert all(1 <= count <= 2 for count in outputs[1:]), "image and text"
 
 
@@ -116,7 +136,9 @@ def test_the_number_of_compilations_does_not_depend_on_the_number_of_blocks(kind
 def test_attention_is_compiled_once_for_all_blocks() -> None:
     inner, model = Compiled(), tiny("diffusers", layers=4)
     with toca_fx.session():
-        run_all(toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner), make_inputs())
+        run_all(
+            toca_fx.compile(model, make_policy(scores={"random": 1.0}), inner=inner), make_inputs()
+        )
     targets = Counter(node.target for graph in inner.graphs for node in graph.graph.nodes)
     assert targets[aten.scaled_dot_product_attention.default] == 1
 
@@ -125,7 +147,10 @@ def test_a_block_that_does_something_else_is_compiled_by_itself() -> None:
     def compiled(**sections: Any) -> int:
         inner = Compiled()
         with toca_fx.session():
-            run_all(toca_fx.compile(tiny("diffusers", layers=5), make_policy(**sections), inner=inner), make_inputs())
+            run_all(
+                toca_fx.compile(tiny("diffusers", layers=5), make_policy(**sections), inner=inner),
+                make_inputs(),
+            )
         return len(inner.graphs)
 
     assert compiled(rules=[{"layers": 2, "match": "mlp", "module": "reuse"}]) > compiled()
@@ -134,7 +159,12 @@ def test_a_block_that_does_something_else_is_compiled_by_itself() -> None:
 def test_without_equal_blocks_the_graph_stays_whole() -> None:
     inner = Compiled()
     with toca_fx.session():
-        run_all(toca_fx.compile(tiny("diffusers", layers=1), make_policy(hoisting={"memory": 0}), inner=inner), make_inputs(steps=1))
+        run_all(
+            toca_fx.compile(
+                tiny("diffusers", layers=1), make_policy(hoisting={"memory": 0}), inner=inner
+            ),
+            make_inputs(steps=1),
+        )
     assert len(inner.graphs) == 1
 
 
@@ -149,13 +179,20 @@ def test_what_is_computed_decides_and_not_where() -> None:
     same = regions.signature(piece(2.0), [x])
     assert regions.signature(piece(2.0), [x.clone()]) == same
     assert hash(regions.signature(piece(2.0), [x])) == hash(same)
-    for other in (piece(3.0), [x]), (piece(2.0), [x.double()]), (piece(2.0), [torch.empty(3, 2).T]), (piece(2.0), [torch.empty(2, 4)]):
+    for other in (
+        (piece(3.0), [x]),
+        (piece(2.0), [x.double()]),
+        (piece(2.0), [torch.empty(3, 2).T]),
+        (piece(2.0), [torch.empty(2, 4)]),
+    ):
         module, inputs = other if isinstance(other[0], fx.GraphModule) else (piece(2.0), other[1])
         assert regions.signature(module, list(inputs)) != same
 
 
 def test_writes_come_behind_all_that_read_the_memory() -> None:
-    """A later block reads a buffer that an earlier one writes to: the write moves to the reader's piece."""
+    """A later block reads a buffer that an earlier one writes to: the write moves to the reader's
+    piece.
+    """
     graph = fx.Graph()
     x, buffer = graph.placeholder("x"), graph.placeholder("buffer")
 
@@ -169,7 +206,11 @@ def test_writes_come_behind_all_that_read_the_memory() -> None:
     graph.call_function(aten.copy_.default, (buffer, first))
     graph.output((second,))
     module = fx.GraphModule({}, graph)
-    region = {node.target: number for node, number in regions.assign(graph).items() if node.target is aten.copy_.default}
+    region = {
+        node.target: number
+        for node, number in regions.assign(graph).items()
+        if node.target is aten.copy_.default
+    }
     assert region == {aten.copy_.default: 3}
     pieces = regions.cut(module)
     held = torch.ones(2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from toca_fx.plan import StepPlan
-from toca_fx.report import Report, SiteRecord, StepRecord
+from toca_fx.plan.plan import StepPlan
+from toca_fx.runtime.report import Report, SiteRecord, StepRecord
 
 
 def _report() -> Report:
@@ -22,9 +22,26 @@ def _report() -> Report:
 
 def test_dict_is_json_with_the_promised_keys() -> None:
     data = json.loads(json.dumps(_report().to_dict()))
-    assert {"steps", "sites", "flops", "cache_bytes", "selection_seconds", "compiled_graphs", "warnings"} <= set(data)
-    assert [(step["index"], step["kind"], step["seconds"]) for step in data["steps"]] == [(0, "full", 1.0), (1, "partial", 0.5)]
-    assert data["sites"][1] == {"path": "blocks.0.mlp", "kind": "mlp", "layer": 0, "tokens": 64, "computed": [64, 16]}
+    assert {
+        "steps",
+        "sites",
+        "flops",
+        "cache_bytes",
+        "selection_seconds",
+        "compiled_graphs",
+        "warnings",
+    } <= set(data)
+    assert [(step["index"], step["kind"], step["seconds"]) for step in data["steps"]] == [
+        (0, "full", 1.0),
+        (1, "partial", 0.5),
+    ]
+    assert data["sites"][1] == {
+        "path": "blocks.0.mlp",
+        "kind": "mlp",
+        "layer": 0,
+        "tokens": 64,
+        "computed": [64, 16],
+    }
     assert data["flops"] == {"done": 150, "uncached": 200}
     assert data["selection_seconds"] == 0.1
 

@@ -1,4 +1,6 @@
-"""Outputs restricted to chosen rows: the numbers of the whole output, and which operators still work on all tokens."""
+"""Outputs restricted to chosen rows: the numbers of the whole output, and which operators still
+work on all tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,24 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tests.helpers import capture
-from toca_fx.restrict import Restriction
-from toca_fx.tokenwise import Tokens
-from toca_fx.trace import to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.graph.tokenwise import Tokens
+from toca_fx.rewrite.restrict import Restriction
 
 aten = torch.ops.aten
 
 BATCH, TOKENS, CHANNELS, WIDE, TEXT = 2, 7, 8, 20, 5
-FRESH = 3  # K; all of these sizes differ, and so do B * K and B * N: a shape tells what an operator works on
+# K; all of these sizes differ, and so do B * K and B * N: a shape tells what an operator works on
+FRESH = 3
 
 Function = Callable[["Layers", Tensor, Tensor], Tensor]
 Shapes = dict[Any, list[tuple[int, ...]]]
 
 
 class Layers(nn.Module):
-    """``function(self, x, c)`` of tokens x [B, N, C] and a condition c [B, C], with layers to make it of."""
+    """``function(self, x, c)`` of tokens x [B, N, C] and a condition c [B, C], with layers to make
+    it of.
+    """
 
     table: Tensor
     long_table: Tensor
@@ -38,9 +43,16 @@ class Layers(nn.Module):
         super().__init__()
         self.function = function
         self.norm = nn.LayerNorm(channels)
-        self.modulation, self.text = nn.Linear(channels, 2 * channels), nn.Linear(channels, TEXT * channels)
+        self.modulation, self.text = (
+            nn.Linear(channels, 2 * channels),
+            nn.Linear(channels, TEXT * channels),
+        )
         self.up, self.down = nn.Linear(channels, WIDE), nn.Linear(WIDE, channels)
-        self.query, self.key, self.mix = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.Linear(tokens, tokens)
+        self.query, self.key, self.mix = (
+            nn.Linear(channels, channels),
+            nn.Linear(channels, channels),
+            nn.Linear(tokens, tokens),
+        )
         self.register_buffer("table", torch.randn(tokens, channels))
         self.register_buffer("long_table", torch.randn(1, tokens + TEXT, channels))
 
@@ -73,12 +85,15 @@ class Recorder(fx.Interpreter):
 
 
 class Restricted:
-    """A captured model whose output is restricted to the fresh tokens, which lie ``where`` in it (default: [B, N, ...]).
+    """A captured model whose output is restricted to the fresh tokens, which lie ``where`` in it
+    (default: [B, N, ...]).
 
     The outputs of operator ``needed`` count as needed whole.
     """
 
-    def __init__(self, model: nn.Module, *args: Tensor, where: Tokens | None = None, needed: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, *args: Tensor, where: Tokens | None = None, needed: Any = None
+    ) -> None:
         self.model, self.args = model, args
         captured, self.inputs = capture(model, *args)
         source = to_aten(captured, self.inputs)
@@ -89,7 +104,12 @@ class Restricted:
         end = graph.output_node()
         ((whole,),) = end.args
         self.where = where or Tokens(*whole.meta["val"].shape[:2])
-        self.restrict = Restriction(graph, rows, {node for node in graph.nodes if node.target is needed}, torch.device("cpu"))
+        self.restrict = Restriction(
+            graph,
+            rows,
+            {node for node in graph.nodes if node.target is needed},
+            torch.device("cpu"),
+        )
         self.restrict.before = end
         end.args = ((self.restrict(whole, self.where),),)
         # As rewrite does: FX keeps attention for its optional dropout.
@@ -100,7 +120,10 @@ class Restricted:
     @property
     def gathered(self) -> list[Any]:
         """What rows are taken from: operators, and "input" for the model's inputs and buffers."""
-        return [node.target if node.op == "call_function" else "input" for node in self.restrict.gathered]
+        return [
+            node.target if node.op == "call_function" else "input"
+            for node in self.restrict.gathered
+        ]
 
     def run(self, tokens: Tensor) -> tuple[Tensor, Shapes]:
         """The restricted output for ``tokens`` [B, K], and the shapes in between."""
@@ -110,20 +133,33 @@ class Restricted:
         return output, recorder.shapes
 
     def error(self, tokens: Tensor) -> float:
-        """The largest difference to the rows of the whole output; they keep the whole output's layout."""
+        """The largest difference to the rows of the whole output; they keep the whole output's
+        layout.
+        """
         output, _ = self.run(tokens)
         batch_axis, axis = self.where.batch_axis or 0, self.where.axis
         whole = self.model(*self.args).movedim((batch_axis, axis), (0, 1))
-        expected = torch.stack([sample[chosen + self.where.offset] for sample, chosen in zip(whole, tokens, strict=True)])
+        expected = torch.stack(
+            [
+                sample[chosen + self.where.offset]
+                for sample, chosen in zip(whole, tokens, strict=True)
+            ]
+        )
         expected = expected.movedim((0, 1), (batch_axis, axis))
         assert output.shape == expected.shape
         return float((output - expected).abs().max()) if output.numel() else 0.0
 
 
-def build(function: Function, batch: int = BATCH, tokens: int = TOKENS, channels: int = CHANNELS) -> tuple[Layers, Tensor, Tensor]:
+def build(
+    function: Function, batch: int = BATCH, tokens: int = TOKENS, channels: int = CHANNELS
+) -> tuple[Layers, Tensor, Tensor]:
     torch.manual_seed(0)
     model = Layers(function, tokens, channels).double().eval().requires_grad_(False)
-    return model, torch.randn(batch, tokens, channels, dtype=torch.float64), torch.randn(batch, channels, dtype=torch.float64)
+    return (
+        model,
+        torch.randn(batch, tokens, channels, dtype=torch.float64),
+        torch.randn(batch, channels, dtype=torch.float64),
+    )
 
 
 def some(batch: int, tokens: int, count: int) -> Tensor:
@@ -156,7 +192,11 @@ def samples_and_tokens_flattened_late(model: Layers, x: Tensor, c: Tensor) -> Te
 def heads_of_flattened_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
     samples, tokens, channels = x.shape
     heads = x.unflatten(2, (2, -1)).permute(2, 0, 1, 3).flatten(1, 2).cumsum(2)
-    return heads.view(2, samples, tokens, channels // 2).permute(1, 2, 0, 3).reshape(samples, tokens, channels)
+    return (
+        heads.view(2, samples, tokens, channels // 2)
+        .permute(1, 2, 0, 3)
+        .reshape(samples, tokens, channels)
+    )
 
 
 def one_of_two_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
@@ -252,32 +292,72 @@ K = (BATCH, FRESH)
 MLP = [(*K, WIDE), (*K, CHANNELS)]
 LONG = TEXT + TOKENS
 CASES: dict[Function, tuple[list[Any], Shapes]] = {
-    modulated: (HERE, {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: [(BATCH, 2 * CHANNELS), *MLP]}),
-    with_positions: (HERE * 2, {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
-    with_positions_of_one_row: (["input", aten.slice.Tensor], {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    modulated: (
+        HERE,
+        {
+            aten.layer_norm.default: [(*K, CHANNELS)],
+            aten.linear.default: [(BATCH, 2 * CHANNELS), *MLP],
+        },
+    ),
+    with_positions: (
+        HERE * 2,
+        {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP},
+    ),
+    with_positions_of_one_row: (
+        ["input", aten.slice.Tensor],
+        {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP},
+    ),
     samples_and_tokens_flattened: (
         HERE,
-        {aten.layer_norm.default: [(BATCH * FRESH, CHANNELS)], aten.linear.default: [(BATCH * FRESH, WIDE), (BATCH * FRESH, CHANNELS)]},
+        {
+            aten.layer_norm.default: [(BATCH * FRESH, CHANNELS)],
+            aten.linear.default: [(BATCH * FRESH, WIDE), (BATCH * FRESH, CHANNELS)],
+        },
     ),
     samples_and_tokens_flattened_late: (
         HERE,
-        {aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: [(*K, WIDE), (BATCH * FRESH, CHANNELS)]},
+        {
+            aten.layer_norm.default: [(*K, CHANNELS)],
+            aten.linear.default: [(*K, WIDE), (BATCH * FRESH, CHANNELS)],
+        },
     ),
-    heads_of_flattened_tokens: ([aten.cumsum.default], {aten.cumsum.default: [(2, BATCH * TOKENS, CHANNELS // 2)]}),
-    one_of_two_streams: (HERE, {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
-    the_other_stream: ([aten.unflatten.int], {aten.cat.default: [], aten.linear.default: [(BATCH, TEXT * CHANNELS), *MLP]}),
-    streams_split: (HERE, {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    heads_of_flattened_tokens: (
+        [aten.cumsum.default],
+        {aten.cumsum.default: [(2, BATCH * TOKENS, CHANNELS // 2)]},
+    ),
+    one_of_two_streams: (
+        HERE,
+        {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP},
+    ),
+    the_other_stream: (
+        [aten.unflatten.int],
+        {aten.cat.default: [], aten.linear.default: [(BATCH, TEXT * CHANNELS), *MLP]},
+    ),
+    streams_split: (
+        HERE,
+        {aten.cat.default: [], aten.layer_norm.default: [(*K, CHANNELS)], aten.linear.default: MLP},
+    ),
     a_slice_of_mixed_streams: (
         [aten.cumsum.default],
-        {aten.cumsum.default: [(BATCH, LONG, CHANNELS)], aten.layer_norm.default: [(*K, CHANNELS)], aten.slice.Tensor: []},
+        {
+            aten.cumsum.default: [(BATCH, LONG, CHANNELS)],
+            aten.layer_norm.default: [(*K, CHANNELS)],
+            aten.slice.Tensor: [],
+        },
     ),
-    the_end_of_mixed_streams_but_one: ([aten.cumsum.default], {aten.layer_norm.default: [(*K, CHANNELS)], aten.slice.Tensor: []}),
+    the_end_of_mixed_streams_but_one: (
+        [aten.cumsum.default],
+        {aten.layer_norm.default: [(*K, CHANNELS)], aten.slice.Tensor: []},
+    ),
     two_slices_of_mixed_streams: (
         [aten.cumsum.default] * 2,
         {aten.slice.Tensor: [], aten.linear.default: [(BATCH, TEXT * CHANNELS), *MLP]},
     ),
     a_slice_with_positions_of_all: (HERE * 2, {aten.cat.default: [], aten.linear.default: MLP}),
-    both_streams: ([aten.cat.default], {aten.cat.default: [(BATCH, LONG, CHANNELS)], aten.layer_norm.default: [(*K, CHANNELS)]}),
+    both_streams: (
+        [aten.cat.default],
+        {aten.cat.default: [(BATCH, LONG, CHANNELS)], aten.layer_norm.default: [(*K, CHANNELS)]},
+    ),
     a_stream_written_into_a_sequence: (
         HERE,
         {aten.cumsum.default: [], aten.slice_scatter.default: [], aten.linear.default: MLP},
@@ -292,23 +372,51 @@ CASES: dict[Function, tuple[list[Any], Shapes]] = {
     ),
     a_sum_over_tokens: (
         [aten.cumsum.default],
-        {aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS)], aten.cumsum.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
+        {
+            aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS)],
+            aten.cumsum.default: [(BATCH, TOKENS, CHANNELS)],
+            aten.linear.default: MLP,
+        },
     ),
-    a_linear_over_tokens: ([aten.linear.default], {aten.linear.default: [(BATCH, CHANNELS, TOKENS), *MLP]}),
-    a_softmax_over_tokens: ([aten.softmax.int], {aten.softmax.int: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP}),
+    a_linear_over_tokens: (
+        [aten.linear.default],
+        {aten.linear.default: [(BATCH, CHANNELS, TOKENS), *MLP]},
+    ),
+    a_softmax_over_tokens: (
+        [aten.softmax.int],
+        {aten.softmax.int: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
+    ),
     a_norm_of_tokens_and_channels: (
         [aten.layer_norm.default],
         {aten.layer_norm.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
     ),
-    samples_mixed: ([aten.flip.default], {aten.flip.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP}),
-    a_mean_over_samples: (["input", aten.mean.dim], {aten.mean.dim: [(1, TOKENS, CHANNELS)], aten.sub.Tensor: [(*K, CHANNELS)]}),
+    samples_mixed: (
+        [aten.flip.default],
+        {aten.flip.default: [(BATCH, TOKENS, CHANNELS)], aten.linear.default: MLP},
+    ),
+    a_mean_over_samples: (
+        ["input", aten.mean.dim],
+        {aten.mean.dim: [(1, TOKENS, CHANNELS)], aten.sub.Tensor: [(*K, CHANNELS)]},
+    ),
     tokens_before_samples: (
         [aten.cumsum.default],
-        {aten.cumsum.default: [(TOKENS, BATCH, CHANNELS)], aten.linear.default: [(FRESH, BATCH, WIDE), (FRESH, BATCH, CHANNELS)]},
+        {
+            aten.cumsum.default: [(TOKENS, BATCH, CHANNELS)],
+            aten.linear.default: [(FRESH, BATCH, WIDE), (FRESH, BATCH, CHANNELS)],
+        },
     ),
-    several_tensors_without_a_rule: ([operator.getitem], {aten.gelu.default: [(*K, CHANNELS // 2)]}),
-    halves_of_channels: (HERE, {aten.linear.default: [(*K, WIDE)], aten.stack.default: [(*K, WIDE // 2, 2)]}),
-    a_condition_expanded: (["input", aten.expand.default], {aten.add.Tensor: [(*K, CHANNELS)], aten.linear.default: MLP}),
+    several_tensors_without_a_rule: (
+        [operator.getitem],
+        {aten.gelu.default: [(*K, CHANNELS // 2)]},
+    ),
+    halves_of_channels: (
+        HERE,
+        {aten.linear.default: [(*K, WIDE)], aten.stack.default: [(*K, WIDE // 2, 2)]},
+    ),
+    a_condition_expanded: (
+        ["input", aten.expand.default],
+        {aten.add.Tensor: [(*K, CHANNELS)], aten.linear.default: MLP},
+    ),
 }
 
 
@@ -330,7 +438,9 @@ def test_rows_are_taken_as_far_up_as_operators_act_per_token(function: Function)
 
 
 @by_function
-def test_one_graph_gives_the_rows_of_the_whole_output_for_every_number_of_them(function: Function) -> None:
+def test_one_graph_gives_the_rows_of_the_whole_output_for_every_number_of_them(
+    function: Function,
+) -> None:
     restricted = restricted_once(function)
     for fresh in range(restricted.where.count + 1):
         assert restricted.error(some(BATCH, restricted.where.count, fresh)) <= 1e-12
@@ -342,7 +452,9 @@ def test_one_graph_gives_the_rows_of_the_whole_output_for_every_number_of_them(f
     [(1, TOKENS, CHANNELS), (4, 4, 4), (2, 1, CHANNELS)],
     ids=["one sample", "as many samples as tokens and channels", "one token"],
 )
-def test_sizes_that_could_be_mistaken_for_others(function: Function, batch: int, tokens: int, channels: int) -> None:
+def test_sizes_that_could_be_mistaken_for_others(
+    function: Function, batch: int, tokens: int, channels: int
+) -> None:
     restricted = Restricted(*build(function, batch, tokens, channels))
     count = restricted.where.count
     assert restricted.error(some(batch, count, (count + 1) // 2)) <= 1e-12
@@ -354,7 +466,10 @@ def test_sizes_that_could_be_mistaken_for_others(function: Function, batch: int,
         (both_streams, Tokens(BATCH, TOKENS, offset=TEXT)),
         (both_streams, Tokens(BATCH, TEXT)),
         (lambda model, x, c: model.mlp(x).transpose(1, 2), Tokens(BATCH, TOKENS, axis=2)),
-        (lambda model, x, c: model.mlp(x).permute(1, 2, 0).cumsum(1), Tokens(BATCH, TOKENS, batch_axis=2, axis=0)),
+        (
+            lambda model, x, c: model.mlp(x).permute(1, 2, 0).cumsum(1),
+            Tokens(BATCH, TOKENS, batch_axis=2, axis=0),
+        ),
         (lambda model, x, c: model.heads(x).cumsum(3), Tokens(BATCH, TOKENS, axis=2)),
     ],
     ids=["behind others", "in front of others", "last", "first, samples last", "of heads"],
@@ -376,7 +491,13 @@ def test_what_is_needed_whole_is_gathered_from_and_not_computed_again() -> None:
 def test_the_operators_made_for_fresh_tokens_are_told() -> None:
     restricted = restricted_once(modulated)
     made = Counter(node.target for node in restricted.restrict.created)
-    per_token = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor, aten.linear.default, aten.gelu.default)
+    per_token = (
+        aten.layer_norm.default,
+        aten.mul.Tensor,
+        aten.add.Tensor,
+        aten.linear.default,
+        aten.gelu.default,
+    )
     assert made == dict(zip(per_token, (1, 1, 1, 2, 1), strict=True))
     assert set(restricted.restrict.created) <= set(restricted.module.graph.nodes)
 

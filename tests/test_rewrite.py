@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.helpers import KINDS, capture, capture_tiny, make_policy
-from toca_fx.buffers import site_of
-from toca_fx.match import match
-from toca_fx.plan import Plan, StepPlan, make_plan
-from toca_fx.rewrite import StepGraph, rewrite
-from toca_fx.trace import to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.match.matcher import match
+from toca_fx.plan.buffers import site_of
+from toca_fx.plan.plan import Plan, StepPlan, make_plan
+from toca_fx.rewrite.step import StepGraph, rewrite
 
 aten = torch.ops.aten
 LAYERS, BATCH, TOKENS, CHANNELS = 3, 2, 64, 32
 
-# Linears per block: q, k, v, out (or qkv, proj); the two of the MLP; modulation; embedders. The rest: output and embedders.
+# Linears per block: q, k, v, out (or qkv, proj); the two of the MLP; modulation; embedders. The
+# rest: output and embedders.
 ATTENTION = {"diffusers": 4, "original": 2}
 BLOCK = {"diffusers": 2 + 1 + 2, "original": 2 + 1}
 REST = {"diffusers": 2 + 2, "original": 2 + 2}
@@ -82,19 +83,32 @@ def sites_with(graph: StepGraph, role: str) -> tuple[int, ...]:
 
 def buffers(plan: Plan, graph: StepGraph) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    caches = {i: torch.randn(plan.sites[i].shape, generator=generator, dtype=torch.float64) for i in sites_with(graph, "cache")}
-    return caches, {i: torch.zeros(plan.sites[i].shape[:2], dtype=torch.float64) for i in sites_with(graph, "score")}
+    caches = {
+        i: torch.randn(plan.sites[i].shape, generator=generator, dtype=torch.float64)
+        for i in sites_with(graph, "cache")
+    }
+    return caches, {
+        i: torch.zeros(plan.sites[i].shape[:2], dtype=torch.float64)
+        for i in sites_with(graph, "score")
+    }
 
 
 def run(
-    graphs: Graphs, graph: StepGraph, caches: dict[int, Tensor], scores: dict[int, Tensor], rows: Sequence[Tensor] = ()
+    graphs: Graphs,
+    graph: StepGraph,
+    caches: dict[int, Tensor],
+    scores: dict[int, Tensor],
+    rows: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     with torch.no_grad():
         chosen = dict(zip(sites_with(graph, "order"), rows, strict=True))
         ranks = {i: torch.arange(order.shape[1]) for i, order in chosen.items()}
         tensors = {"cache": caches, "score": scores, "order": chosen, "ranks": ranks}
         return list(
-            graph.module(*(graphs.inputs[i] for i in graph.kept), *(tensors[name.split(":")[0]][site_of(name)] for name in graph.names))
+            graph.module(
+                *(graphs.inputs[i] for i in graph.kept),
+                *(tensors[name.split(":")[0]][site_of(name)] for name in graph.names),
+            )
         )
 
 
@@ -130,16 +144,32 @@ def test_operators_of_a_full_step(graphs: Graphs) -> None:
     assert operators[aten.linear.default] == source[aten.linear.default]
     assert operators[aten.layer_norm.default] == source[aten.layer_norm.default]
     assert operators[aten.copy_.default] == 2 * LAYERS + LAYERS  # caches and scores
-    assert not operators[aten.index_put.default] + operators[aten.index.Tensor] + operators[aten.softmax.int]
+    assert (
+        not operators[aten.index_put.default]
+        + operators[aten.index.Tensor]
+        + operators[aten.softmax.int]
+    )
     assert graph.kept == tuple(range(len(graphs.inputs)))
-    assert {*graph.names} == {*(f"cache:{i}" for i in range(2 * LAYERS)), "score:1", "score:3", "score:5"}
+    assert {*graph.names} == {
+        *(f"cache:{i}" for i in range(2 * LAYERS)),
+        "score:1",
+        "score:3",
+        "score:5",
+    }
 
 
 def test_every_attention_map_is_computed_once(graphs: Graphs) -> None:
     """The two products with queries, keys and values, in whatever form; s1 adds none."""
     operators = count(graphs.graph("full").module.graph)
-    products = operators[aten.matmul.default] + operators[aten.bmm.default] - count(graphs.source.graph)[aten.matmul.default]
-    fused = operators[aten.scaled_dot_product_attention.default] + operators[aten._scaled_dot_product_flash_attention_for_cpu.default]
+    products = (
+        operators[aten.matmul.default]
+        + operators[aten.bmm.default]
+        - count(graphs.source.graph)[aten.matmul.default]
+    )
+    fused = (
+        operators[aten.scaled_dot_product_attention.default]
+        + operators[aten._scaled_dot_product_flash_attention_for_cpu.default]
+    )
     assert products + 2 * fused == 2 * LAYERS
 
 
@@ -174,14 +204,20 @@ def test_a_score_is_of_the_queries_that_the_policy_looks_at(graphs: Graphs) -> N
     graph = looking.graph("full")
     caches, scores = buffers(looking.plan, graph)
     run(looking, graph, caches, scores)
-    attentions = graphs.source.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-    values = Recorder(graphs.source, [node.name for attention in attentions for node in attention.args[:2]])
+    attentions = graphs.source.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
+    values = Recorder(
+        graphs.source, [node.name for attention in attentions for node in attention.args[:2]]
+    )
     with torch.no_grad():
         values.run(*graphs.inputs)
     for attention, score, every in zip(attentions, scores.values(), (5, 3, 5), strict=True):
         query, key = (values.seen[node.name] for node in attention.args[:2])
         weights = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
-        assert (score - torch.nn.functional.normalize(weights[:, :, ::every].sum((1, 2)))).abs().max() < 1e-12
+        assert (
+            score - torch.nn.functional.normalize(weights[:, :, ::every].sum((1, 2)))
+        ).abs().max() < 1e-12
 
 
 def test_on_a_cpu_no_step_is_told_whether_its_scores_are_read(graphs: Graphs) -> None:
@@ -210,10 +246,18 @@ def test_operators_of_a_partial_step(graphs: Graphs, kind: str) -> None:
     graph = graphs.graph("partial")
     operators = count(graph.module.graph)
     assert operators[aten.linear.default] == LAYERS * BLOCK[kind] + REST[kind]
-    assert not operators[aten.scaled_dot_product_attention.default] + operators[aten._scaled_dot_product_flash_attention_for_cpu.default]
+    assert (
+        not operators[aten.scaled_dot_product_attention.default]
+        + operators[aten._scaled_dot_product_flash_attention_for_cpu.default]
+    )
     assert operators[aten.matmul.default] == count(graphs.source.graph)[aten.matmul.default]
     assert operators[aten.layer_norm.default] == LAYERS + 1  # those of the MLPs and of the output
-    assert operators[aten.copy_.default] == operators[aten.index_put.default] == operators[aten.index.Tensor] == LAYERS
+    assert (
+        operators[aten.copy_.default]
+        == operators[aten.index_put.default]
+        == operators[aten.index.Tensor]
+        == LAYERS
+    )
     assert {*graph.names} == {
         *(f"cache:{i}" for i in range(2 * LAYERS)),
         *(f"{role}:{i}" for role in ("order", "ranks") for i in (1, 3, 5)),
@@ -221,31 +265,45 @@ def test_operators_of_a_partial_step(graphs: Graphs, kind: str) -> None:
 
 
 def test_a_partial_step_drops_the_weights_that_it_does_not_need(graphs: Graphs, kind: str) -> None:
-    kept = {graphs.source.graph.find_nodes(op="placeholder")[i].name for i in graphs.graph("partial").kept}
+    kept = {
+        graphs.source.graph.find_nodes(op="placeholder")[i].name
+        for i in graphs.graph("partial").kept
+    }
     dropped = {node.name for node in graphs.source.graph.find_nodes(op="placeholder")} - kept
     assert len(dropped) == LAYERS * ATTENTION[kind] * 2  # weights and biases
 
 
 def test_the_gather_sits_on_the_residual_stream(graphs: Graphs) -> None:
-    """x[rows] -> norm -> modulation -> MLP: everything after the residual add works on the fresh tokens."""
+    """x[rows] -> norm -> modulation -> MLP: everything after the residual add works on the fresh
+    tokens.
+    """
     graph = graphs.graph("partial").module.graph
     gathers = graph.find_nodes(op="call_function", target=aten.index.Tensor)
     for number, gather in enumerate(gathers):
         (rows,) = gather.args[1]
         assert rows.target is aten.index_select.default
-        assert [operand.name for operand in rows.all_input_nodes] == [f"order_{2 * number + 1}", f"ranks_{2 * number + 1}"]
+        assert [operand.name for operand in rows.all_input_nodes] == [
+            f"order_{2 * number + 1}",
+            f"ranks_{2 * number + 1}",
+        ]
         stream = behind_views(gather.args[0])
         assert stream.target is aten.add.Tensor
         # stream = x + gate * cache of this block's attention
-        operands = [operand for operand in stream.all_input_nodes if operand.target is aten.mul.Tensor]
-        assert f"cache_{2 * number}" in {behind_views(factor).name for operand in operands for factor in operand.all_input_nodes}
+        operands = [
+            operand for operand in stream.all_input_nodes if operand.target is aten.mul.Tensor
+        ]
+        assert f"cache_{2 * number}" in {
+            behind_views(factor).name for operand in operands for factor in operand.all_input_nodes
+        }
         (norm,) = gather.users
         assert norm.target is aten.layer_norm.default
 
 
 def test_each_mlp_is_scattered_once_and_written_once(graphs: Graphs) -> None:
     graph = graphs.graph("partial").module.graph
-    for number, scatter in enumerate(graph.find_nodes(op="call_function", target=aten.index_put.default)):
+    for number, scatter in enumerate(
+        graph.find_nodes(op="call_function", target=aten.index_put.default)
+    ):
         assert behind_views(scatter.args[0]).name == f"cache_{2 * number + 1}"
         assert [rows.args[0].name for rows in scatter.args[1]] == [f"order_{2 * number + 1}"]
     writes = [node for node in graph.nodes if node.target is aten.copy_.default]
@@ -276,7 +334,9 @@ def test_only_the_fresh_rows_change(graphs: Graphs, fresh: int) -> None:
     run(graphs, graph, caches, {}, [rows] * LAYERS)
     for i, cache in caches.items():
         changed = (cache != before[i]).flatten(0, 1).any(dim=1).nonzero().flatten().tolist()
-        assert changed == (sorted(rows.flatten().tolist()) if i in sites_with(graph, "order") else [])
+        assert changed == (
+            sorted(rows.flatten().tolist()) if i in sites_with(graph, "order") else []
+        )
 
 
 def test_fresh_nodes_are_the_mlp_on_the_fresh_tokens(graphs: Graphs) -> None:
@@ -285,7 +345,11 @@ def test_fresh_nodes_are_the_mlp_on_the_fresh_tokens(graphs: Graphs) -> None:
     assert graph.fresh_nodes.keys() == set(sites_with(graph, "order"))
     for names in graph.fresh_nodes.values():
         targets = Counter(nodes[name].target for name in names)
-        assert (targets[aten.linear.default], targets[aten.layer_norm.default], targets[aten.gelu.default]) == (2, 1, 1)
+        assert (
+            targets[aten.linear.default],
+            targets[aten.layer_norm.default],
+            targets[aten.gelu.default],
+        ) == (2, 1, 1)
 
 
 # Other modes
@@ -296,7 +360,11 @@ def test_reused_mlps_fall_away(graphs: Graphs, kind: str) -> None:
     operators = count(graph.module.graph)
     assert operators[aten.linear.default] == LAYERS * (BLOCK[kind] - 2) + REST[kind]
     assert operators[aten.layer_norm.default] == 1
-    assert not operators[aten.copy_.default] + operators[aten.index_put.default] + operators[aten.index.Tensor]
+    assert (
+        not operators[aten.copy_.default]
+        + operators[aten.index_put.default]
+        + operators[aten.index.Tensor]
+    )
 
 
 def test_computed_attention_stays(graphs: Graphs) -> None:
@@ -313,7 +381,9 @@ def test_a_mixed_step(graphs: Graphs) -> None:
     operators = count(graph.module.graph)
     assert graph.modes == ("full", "full", "reuse", "partial", "reuse", "partial")
     assert operators[aten.index_put.default] == 2
-    assert operators[aten.copy_.default] == 2 + 1 + 2  # caches of the first block, its score, two MLPs
+    assert (
+        operators[aten.copy_.default] == 2 + 1 + 2
+    )  # caches of the first block, its score, two MLPs
     assert sites_with(graph, "score") == (1,)
 
 
@@ -325,7 +395,8 @@ def test_a_graph_without_sites_to_cache_is_the_source(graphs: Graphs) -> None:
     assert graph.names == ()
 
 
-# Where the gather stops: operators that mix tokens or have no rule, operands that carry the token axis
+# Where the gather stops: operators that mix tokens or have no rule, operands that carry the token
+# axis
 
 
 class Block(nn.Module):
@@ -341,21 +412,35 @@ class Block(nn.Module):
         return {
             "positions of one row": lambda: x + self.position,
             "positions without a batch": lambda: x * self.position[0],
-            "positions, gathered behind an operator without a rule": lambda: x + self.position.cumsum(2),
+            "positions, gathered behind an operator without a rule": lambda: (
+                x + self.position.cumsum(2)
+            ),
             "flat positions behind one": lambda: x + self.position[0].cumsum(1),
             "positions viewed without a batch": lambda: x * self.position.view(6, 8),
             "a table that gets a batch": lambda: x * self.position[0].cumsum(1).unsqueeze(0),
-            "a table that gets a batch, with a rule": lambda: x * (self.position[0] * 2).unsqueeze(0),
-            "a table with its axes swapped": lambda: x * self.position[0].cumsum(1).t().transpose(0, 1),
+            "a table that gets a batch, with a rule": lambda: (
+                x * (self.position[0] * 2).unsqueeze(0)
+            ),
+            "a table with its axes swapped": lambda: (
+                x * self.position[0].cumsum(1).t().transpose(0, 1)
+            ),
             "a table softmaxed": lambda: x * self.position[0].cumsum(1).softmax(1),
             "a table in chunks": lambda: x * torch.cat(self.position[0].cumsum(1).chunk(2, 1), 1),
             "a table of rank one": lambda: x * self.position[0, :, 0].cumsum(0).unsqueeze(1),
             "positions expanded": lambda: x * self.position.cumsum(2).expand(x.shape[0], -1, -1),
             "a mix of tokens": lambda: x.cumsum(1),
-            "an operator without a rule, tokens last": lambda: x.transpose(1, 2).cumsum(1).transpose(1, 2),
-            "without a rule, tokens last, one row": lambda: x + self.position.transpose(1, 2).cumsum(1).transpose(1, 2),
-            "heads": lambda: (x.unflatten(2, (2, 4)).transpose(1, 2) * 2).transpose(1, 2).flatten(2),
-            "heads behind an operator without a rule": lambda: x.unflatten(2, (2, 4)).transpose(1, 2).cumsum(3).transpose(1, 2).flatten(2),
+            "an operator without a rule, tokens last": lambda: (
+                x.transpose(1, 2).cumsum(1).transpose(1, 2)
+            ),
+            "without a rule, tokens last, one row": lambda: (
+                x + self.position.transpose(1, 2).cumsum(1).transpose(1, 2)
+            ),
+            "heads": lambda: (
+                (x.unflatten(2, (2, 4)).transpose(1, 2) * 2).transpose(1, 2).flatten(2)
+            ),
+            "heads behind an operator without a rule": lambda: (
+                x.unflatten(2, (2, 4)).transpose(1, 2).cumsum(3).transpose(1, 2).flatten(2)
+            ),
             "tokens and batch in one axis": lambda: torch.tanh(x.reshape(-1, 8)).reshape(x.shape),
             "a norm of both axes": lambda: nn.functional.layer_norm(x, [6, 8]),
         }[self.name]()
@@ -400,7 +485,9 @@ class Model(nn.Module):
     ],
 )
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: str, batch: int) -> None:
+def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(
+    name: str, batch: int
+) -> None:
     torch.manual_seed(0)
     model = Model(name).double().eval().requires_grad_(False)
     x = torch.randn(batch, 6, 8, dtype=torch.float64)
@@ -417,6 +504,8 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(name: s
             expected[sample, token] = (model(x) - x)[sample, token]
     rows = tokens + 6 * torch.arange(batch)[:, None]
     tensors = {"cache:0": cache, "order:0": rows, "ranks:0": torch.arange(rows.shape[1])}
-    (output,) = graph.module(*(inputs[i] for i in graph.kept), *(tensors[name] for name in graph.names))
+    (output,) = graph.module(
+        *(inputs[i] for i in graph.kept), *(tensors[name] for name in graph.names)
+    )
     assert (output - x - expected).abs().max() < 1e-12
     assert (cache - expected).abs().max() < 1e-12

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 import toca_fx
 from tests.helpers import KINDS, Inputs, call, make_inputs, make_policy, programs, run_all, tiny
-from toca_fx import PolicyError, runtime
+from toca_fx import PolicyError
+from toca_fx.runtime import session as runtime
 
 DEFAULT = ["full", "partial", "partial"] * 4
 
@@ -50,7 +51,9 @@ def same(left: Sequence[Tensor], right: Sequence[Tensor], tolerance: float = 1e-
 
 
 def uncached(model: nn.Module, step: tuple[Tensor, Tensor, Tensor], output: Tensor) -> bool:
-    """Whether ``output`` is what the model gives by itself (a partial step is off by 1e-1 and more)."""
+    """Whether ``output`` is what the model gives by itself (a partial step is off by 1e-1 and
+    more).
+    """
     with torch.no_grad():
         return same([call(model, *step)], [output])
 
@@ -87,7 +90,10 @@ def test_the_clock_counts_calls_not_timesteps(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, -3, True, 2.0, "50"])
 def test_a_session_wants_a_number_of_calls(num_steps: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected a positive integer, the number of model calls"), toca_fx.session(num_steps=num_steps):
+    with (
+        pytest.raises(ValueError, match=r"expected a positive integer, the number of model calls"),
+        toca_fx.session(num_steps=num_steps),
+    ):
         pass
 
 
@@ -131,9 +137,15 @@ def test_the_caches_go_with_the_session(model: nn.Module) -> None:
     with toca_fx.session() as run, torch.no_grad():
         run_all(fast, make_inputs(2))
         (track,) = run._tracks.values()
-        caches = [weakref.ref(cache) for generation in track.generations.values() for cache in generation.storage.buffers.values()]
+        caches = [
+            weakref.ref(cache)
+            for generation in track.generations.values()
+            for cache in generation.storage.buffers.values()
+        ]
         del track
-        assert len(caches) == 4 + 2 + 2  # outputs; of the MLPs also scores and which tokens were picked
+        assert (
+            len(caches) == 4 + 2 + 2
+        )  # outputs; of the MLPs also scores and which tokens were picked
         assert all(cache() is not None for cache in caches)
     gc.collect()
     assert not any(cache() is not None for cache in caches)
@@ -267,7 +279,9 @@ def change_dtype(inputs: Inputs) -> Inputs:
 
 @pytest.mark.parametrize("change", [change_batch, change_resolution, change_dtype])
 @pytest.mark.parametrize("explicit", [True, False])
-def test_other_shapes_and_dtypes_in_the_middle(change: Callable[[Inputs], Inputs], explicit: bool) -> None:
+def test_other_shapes_and_dtypes_in_the_middle(
+    change: Callable[[Inputs], Inputs], explicit: bool
+) -> None:
     model = tiny("diffusers", layers=2)
     fast = fast_twin(model)
     before, after = make_inputs(), change(make_inputs())
@@ -278,7 +292,8 @@ def test_other_shapes_and_dtypes_in_the_middle(change: Callable[[Inputs], Inputs
                 fast.to(torch.float64)
             step = old if number < 4 else new
             kinds.append("full" if uncached(model, step, call(fast, *step)) else "partial")
-    # The first step after the change is full; an explicit clock then goes on, an implicit one starts anew.
+    # The first step after the change is full; an explicit clock then goes on, an implicit one
+    # starts anew.
     expected = [*DEFAULT[:4], "full", *DEFAULT[5:]] if explicit else [*DEFAULT[:4], *DEFAULT[:8]]
     assert kinds == expected
     if explicit:
@@ -286,7 +301,9 @@ def test_other_shapes_and_dtypes_in_the_middle(change: Callable[[Inputs], Inputs
 
 
 def test_views_of_one_tensor_are_one_program(model: nn.Module) -> None:
-    """Timesteps usually are views; once Dynamo made a batch symbolic it passes their storage offsets as inputs, too."""
+    """Timesteps usually are views; once Dynamo made a batch symbolic it passes their storage
+    offsets as inputs, too.
+    """
     fast = fast_twin(model)
     for start, batch in ((0, 2), (1, 3)):
         longer = make_inputs(12 + start, batch=batch)
@@ -347,7 +364,9 @@ def test_threads_have_implicit_sessions_of_their_own(model: nn.Module) -> None:
     thread.join()
     assert same(outputs, expected)
     with torch.no_grad():
-        assert same([call(fast, *list(inputs)[5])], [expected[5]]), "the first thread's generation goes on"
+        assert same([call(fast, *list(inputs)[5])], [expected[5]]), (
+            "the first thread's generation goes on"
+        )
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -367,7 +386,9 @@ def test_tasks_have_sessions_of_their_own(model: nn.Module, explicit: bool) -> N
 
     async def together() -> list[list[Tensor]]:
         with torch.no_grad():
-            call(fast, *next(iter(inputs[0])))  # the parent has an implicit session of its own, which nobody inherits
+            call(
+                fast, *next(iter(inputs[0]))
+            )  # the parent has an implicit session of its own, which nobody inherits
         return await asyncio.gather(*(generate(each) for each in inputs))
 
     for outputs, alone in zip(asyncio.run(together()), expected, strict=True):
@@ -389,7 +410,9 @@ def test_models_in_one_session_have_clocks_of_their_own() -> None:
         for number, steps in enumerate(zip(*inputs, strict=True)):
             for which in range(2):
                 assert same([call(fast[which], *steps[which])], [expected[which][number]])
-    assert [step.kind for step in run.report().steps] == [kind for kind in DEFAULT for _ in range(2)]
+    assert [step.kind for step in run.report().steps] == [
+        kind for kind in DEFAULT for _ in range(2)
+    ]
 
 
 def test_twins_of_one_model_with_other_policies_have_clocks_of_their_own(model: nn.Module) -> None:
@@ -429,7 +452,10 @@ def test_separate_guidance_needs_no_branch(model: nn.Module, explicit: bool) -> 
     with toca_fx.session() if explicit else torch.no_grad(), torch.no_grad():
         for _ in range(1 if explicit else 2):
             for number, (one, other) in enumerate(zip(cond, uncond, strict=True)):
-                assert same([call(fast, *one), call(fast, *other)], [expected[0][number], expected[1][number]]), number
+                assert same(
+                    [call(fast, *one), call(fast, *other)],
+                    [expected[0][number], expected[1][number]],
+                ), number
 
 
 def test_branches_of_the_implicit_session(model: nn.Module) -> None:
@@ -444,7 +470,9 @@ def test_branches_of_the_implicit_session(model: nn.Module) -> None:
                     assert same([call(fast, *other)], [expected[1][number]])
 
 
-def test_two_calls_with_one_timestep_are_warned_of(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_calls_with_one_timestep_are_warned_of(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     fast = fast_twin(model)
     with toca_fx.session() as run, torch.no_grad():
         for step in make_inputs(3):
@@ -464,7 +492,9 @@ def test_a_failed_call_does_not_swap_the_branches(model: nn.Module) -> None:
         outputs.append([])
         with toca_fx.session(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             for number, (one, other) in enumerate(zip(cond, uncond, strict=True)):
-                if fails and number == 3:  # a full step: its result does not depend on the lost caches
+                if (
+                    fails and number == 3
+                ):  # a full step: its result does not depend on the lost caches
                     patch.setattr(runtime.Generation, "next_step", _fail)
                     with pytest.raises(MemoryError):
                         call(fast, *one)
@@ -489,13 +519,31 @@ def test_generations_of_one_call_do_not_mix(model: nn.Module) -> None:
 # Numbers of steps
 
 
-def test_calls_beyond_the_last_step_are_full(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_calls_beyond_the_last_step_are_full(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     fast, inputs = fast_twin(model), make_inputs(8)
     with toca_fx.session(num_steps=5) as run:
         outputs = run_all(fast, inputs)
-    assert [step.kind for step in run.report().steps] == ["full", "partial", "partial", "full", "partial", "full", "full", "full"]
-    assert all(uncached(model, step, output) for step, output in list(zip(inputs, outputs, strict=True))[5:])
-    beyond = [warning for warning in run.report().warnings if "more often than the session's 5 steps" in warning]
+    assert [step.kind for step in run.report().steps] == [
+        "full",
+        "partial",
+        "partial",
+        "full",
+        "partial",
+        "full",
+        "full",
+        "full",
+    ]
+    assert all(
+        uncached(model, step, output)
+        for step, output in list(zip(inputs, outputs, strict=True))[5:]
+    )
+    beyond = [
+        warning
+        for warning in run.report().warnings
+        if "more often than the session's 5 steps" in warning
+    ]
     assert len(beyond) == 1
     assert caplog.messages.count(beyond[0]) == 1
 
@@ -504,7 +552,9 @@ def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
     fast = fast_twin(model, N={"base": 3, "drift": 0.4})
     with toca_fx.session(num_steps=20) as run:
         run_all(fast, make_inputs(20))
-    assert run.report().warnings == ("policy `test` was tuned for 12 steps and runs 20: its slopes and windows are stretched over them",)
+    assert run.report().warnings == (
+        "policy `test` was tuned for 12 steps and runs 20: its slopes and windows are stretched over them",
+    )
     with toca_fx.session(num_steps=12) as run:
         run_all(fast, make_inputs(12))
     assert run.report().warnings == ()
@@ -530,7 +580,11 @@ def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"), [(7, "a generation ended after 7 steps; the policy has 12"), (20, "a generation went on after them")]
+    ("steps", "words"),
+    [
+        (7, "a generation ended after 7 steps; the policy has 12"),
+        (20, "a generation went on after them"),
+    ],
 )
 def test_without_a_session_another_number_of_steps_is_noticed(
     model: nn.Module, steps: int, words: str, caplog: pytest.LogCaptureFixture
@@ -548,7 +602,10 @@ def test_without_a_session_another_number_of_steps_is_noticed(
 
 def test_listed_steps_refuse_another_number_of_steps(model: nn.Module) -> None:
     fast = fast_twin(model, N={"full_steps": [0, 5]})
-    with pytest.raises(PolicyError, match="hold for its 12 steps only; this session has 20"), toca_fx.session(num_steps=20):
+    with (
+        pytest.raises(PolicyError, match="hold for its 12 steps only; this session has 20"),
+        toca_fx.session(num_steps=20),
+    ):
         run_all(fast, make_inputs(2))
     with toca_fx.session(num_steps=12) as run:
         run_all(fast, make_inputs(6))
@@ -572,7 +629,9 @@ def test_with_gradients_the_model_runs_uncached(caplog: pytest.LogCaptureFixture
             assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-4)
             assert other.abs().max() > 1e-2
     assert run.report().steps == ()
-    assert any("gradients are enabled: the model runs uncached" in message for message in caplog.messages)
+    assert any(
+        "gradients are enabled: the model runs uncached" in message for message in caplog.messages
+    )
     with toca_fx.session() as run:
         run_all(fast, inputs)
     assert [step.kind for step in run.report().steps] == DEFAULT[:3]
@@ -612,10 +671,14 @@ def test_the_report_as_data(model: nn.Module) -> None:
     data = run.report().to_dict()
     assert json.loads(json.dumps(data)) == data
     assert data.keys() == KEYS
-    assert [(step["index"], step["kind"], step["branch"]) for step in data["steps"]] == [(s, DEFAULT[s], "") for s in range(12)]
+    assert [(step["index"], step["kind"], step["branch"]) for step in data["steps"]] == [
+        (s, DEFAULT[s], "") for s in range(12)
+    ]
     assert all(step["seconds"] > 0 for step in data["steps"])
     sites = {site["path"]: site for site in data["sites"]}
-    assert list(sites) == [f"transformer_blocks.{layer}.{name}" for layer in range(2) for name in ("attn1", "ff")]
+    assert list(sites) == [
+        f"transformer_blocks.{layer}.{name}" for layer in range(2) for name in ("attn1", "ff")
+    ]
     assert sites["transformer_blocks.1.attn1"] == {
         "path": "transformer_blocks.1.attn1", "kind": "self_attention", "layer": 1, "tokens": 64, "computed": [64, 0, 0] * 4
     }  # fmt: skip
@@ -640,7 +703,11 @@ def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
         allocated = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     score = 8 if dtype == torch.float64 else 4
     features = 2 * layers * batch * tokens * channels * dtype.itemsize
-    assert run.report().cache_bytes == allocated == features + layers * batch * tokens * (2 * score + 1)
+    assert (
+        run.report().cache_bytes
+        == allocated
+        == features + layers * batch * tokens * (2 * score + 1)
+    )
 
 
 def test_cache_bytes_of_two_branches(model: nn.Module) -> None:

@@ -12,17 +12,19 @@ from torch import Tensor
 from tests.helpers import chosen_rows, make_policy
 from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
-from toca_fx.attention import normalize
-from toca_fx.match import Matches, Site
-from toca_fx.plan import Plan, StepPlan, make_plan
+from toca_fx.kernels.influence import normalize
+from toca_fx.match.matcher import Matches, Site
+from toca_fx.plan.plan import Plan, StepPlan, make_plan
 from toca_fx.policy.types import Policy
-from toca_fx.select import Selector, ranked, spatial_bonus, token_grid
+from toca_fx.runtime.selector import Selector, ranked, spatial_bonus, token_grid
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 6), (5, 7), (3, 3), (1, 9)])
 @pytest.mark.parametrize("block", [2, 3, 4])
 @pytest.mark.parametrize("levels", [3, 1000])  # few levels: many ties
-def test_spatial_bonus_equals_a_loop_over_blocks(grid: tuple[int, int], block: int, levels: int) -> None:
+def test_spatial_bonus_equals_a_loop_over_blocks(
+    grid: tuple[int, int], block: int, levels: int
+) -> None:
     generator = torch.Generator().manual_seed(block)
     score = torch.randint(1, levels + 1, (2, 3, grid[0] * grid[1]), generator=generator).double()
     found = spatial_bonus(score, grid, block, 0.4)
@@ -32,7 +34,12 @@ def test_spatial_bonus_equals_a_loop_over_blocks(grid: tuple[int, int], block: i
 
 def test_spatial_bonus_of_a_tie_goes_to_the_first() -> None:
     score = torch.ones(1, 16)
-    assert (spatial_bonus(score, (4, 4), 2, 1.0)[0] == 2).nonzero().flatten().tolist() == [0, 2, 8, 10]
+    assert (spatial_bonus(score, (4, 4), 2, 1.0)[0] == 2).nonzero().flatten().tolist() == [
+        0,
+        2,
+        8,
+        10,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,9 @@ def test_spatial_bonus_of_a_tie_goes_to_the_first() -> None:
         (1, (5, 5), (1, 1)),
     ],
 )
-def test_token_grid(tokens: int, aspect: tuple[int, int] | None, expected: tuple[int, int] | None) -> None:
+def test_token_grid(
+    tokens: int, aspect: tuple[int, int] | None, expected: tuple[int, int] | None
+) -> None:
     assert token_grid(tokens, aspect) == expected
 
 
@@ -56,7 +65,16 @@ def plan_for(policy: Policy, tokens: int = 8, batch: int = 2, layers: int = 1) -
     sites = []
     for layer, kind in itertools.product(range(layers), ("self_attention", "mlp")):
         sites.append(
-            Site(kind, f"blocks.{layer}.{kind}", layer, "blocks", f"out{len(sites)}", f"in{len(sites)}", (batch, tokens, 4), 2 * layer)
+            Site(
+                kind,
+                f"blocks.{layer}.{kind}",
+                layer,
+                "blocks",
+                f"out{len(sites)}",
+                f"in{len(sites)}",
+                (batch, tokens, 4),
+                2 * layer,
+            )
         )
     return make_plan(Matches(tuple(sites), ()), policy)
 
@@ -70,7 +88,9 @@ def selector_for(
 ) -> Selector:
     """A selector over buffers in which the scored sites have ``scores``."""
     made = {f"score:{i}": score for i, score in zip(plan.scored, scores, strict=True)}
-    made |= {f"picked:{i}": torch.zeros(plan.sites[i].shape[:2], dtype=torch.bool) for i in plan.scored}
+    made |= {
+        f"picked:{i}": torch.zeros(plan.sites[i].shape[:2], dtype=torch.bool) for i in plan.scored
+    }
     made |= {f"entropy:{i}": entropy for i, entropy in (entropies or {}).items()}
     return Selector(plan, policy, made, aspect)
 
@@ -79,10 +99,14 @@ def choose(selector: Selector, step: StepPlan) -> dict[int, Tensor]:
     """The rows of each partial site, as they are given to a step, which then has run."""
     given = selector.select(step)
     selector.advance()
-    return {site: rows for site, rows in chosen_rows(given).items() if step.modes[site] == "partial"}
+    return {
+        site: rows for site, rows in chosen_rows(given).items() if step.modes[site] == "partial"
+    }
 
 
-def run_partial_steps(plan: Plan, selector: Selector, site: int = 1) -> list[list[list[int]] | None]:
+def run_partial_steps(
+    plan: Plan, selector: Selector, site: int = 1
+) -> list[list[list[int]] | None]:
     """Tokens of ``site`` per step and sample; None for full steps."""
     chosen: list[list[list[int]] | None] = []
     for step in plan.steps:
@@ -95,10 +119,13 @@ def run_partial_steps(plan: Plan, selector: Selector, site: int = 1) -> list[lis
 
 
 def test_equal_scores_go_to_the_lower_index_and_staleness_goes_round() -> None:
-    policy = make_policy(scores={"staleness": 1.0}, R={"base": 0.625}, N={"base": 5}, sampler={"steps": 10})
+    policy = make_policy(
+        scores={"staleness": 1.0}, R={"base": 0.625}, N={"base": 5}, sampler={"steps": 10}
+    )
     plan = plan_for(policy)  # K = 3 of 8
     chosen = run_partial_steps(plan, selector_for(plan, policy, [torch.zeros(2, 8)]))
-    # After each round the untouched tokens are the stalest; ties by index; the full step starts over.
+    # After each round the untouched tokens are the stalest; ties by index; the full step starts
+    # over.
     round_robin = [[0, 1, 2], [3, 4, 5], [6, 7, 0], [1, 2, 3]]
     assert chosen == [None, *([tokens, tokens] for tokens in round_robin)] * 2
 
@@ -113,7 +140,9 @@ def test_many_equal_scores_stay_in_order() -> None:
 
 def test_counters_against_a_count_by_hand() -> None:
     torch.manual_seed(0)
-    policy = make_policy(scores={"staleness": 0.25}, R={"base": 0.7}, N={"base": 7}, sampler={"steps": 21})
+    policy = make_policy(
+        scores={"staleness": 0.25}, R={"base": 0.7}, N={"base": 7}, sampler={"steps": 21}
+    )
     plan = plan_for(policy, tokens=16, batch=3)
     base = torch.rand(3, 16)
     before = base.clone()
@@ -128,14 +157,18 @@ def test_counters_against_a_count_by_hand() -> None:
             score = base[sample] + torch.tensor(missed[sample]) * torch.tensor(0.25 / 7)
             expected = sorted(range(16), key=lambda token: (-score[token].item(), token))[:4]
             assert tokens[sample] == expected
-            missed[sample] = [0 if token in expected else count + 1 for token, count in enumerate(missed[sample])]
+            missed[sample] = [
+                0 if token in expected else count + 1 for token, count in enumerate(missed[sample])
+            ]
 
 
 def test_rows_index_the_flattened_batch() -> None:
     policy = make_policy()
     plan = plan_for(policy, tokens=8, batch=3)
     step = next(step for step in plan.steps if step.kind == "partial")
-    base = torch.stack([torch.arange(8.0), -torch.arange(8.0), torch.tensor([0.0, 9, 0, 9, 0, 9, 0, 9])])
+    base = torch.stack(
+        [torch.arange(8.0), -torch.arange(8.0), torch.tensor([0.0, 9, 0, 9, 0, 9, 0, 9])]
+    )
     rows = choose(selector_for(plan, policy, [base]), step)[1]
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[7, 6, 5, 4], [8, 9, 10, 11], [17, 19, 21, 23]]
@@ -143,7 +176,10 @@ def test_rows_index_the_flattened_batch() -> None:
 
 def test_a_site_that_is_full_on_a_mixed_step_starts_counting_anew() -> None:
     policy = make_policy(
-        scores={"staleness": 1.0}, R={"base": 0.75}, N={"base": 6}, rules=[{"match": "mlp", "layers": 0, "N": {"extra_full_steps": [2]}}]
+        scores={"staleness": 1.0},
+        R={"base": 0.75},
+        N={"base": 6},
+        rules=[{"match": "mlp", "layers": 0, "N": {"extra_full_steps": [2]}}],
     )
     plan = plan_for(policy, layers=2)
     assert [step.kind for step in plan.steps[:4]] == ["full", "partial", "mixed", "partial"]
@@ -151,14 +187,17 @@ def test_a_site_that_is_full_on_a_mixed_step_starts_counting_anew() -> None:
     selector.full()
     first, mixed, after = (choose(selector, step) for step in plan.steps[1:4])
     tokens = {
-        name: {site: (rows[0] % 8).tolist() for site, rows in step.items()} for name, step in zip("abc", (first, mixed, after), strict=True)
+        name: {site: (rows[0] % 8).tolist() for site, rows in step.items()}
+        for name, step in zip("abc", (first, mixed, after), strict=True)
     }
     assert tokens == {"a": {1: [0, 1], 3: [0, 1]}, "b": {3: [2, 3]}, "c": {1: [0, 1], 3: [4, 5]}}
 
 
 def test_no_token_is_an_empty_choice() -> None:
     policy = make_policy(R={"base": 0.9, "layer_weight": -1.0})
-    plan = plan_for(policy, tokens=8, layers=2)  # K = 0 in the first layer, trunc(0.2 * 8) in the last
+    plan = plan_for(
+        policy, tokens=8, layers=2
+    )  # K = 0 in the first layer, trunc(0.2 * 8) in the last
     step = next(step for step in plan.steps if step.kind == "partial")
     scores = [torch.rand(2, 8)] * len(plan.scored)
     chosen = choose(selector_for(plan, policy, scores), step)
@@ -171,7 +210,9 @@ def test_no_token_is_an_empty_choice() -> None:
 
 def test_a_shared_selection_is_that_of_the_mean_and_the_same_in_both_halves() -> None:
     torch.manual_seed(0)
-    policy = make_policy(guidance={"layout": "batched", "selection": "shared"}, spatial={"bonus": 0.5, "grid": 2})
+    policy = make_policy(
+        guidance={"layout": "batched", "selection": "shared"}, spatial={"bonus": 0.5, "grid": 2}
+    )
     plan = plan_for(policy, tokens=16, batch=4)
     step = next(step for step in plan.steps if step.kind == "partial")
     base = torch.rand(4, 16)
@@ -179,7 +220,11 @@ def test_a_shared_selection_is_that_of_the_mean_and_the_same_in_both_halves() ->
     for sample in range(2):
         mean = ((base[sample] + base[sample + 2]) / 2).tolist()
         raised = bonus_by_hand(mean, (4, 4), 2, 0.5)
-        assert tokens[sample] == tokens[sample + 2] == sorted(range(16), key=lambda token: -raised[token])[:8]
+        assert (
+            tokens[sample]
+            == tokens[sample + 2]
+            == sorted(range(16), key=lambda token: -raised[token])[:8]
+        )
     assert tokens[0] != tokens[1]
 
 
@@ -189,7 +234,9 @@ def test_random_scores_give_a_sample_the_same_tokens_in_any_batch() -> None:
     for batch in (1, 3):
         plan = plan_for(policy, tokens=32, batch=batch)
         step = next(step for step in plan.steps if step.kind == "partial")
-        chosen.append(choose(selector_for(plan, policy, [torch.zeros(batch, 32)]), step)[1][0].tolist())
+        chosen.append(
+            choose(selector_for(plan, policy, [torch.zeros(batch, 32)]), step)[1][0].tolist()
+        )
     assert chosen[0] == chosen[1]
     assert chosen[0] != sorted(chosen[0])
 
@@ -202,7 +249,10 @@ def test_bytes_of_the_counters() -> None:
 
 def test_tokens_that_form_no_grid_have_no_spatial_bonus() -> None:
     policy = make_policy(spatial={"bonus": 0.4})
-    with pytest.raises(PolicyError, match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; switch the bonus off for it by a rule"):
+    with pytest.raises(
+        PolicyError,
+        match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; switch the bonus off for it by a rule",
+    ):
         selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
     policy = make_policy(spatial={"bonus": 0.4}, rules=[{"match": "mlp", "spatial": "off"}])
     selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
@@ -226,9 +276,17 @@ def test_entropy_joins_the_score_by_hand(shared: bool) -> None:
 def test_a_sample_selects_by_its_cross_attention_as_of_its_last_run() -> None:
     policy = make_policy(scores={"cross_attention": 1.0}, R={"base": 0.5})
     kinds = ("cross_attention", "mlp")
-    sites = tuple(Site(kind, f"blocks.0.{kind}", 0, "blocks", f"out{i}", f"in{i}", (1, 8, 4), entropy=0) for i, kind in enumerate(kinds))
-    plan = make_plan(Matches(sites, ()), make_policy(scores={"cross_attention": 1.0}, modules={"cross_attention": "reuse"}))
+    sites = tuple(
+        Site(kind, f"blocks.0.{kind}", 0, "blocks", f"out{i}", f"in{i}", (1, 8, 4), entropy=0)
+        for i, kind in enumerate(kinds)
+    )
+    plan = make_plan(
+        Matches(sites, ()),
+        make_policy(scores={"cross_attention": 1.0}, modules={"cross_attention": "reuse"}),
+    )
     step = next(step for step in plan.steps if step.kind == "partial")
     assert plan.inside(step.modes) == ()
-    selector = selector_for(plan, policy, [torch.zeros(1, 8)], entropies={0: torch.arange(8.0)[None]})
+    selector = selector_for(
+        plan, policy, [torch.zeros(1, 8)], entropies={0: torch.arange(8.0)[None]}
+    )
     assert choose(selector, step)[1].tolist() == [[7, 6, 5, 4]]

@@ -1,4 +1,6 @@
-"""The numbers of fresh tokens as symbols: their range, and what happens if a compiler asks for more."""
+"""The numbers of fresh tokens as symbols: their range, and what happens if a compiler asks for
+more.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 from tests.made_up_cuda import made_up_cuda
-from toca_fx.capture import capture
-from toca_fx.inner import Inner
-from toca_fx.program import Program
+from toca_fx.capture.dynamo import capture
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.program import Program
 
 PINNED = {"R": {"base": 0.5, "step_weight": 0.9}, "scores": {"random": 1.0}}
 
@@ -37,13 +39,18 @@ class Asking:
         }
 
         def run(*given: Any) -> Any:
-            assert all(bool(self.decide(given[at].shape[axis])) is answer for (at, axis), answer in found.items())
+            assert all(
+                bool(self.decide(given[at].shape[axis])) is answer
+                for (at, axis), answer in found.items()
+            )
             return module(*given)
 
         return run
 
 
-@pytest.mark.parametrize("decide", [lambda size: size == 8, lambda size: size <= 20, lambda size: size % 8 == 0])
+@pytest.mark.parametrize(
+    "decide", [lambda size: size == 8, lambda size: size <= 20, lambda size: size % 8 == 0]
+)
 def test_what_a_compiler_asks_for_is_compiled_for_those_numbers_alone(
     decide: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -70,7 +77,9 @@ def test_beyond_some_numbers_steps_run_uncompiled() -> None:
     outputs = run_all(toca_fx.compile(model, policy, inner=inner), inputs)
     assert all(map(torch.equal, outputs, expected))
     per_graph = 1  # one block: its graphs are not cut
-    assert inner.compiled <= per_graph * (2 + 8) + 1  # full, partial for some numbers, eight numbers; and what is hoisted
+    assert (
+        inner.compiled <= per_graph * (2 + 8) + 1
+    )  # full, partial for some numbers, eight numbers; and what is hoisted
 
 
 class Long(nn.Module):
@@ -96,8 +105,15 @@ def test_an_index_is_as_wide_as_any_number_of_tokens_needs(hidden: int, index: s
         program = Program(captured, inputs, policy, Inner())
         plan = program.plan(None)
         with made_up_cuda() as lowered:
-            step = program.step(plan, next(step.modes for step in plan.steps if step.kind == "partial"))
+            step = program.step(
+                plan, next(step.modes for step in plan.steps if step.kind == "partial")
+            )
     assert not step._conditions
-    widths = {width for kernel in lowered.kernels for width in ("i32", "i64") if f"'xnumel': '{width}'" in kernel.source}
+    widths = {
+        width
+        for kernel in lowered.kernels
+        for width in ("i32", "i64")
+        if f"'xnumel': '{width}'" in kernel.source
+    }
     assert index in widths
     assert ("i64" in widths) == (index == "i64"), "no wider than needed"

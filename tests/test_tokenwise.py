@@ -1,4 +1,6 @@
-"""Where tokens lie, by brute force: whatever else changes in the operands, a token of the output stays what it is."""
+"""Where tokens lie, by brute force: whatever else changes in the operands, a token of the output
+stays what it is.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from toca_fx import tokenwise
-from toca_fx.tokenwise import Tokens
+from toca_fx.graph import tokenwise
+from toca_fx.graph.tokenwise import Tokens
 
 aten = torch.ops.aten
 
@@ -24,7 +26,12 @@ Case = tuple[tuple[tuple[int, ...], ...], Build, Tokens, tuple[Tokens, ...] | No
 
 OPERANDS: dict[str, Case] = {
     "the same place": (((2, 6, 4),), lambda call, x: call(aten.gelu.default, x), HERE, (HERE,)),
-    "both operands": (((2, 6, 4), (2, 6, 4)), lambda call, x, y: call(aten.mul.Tensor, x, y), HERE, (HERE, HERE)),
+    "both operands": (
+        ((2, 6, 4), (2, 6, 4)),
+        lambda call, x, y: call(aten.mul.Tensor, x, y),
+        HERE,
+        (HERE, HERE),
+    ),
     "a table for all samples": (
         ((2, 6, 4), (6, 4)),
         lambda call, x, y: call(aten.add.Tensor, x, y),
@@ -38,9 +45,24 @@ OPERANDS: dict[str, Case] = {
         (HERE, replace(HERE, batch_axis=None)),
     ),
     "heads": (((2, 6, 3, 4),), lambda call, x: call(aten.transpose.int, x, 1, 2), HEADS, (HERE,)),
-    "heads split off": (((2, 6, 12),), lambda call, x: call(aten.view.default, x, [2, 6, 3, 4]), HERE, (HERE,)),
-    "samples and tokens flattened": (((2, 6, 4),), lambda call, x: call(aten.view.default, x, [12, 4]), FLAT, (HERE,)),
-    "samples and tokens apart again": (((12, 4),), lambda call, x: call(aten.view.default, x, [2, 6, 4]), HERE, (FLAT,)),
+    "heads split off": (
+        ((2, 6, 12),),
+        lambda call, x: call(aten.view.default, x, [2, 6, 3, 4]),
+        HERE,
+        (HERE,),
+    ),
+    "samples and tokens flattened": (
+        ((2, 6, 4),),
+        lambda call, x: call(aten.view.default, x, [12, 4]),
+        FLAT,
+        (HERE,),
+    ),
+    "samples and tokens apart again": (
+        ((12, 4),),
+        lambda call, x: call(aten.view.default, x, [2, 6, 4]),
+        HERE,
+        (FLAT,),
+    ),
     "a linear on flattened tokens": (
         ((12, 4), (4, 5)),
         lambda call, x, w: call(aten.mm.default, x, w),
@@ -60,17 +82,54 @@ OPERANDS: dict[str, Case] = {
         None,
     ),
     "tokens mixed": (((2, 6, 4),), lambda call, x: call(aten.cumsum.default, x, 1), HERE, None),
-    "tokens as channels": (((2, 4, 6), (6, 6)), lambda call, x, w: call(aten.linear.default, x, w), replace(HERE, axis=2), None),
-    "tokens cut in two": (((2, 6, 4),), lambda call, x: call(aten.view.default, x, [2, 3, 8]), Tokens(2, 3), None),
+    "tokens as channels": (
+        ((2, 4, 6), (6, 6)),
+        lambda call, x, w: call(aten.linear.default, x, w),
+        replace(HERE, axis=2),
+        None,
+    ),
+    "tokens cut in two": (
+        ((2, 6, 4),),
+        lambda call, x: call(aten.view.default, x, [2, 3, 8]),
+        Tokens(2, 3),
+        None,
+    ),
     "samples mixed": (((2, 6, 4),), lambda call, x: call(aten.softmax.int, x, 0), HERE, None),
 }
 
-SEGMENTS: dict[str, tuple[tuple[tuple[int, ...], ...], Build, Tokens, tuple[int, Tokens] | None]] = {
-    "a slice": (((2, 9, 4),), lambda call, x: call(aten.slice.Tensor, x, 1, 3, 9), HERE, (0, replace(HERE, offset=3))),
-    "a slice from the end": (((2, 9, 4),), lambda call, x: call(aten.slice.Tensor, x, 1, -6), HERE, (0, replace(HERE, offset=3))),
-    "a slice with steps": (((2, 12, 4),), lambda call, x: call(aten.slice.Tensor, x, 1, 0, 12, 2), HERE, None),
-    "a slice of channels": (((2, 6, 9),), lambda call, x: call(aten.slice.Tensor, x, 2, 3, 9), HERE, None),
-    "a narrow": (((2, 9, 4),), lambda call, x: call(aten.narrow.default, x, 1, 2, 6), HERE, (0, replace(HERE, offset=2))),
+SEGMENTS: dict[
+    str, tuple[tuple[tuple[int, ...], ...], Build, Tokens, tuple[int, Tokens] | None]
+] = {
+    "a slice": (
+        ((2, 9, 4),),
+        lambda call, x: call(aten.slice.Tensor, x, 1, 3, 9),
+        HERE,
+        (0, replace(HERE, offset=3)),
+    ),
+    "a slice from the end": (
+        ((2, 9, 4),),
+        lambda call, x: call(aten.slice.Tensor, x, 1, -6),
+        HERE,
+        (0, replace(HERE, offset=3)),
+    ),
+    "a slice with steps": (
+        ((2, 12, 4),),
+        lambda call, x: call(aten.slice.Tensor, x, 1, 0, 12, 2),
+        HERE,
+        None,
+    ),
+    "a slice of channels": (
+        ((2, 6, 9),),
+        lambda call, x: call(aten.slice.Tensor, x, 2, 3, 9),
+        HERE,
+        None,
+    ),
+    "a narrow": (
+        ((2, 9, 4),),
+        lambda call, x: call(aten.narrow.default, x, 1, 2, 6),
+        HERE,
+        (0, replace(HERE, offset=2)),
+    ),
     "the second of a concatenation": (
         ((2, 3, 4), (2, 6, 4)),
         lambda call, x, y: call(aten.cat.default, [x, y], 1),
@@ -95,7 +154,12 @@ SEGMENTS: dict[str, tuple[tuple[tuple[int, ...], ...], Build, Tokens, tuple[int,
         replace(HERE, offset=3),
         (0, replace(HERE, offset=3)),
     ),
-    "tokens half written": (((2, 9, 4), (2, 5, 4)), lambda call, x, y: call(aten.slice_scatter.default, x, y, 1, 0, 5), HERE, None),
+    "tokens half written": (
+        ((2, 9, 4), (2, 5, 4)),
+        lambda call, x, y: call(aten.slice_scatter.default, x, y, 1, 0, 5),
+        HERE,
+        None,
+    ),
 }
 
 
@@ -120,7 +184,11 @@ def token(value: Tensor, where: Tokens, sample: int, position: int) -> Tensor:
     if where.flat:
         return value.select(where.axis, sample * where.count + position)
     taken = value.select(where.axis, where.offset + position)
-    return taken if where.batch_axis is None else taken.select(where.batch_axis - (where.batch_axis > where.axis), sample)
+    return (
+        taken
+        if where.batch_axis is None
+        else taken.select(where.batch_axis - (where.batch_axis > where.axis), sample)
+    )
 
 
 def with_all_else_changed(value: Tensor, where: Tokens, sample: int, position: int) -> Tensor:
@@ -139,11 +207,16 @@ def test_a_token_needs_the_same_token_of_its_operands(name: str) -> None:
         return
     for sample, position in ((0, 0), (1, 4)):
         values = [
-            with_all_else_changed(operand.meta["val"], found[operand], sample, position) if operand in found else operand.meta["val"]
+            with_all_else_changed(operand.meta["val"], found[operand], sample, position)
+            if operand in found
+            else operand.meta["val"]
             for operand in inputs
         ]
         changed = node.target(*values, *node.args[len(inputs) :])  # type: ignore[operator]
-        assert torch.equal(token(changed, where, sample, position), token(node.meta["val"], where, sample, position))
+        assert torch.equal(
+            token(changed, where, sample, position),
+            token(node.meta["val"], where, sample, position),
+        )
         assert not torch.equal(changed, node.meta["val"])
 
 
@@ -157,11 +230,19 @@ def test_a_segment_comes_from_one_operand_as_it_is(name: str) -> None:
         return
     source, there = found
     for sample, position in ((0, 0), (1, 4)):
-        assert torch.equal(token(node.meta["val"], where, sample, position), token(source.meta["val"], there, sample, position))
+        assert torch.equal(
+            token(node.meta["val"], where, sample, position),
+            token(source.meta["val"], there, sample, position),
+        )
 
 
 def test_one_part_of_a_split() -> None:
-    (x,), part = built(((2, 9, 4),), lambda call, x: call(operator.getitem, call(aten.split_with_sizes.default, x, [3, 6], 1), 1))
+    (x,), part = built(
+        ((2, 9, 4),),
+        lambda call, x: call(
+            operator.getitem, call(aten.split_with_sizes.default, x, [3, 6], 1), 1
+        ),
+    )
     assert tokenwise.segment(part, HERE) == (x, replace(HERE, offset=3))
 
 

@@ -1,4 +1,6 @@
-"""Dynamo's graph as pre-dispatch ATen: the same numbers, names of modules and inputs, and a check where the model writes in place."""
+"""Dynamo's graph as pre-dispatch ATen: the same numbers, names of modules and inputs, and a check
+where the model writes in place.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import capture, make_policy
-from toca_fx import trace
+from toca_fx.capture import aten as trace
+from toca_fx.capture.aten import clean_path, timestep_position, to_aten, verify
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.inner import Inner
-from toca_fx.program import Program
-from toca_fx.trace import clean_path, timestep_position, to_aten, verify
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.program import Program
 
 aten = torch.ops.aten
 
@@ -34,7 +36,9 @@ def half_in_place(y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("finish", "verified"), [(half_in_place, 1), (torch.relu, 0)], ids=["writes", "computes"])
+@pytest.mark.parametrize(
+    ("finish", "verified"), [(half_in_place, 1), (torch.relu, 0)], ids=["writes", "computes"]
+)
 def test_models_that_write_in_place_are_verified(
     finish: Callable[[Tensor], Tensor], verified: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +55,9 @@ def test_a_write_that_got_lost_is_told() -> None:
     (written,) = module.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     written.replace_all_uses_with(written.args[0])
     module.recompile()
-    with pytest.raises(UnsupportedModelError, match="the canonical graph differs from the captured one by"):
+    with pytest.raises(
+        UnsupportedModelError, match="the canonical graph differs from the captured one by"
+    ):
         verify(captured, module, inputs)
 
 
@@ -80,7 +86,14 @@ def test_module_paths_are_as_named_modules_has_them(source: str) -> None:
     [
         ({"x": torch.zeros(2, 4, 8, 8), "guidance": torch.zeros(2), "timestep": torch.zeros(2)}, 2),
         ({"x": torch.zeros(2, 4, 8, 8), "noise_level": torch.zeros(2)}, 1),
-        ({"x": torch.zeros(2, 4, 8, 8), "noise_level": torch.zeros(2), "guidance": torch.zeros(2)}, None),
+        (
+            {
+                "x": torch.zeros(2, 4, 8, 8),
+                "noise_level": torch.zeros(2),
+                "guidance": torch.zeros(2),
+            },
+            None,
+        ),
         ({"x": torch.zeros(2, 4, 8, 8), "label": torch.zeros(2, dtype=torch.long)}, None),
     ],
     ids=["by name", "the only number per sample", "two of them", "an integer"],

@@ -1,4 +1,6 @@
-"""A second process finds what the first one compiled, and nothing that was compiled for something else."""
+"""A second process finds what the first one compiled, and nothing that was compiled for something
+else.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 POLICY = {"scores": {"value_norm": 1.0}}
 TOLERANCE = 1e-4  # sinusoids of timesteps near 1000 are in single precision and lose three digits
 
-# Runs one generation with inductor and one with "eager"; prints what the compiler found in its caches, and how far the two are apart.
+# Runs one generation with inductor and one with "eager"; prints what the compiler found in its
+# caches, and how far the two are apart.
 SCRIPT = """
 import json, sys
 import torch
@@ -24,7 +27,7 @@ import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 
 if "changed" in sys.argv:  # as another version of the package would
-    from toca_fx import attention
+    from toca_fx.kernels import influence as attention
     norm = attention.feature_norm
     attention.feature_norm = lambda feature: 3 * norm(feature) ** 2
 
@@ -44,9 +47,15 @@ print(json.dumps({**found, "error": error}))
 
 
 def run(folder: Path, policy: dict[str, Any], *arguments: str) -> dict[str, float]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(folder),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+    }
     command = [sys.executable, "-c", SCRIPT, json.dumps(policy), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -66,8 +75,14 @@ def test_a_second_process_compiles_nothing(cold: tuple[Path, dict[str, float]]) 
     assert second["error"] < TOLERANCE
 
 
-@pytest.mark.parametrize(("policy", "arguments"), [({"scores": {"key_norm": 1.0}}, ()), (POLICY, ("changed",))], ids=["policy", "package"])
-def test_what_changed_is_compiled_anew(cold: tuple[Path, dict[str, float]], policy: dict[str, Any], arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("policy", "arguments"),
+    [({"scores": {"key_norm": 1.0}}, ()), (POLICY, ("changed",))],
+    ids=["policy", "package"],
+)
+def test_what_changed_is_compiled_anew(
+    cold: tuple[Path, dict[str, float]], policy: dict[str, Any], arguments: tuple[str, ...]
+) -> None:
     folder, _ = cold
     found = run(folder, policy, *arguments)
     assert found["misses"] > 0

@@ -1,4 +1,6 @@
-"""The forward passes of the small models, written out, with every attention and MLP handed to the reference."""
+"""The forward passes of the small models, written out, with every attention and MLP handed to the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Part:
-    """One stream's part in an attention: q, k and v of its tokens [B, N, H, D], and the projection of [B, N, H * D].
+    """One stream's part in an attention: q, k and v of its tokens [B, N, H, D], and the projection
+    of [B, N, H * D].
 
     In a cross-attention k and v are those of the text.
     """
@@ -39,35 +42,63 @@ def walk(run: ReferenceSampler, model: SmallModel, x: Tensor, t: Tensor, y: Tens
         return _diffusers_dit(run, model, x, t, y)
     if isinstance(model, OriginalDiT):
         return _original_dit(run, model, x, t, y)
-    return _cross_dit(run, model, x, t, y) if isinstance(model, CrossDiT) else _joint_dit(run, model, x, t, y)
+    return (
+        _cross_dit(run, model, x, t, y)
+        if isinstance(model, CrossDiT)
+        else _joint_dit(run, model, x, t, y)
+    )
 
 
-def _diffusers_dit(run: ReferenceSampler, model: DiTTransformer2DModel, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def _diffusers_dit(
+    run: ReferenceSampler, model: DiTTransformer2DModel, x: Tensor, t: Tensor, y: Tensor
+) -> Tensor:
     patch = model.config.patch_size
     run.grids["image"] = _grid(x, patch)
     tokens = model.pos_embed(x)
     for layer, block in enumerate(model.transformer_blocks):
         path, attn = f"transformer_blocks.{layer}", block.attn1
-        modulation = block.norm1.linear(F.silu(block.norm1.emb(t, y, hidden_dtype=tokens.dtype))).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (part[:, None] for part in modulation)
+        modulation = block.norm1.linear(
+            F.silu(block.norm1.emb(t, y, hidden_dtype=tokens.dtype))
+        ).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            part[:, None] for part in modulation
+        )
         normed = block.norm1.norm(tokens) * (1 + scale_msa) + shift_msa
-        query, key, value = (linear(normed).unflatten(2, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        (mixed,) = run.attention("self_attention", layer, [Part("image", f"{path}.attn1", query, key, value, attn.to_out[0])])
+        query, key, value = (
+            linear(normed).unflatten(2, (attn.heads, -1))
+            for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        (mixed,) = run.attention(
+            "self_attention",
+            layer,
+            [Part("image", f"{path}.attn1", query, key, value, attn.to_out[0])],
+        )
         tokens = tokens + gate_msa * mixed
-        tokens = tokens + gate_mlp * run.mlp(f"{path}.ff", layer, "image", block.ff(block.norm3(tokens) * (1 + scale_mlp) + shift_mlp))
+        tokens = tokens + gate_mlp * run.mlp(
+            f"{path}.ff",
+            layer,
+            "image",
+            block.ff(block.norm3(tokens) * (1 + scale_mlp) + shift_mlp),
+        )
     condition = model.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=tokens.dtype)
     shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
     patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None])
     return _unpatch(patches, patch, model.out_channels)
 
 
-def _original_dit(run: ReferenceSampler, model: OriginalDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def _original_dit(
+    run: ReferenceSampler, model: OriginalDiT, x: Tensor, t: Tensor, y: Tensor
+) -> Tensor:
     run.grids["image"] = _grid(x, model.patch_size)
     tokens, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
     for layer, block in enumerate(model.blocks):
         path = f"blocks.{layer}"
-        (mixed,) = run.attention("self_attention", layer, [_part("image", f"{path}.attn", block, tokens, c)])
-        tokens = _with_mlp(run, "image", f"{path}.mlp", layer, block, tokens + _modulation(block, c)[2] * mixed, c)
+        (mixed,) = run.attention(
+            "self_attention", layer, [_part("image", f"{path}.attn", block, tokens, c)]
+        )
+        tokens = _with_mlp(
+            run, "image", f"{path}.mlp", layer, block, tokens + _modulation(block, c)[2] * mixed, c
+        )
     return _unpatch(_final(model.final_layer, tokens, c), model.patch_size, model.out_channels)
 
 
@@ -76,10 +107,19 @@ def _cross_dit(run: ReferenceSampler, model: CrossDiT, x: Tensor, t: Tensor, y: 
     tokens, c = model.x_embedder(x), model.t_embedder(t)
     for layer, block in enumerate(model.blocks):
         path, cross = f"blocks.{layer}", block.cross
-        (mixed,) = run.attention("self_attention", layer, [_part("image", f"{path}.attn", block, tokens, c)])
+        (mixed,) = run.attention(
+            "self_attention", layer, [_part("image", f"{path}.attn", block, tokens, c)]
+        )
         tokens = tokens + _modulation(block, c)[2] * mixed
-        query, key, value = (part.unflatten(2, (cross.num_heads, -1)) for part in (cross.q(tokens), *cross.kv(y).chunk(2, dim=2)))
-        (mixed,) = run.attention("cross_attention", layer, [Part("image", f"{path}.cross", query, key, value, cross.proj)])
+        query, key, value = (
+            part.unflatten(2, (cross.num_heads, -1))
+            for part in (cross.q(tokens), *cross.kv(y).chunk(2, dim=2))
+        )
+        (mixed,) = run.attention(
+            "cross_attention",
+            layer,
+            [Part("image", f"{path}.cross", query, key, value, cross.proj)],
+        )
         tokens = _with_mlp(run, "image", f"{path}.mlp", layer, block, tokens + mixed, c)
     return _final(model.final_layer, tokens, c)
 
@@ -99,7 +139,15 @@ def _joint_dit(run: ReferenceSampler, model: JointDiT, x: Tensor, t: Tensor, y: 
             position += tokens.shape[1]
         for part, mixed in zip(parts, run.attention("joint_attention", layer, parts), strict=True):
             stream, gate = part.stream, _modulation(own[part.stream], c)[2]
-            streams[stream] = _with_mlp(run, stream, f"blocks.{layer}.{stream}.mlp", layer, own[stream], streams[stream] + gate * mixed, c)
+            streams[stream] = _with_mlp(
+                run,
+                stream,
+                f"blocks.{layer}.{stream}.mlp",
+                layer,
+                own[stream],
+                streams[stream] + gate * mixed,
+                c,
+            )
     return _final(model.final_layer, torch.cat(list(streams.values()), dim=1), c)
 
 
@@ -114,14 +162,26 @@ def _modulation(block: DiTBlock, c: Tensor) -> list[Tensor]:
 
 def _part(stream: str, path: str, block: DiTBlock, tokens: Tensor, c: Tensor) -> Part:
     shift, scale = _modulation(block, c)[:2]
-    qkv = block.attn.qkv(block.norm1(tokens) * (1 + scale) + shift).unflatten(2, (3, block.attn.num_heads, -1))
+    qkv = block.attn.qkv(block.norm1(tokens) * (1 + scale) + shift).unflatten(
+        2, (3, block.attn.num_heads, -1)
+    )
     return Part(stream, path, *qkv.unbind(2), block.attn.proj)
 
 
-def _with_mlp(run: ReferenceSampler, stream: str, path: str, layer: int, block: DiTBlock, tokens: Tensor, c: Tensor) -> Tensor:
+def _with_mlp(
+    run: ReferenceSampler,
+    stream: str,
+    path: str,
+    layer: int,
+    block: DiTBlock,
+    tokens: Tensor,
+    c: Tensor,
+) -> Tensor:
     shift, scale, gate = _modulation(block, c)[3:]
     hidden = block.mlp.fc1(block.norm2(tokens) * (1 + scale) + shift)
-    return tokens + gate * run.mlp(path, layer, stream, block.mlp.fc2(F.gelu(hidden, approximate="tanh")))
+    return tokens + gate * run.mlp(
+        path, layer, stream, block.mlp.fc2(F.gelu(hidden, approximate="tanh"))
+    )
 
 
 def _final(layer: FinalLayer, tokens: Tensor, c: Tensor) -> Tensor:

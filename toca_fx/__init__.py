@@ -1,6 +1,7 @@
 """Token-wise feature caching for diffusion transformers, compiled from a YAML policy.
 
-The public names are loaded on first use: `toca-fx validate` and `load_policy` must start without importing torch.
+The public names are loaded on first use: `toca-fx validate` and `load_policy` must start without
+importing torch.
 """
 
 from __future__ import annotations
@@ -10,27 +11,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from toca_fx.backend import compile as compile
+    from toca_fx.describe.explain import explain as explain
+    from toca_fx.describe.explanation import Explanation as Explanation
     from toca_fx.diagnostics import PolicyError as PolicyError
     from toca_fx.diagnostics import UnsupportedModelError as UnsupportedModelError
-    from toca_fx.dry_run import explain as explain
-    from toca_fx.explanation import Explanation as Explanation
-    from toca_fx.patterns import register_attention as register_attention
+    from toca_fx.match.anchors import register_attention as register_attention
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
-    from toca_fx.report import Report as Report
-    from toca_fx.runtime import branch as branch
-    from toca_fx.runtime import session as session
+    from toca_fx.runtime.report import Report as Report
+    from toca_fx.runtime.session import branch as branch
+    from toca_fx.runtime.session import session as session
 
 __version__ = "0.1.0"
 
 _HOME = {
     "compile": "toca_fx.backend",
-    "explain": "toca_fx.dry_run",
-    "Explanation": "toca_fx.explanation",
-    "register_attention": "toca_fx.patterns",
-    "session": "toca_fx.runtime",
-    "branch": "toca_fx.runtime",
-    "Report": "toca_fx.report",
+    "explain": "toca_fx.describe.explain",
+    "Explanation": "toca_fx.describe.explanation",
+    "register_attention": "toca_fx.match.anchors",
+    "session": "toca_fx.runtime.session",
+    "branch": "toca_fx.runtime.session",
+    "Report": "toca_fx.runtime.report",
     "load_policy": "toca_fx.policy",
     "Policy": "toca_fx.policy",
     "PolicyError": "toca_fx.diagnostics",

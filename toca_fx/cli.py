@@ -1,4 +1,6 @@
-"""The `toca-fx` command. Each subcommand is one `add_...` function; heavy imports stay inside the functions that run."""
+"""The `toca-fx` command. Each subcommand is one `add_...` function; heavy imports stay inside the
+functions that run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     _never_fail_to_print(sys.stdout, sys.stderr)
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s"
+    )
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
@@ -35,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="toca-fx", description="Token-wise feature caching for diffusion transformers.")
+    parser = argparse.ArgumentParser(
+        prog="toca-fx", description="Token-wise feature caching for diffusion transformers."
+    )
     parser.add_argument("--version", action="version", version=f"toca-fx {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what is being done")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -47,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _never_fail_to_print(*streams: TextIO) -> None:
-    """File names and policies may hold what the terminal's encoding cannot; show it escaped instead of failing."""
+    """File names and policies may hold what the terminal's encoding cannot; show it escaped instead
+    of failing.
+    """
     for stream in streams:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -55,7 +63,9 @@ def _never_fail_to_print(*streams: TextIO) -> None:
 
 
 def add_validate(subparsers: Subparsers) -> None:
-    """`validate FILE...`: report every problem of policy files. Exit status 0 clean, 1 problems, 2 unreadable."""
+    """`validate FILE...`: report every problem of policy files. Exit status 0 clean, 1 problems, 2
+    unreadable.
+    """
     parser = subparsers.add_parser(
         "validate",
         help="check policy files",
@@ -63,7 +73,9 @@ def add_validate(subparsers: Subparsers) -> None:
         epilog="exit status: 0 no errors, 1 errors, 2 a file could not be read",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a policy in YAML")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to report (default: text)")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="how to report (default: text)"
+    )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
     parser.set_defaults(run=_validate)
 
@@ -96,24 +108,35 @@ def _check_one(file: str, strict: bool) -> _Checked:
         problems = validate_file(file)
     except UnreadablePolicyError as error:
         return _Checked(file, error.problems, readable=False)
-    return _Checked(file, tuple(replace(problem, severity="error") for problem in problems) if strict else problems)
+    return _Checked(
+        file,
+        tuple(replace(problem, severity="error") for problem in problems) if strict else problems,
+    )
 
 
 def _report_json(checked: Sequence[_Checked]) -> str:
-    return json.dumps([asdict(problem) for outcome in checked for problem in outcome.problems], indent=2)
+    return json.dumps(
+        [asdict(problem) for outcome in checked for problem in outcome.problems], indent=2
+    )
 
 
 def _report_text(checked: Sequence[_Checked]) -> str:
     lines: list[str] = []
     for outcome in checked:
         lines += [str(problem) for problem in outcome.problems] or [f"{outcome.file}: ok"]
-    errors, warnings = (sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning"))
-    found = " and ".join(count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number)
+    errors, warnings = (
+        sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning")
+    )
+    found = " and ".join(
+        count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number
+    )
     return "\n".join([*lines, f"{count(len(checked), 'file')} checked: {found or 'no problems'}"])
 
 
 def add_explain(subparsers: Subparsers) -> None:
-    """`explain MODEL`: what a policy would do with a model; runs nothing. Exit status 0, 1 problems, 2 unknown names."""
+    """`explain MODEL`: what a policy would do with a model; runs nothing. Exit status 0, 1
+    problems, 2 unknown names.
+    """
     parser = subparsers.add_parser(
         "explain",
         help="show what a policy would do with a model",
@@ -123,13 +146,23 @@ def add_explain(subparsers: Subparsers) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model class or a preset of toca_fx.integrations.diffusers, or module:function or file.py:function, "
+        help="a model class or a preset of toca_fx.examples, or module:function or file.py:function, "
         "a function that returns a module and the keyword arguments of one call",
     )
-    parser.add_argument("--policy", help="shipped name or path (default: the one that compile would pick)")
-    parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the policy's)")
-    parser.add_argument("--batch", type=_positive, help="samples (default: those of one image); a function gets it as batch=, if given")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to report (default: text)")
+    parser.add_argument(
+        "--policy", help="shipped name or path (default: the one that compile would pick)"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, help="model calls of a generation (default: the policy's)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        help="samples (default: those of one image); a function gets it as batch=, if given",
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="how to report (default: text)"
+    )
     parser.set_defaults(run=_explain)
 
 
@@ -160,20 +193,43 @@ def add_bench(subparsers: Subparsers) -> None:
     )
     from toca_fx.bench.cases import CASES
 
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} (default: dit-xl-2)")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)} (default: dit-xl-2)"
+    )
     parser.add_argument("--policy", help="shipped name or path (default: the case's own)")
     parser.add_argument(
-        "--blocks", type=_blocks, help="transformer blocks of each kind, or `all` of the model's (default: what a small machine stands)"
+        "--blocks",
+        type=_blocks,
+        help="transformer blocks of each kind, or `all` of the model's (default: what a small machine stands)",
     )
-    parser.add_argument("--steps", type=_positive, help="model calls of a generation (default: the case's own)")
     parser.add_argument(
-        "--images", type=_positive, default=1, help="images of a generation; with guidance each has two rows of the batch (default: 1)"
+        "--steps", type=_positive, help="model calls of a generation (default: the case's own)"
     )
-    parser.add_argument("--rounds", type=_positive, default=5, help="generations measured, after those that warm up (default: 5)")
+    parser.add_argument(
+        "--images",
+        type=_positive,
+        default=1,
+        help="images of a generation; with guidance each has two rows of the batch (default: 1)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        default=5,
+        help="generations measured, after those that warm up (default: 5)",
+    )
     parser.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and inputs (default: bfloat16 on a GPU, else float32)")
-    parser.add_argument("--mode", help="of toca_fx.compile, as of torch.compile, say reduce-overhead (default: none, toca_fx decides)")
-    parser.add_argument("--alone", action="store_true", help="leave out FORA, the caches of diffusers and cache-dit")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights and inputs (default: bfloat16 on a GPU, else float32)",
+    )
+    parser.add_argument(
+        "--mode",
+        help="of toca_fx.compile, as of torch.compile, say reduce-overhead (default: none, toca_fx decides)",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="leave out FORA, the caches of diffusers and cache-dit"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--chart", metavar="FILE", help="draw work against time to this picture")
     parser.set_defaults(run=_bench)
@@ -207,7 +263,10 @@ def _with_extra(extra: str, module: str, arguments: argparse.Namespace) -> int:
     try:
         command = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        print(f"toca-fx {extra} needs the package {error.name}: pip install 'toca-fx[{extra}]'", file=sys.stderr)
+        print(
+            f"toca-fx {extra} needs the package {error.name}: pip install 'toca-fx[{extra}]'",
+            file=sys.stderr,
+        )
         return UNREADABLE
     try:
         return int(command.main(arguments))

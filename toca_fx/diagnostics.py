@@ -18,8 +18,9 @@ _LONGEST_NAME = 100  # characters; nobody mistypes a known word into something l
 class Problem:
     """Something wrong in a policy.
 
-    `line` and `column` count from 1. A line of 0 means that there is no position inside `file`: the file could not be
-    read, or the policy was a mapping and `file` holds a key path such as `R.base`.
+    `line` and `column` count from 1. A line of 0 means that there is no position inside `file`: the
+    file could not be read, or the policy was a mapping and `file` holds a key path such as
+    `R.base`.
     """
 
     file: str
@@ -30,7 +31,9 @@ class Problem:
 
     @classmethod
     def at(cls, place: str, message: str, severity: Severity = "error") -> Problem:
-        """A problem at a place given as text: `file:line:col` (as `Rule.position` is), a file or a key path."""
+        """A problem at a place given as text: `file:line:col` (as `Rule.position` is), a file or a
+        key path.
+        """
         positioned = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", place, re.DOTALL)
         if positioned is None:
             return cls(place, 0, 0, message, severity)
@@ -83,7 +86,9 @@ def quote(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
+        return (
+            f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
+        )
     if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
         return f'`"{_shorten(value)}"`'  # or text would be told apart from a number by nothing
     if isinstance(value, (str, int, float)):
@@ -92,7 +97,8 @@ def quote(value: object) -> str:
 
 
 def _shorten(value: str | float) -> str:
-    # repr() escapes line breaks, control characters and lone surrogates, none of which a terminal should receive.
+    # repr() escapes line breaks, control characters and lone surrogates, none of which a terminal
+    # should receive.
     text = repr(value[: _LONGEST_QUOTE + 1])[1:-1] if isinstance(value, str) else repr(value)
     return text if len(text) <= _LONGEST_QUOTE else text[: _LONGEST_QUOTE - 3] + "..."
 
@@ -109,4 +115,6 @@ def count(number: int, noun: str) -> str:
 
 
 class UnsupportedModelError(RuntimeError):
-    """The captured model has something that the rewrite cannot follow; the message says what, where and what to do."""
+    """The captured model has something that the rewrite cannot follow; the message says what, where
+    and what to do.
+    """

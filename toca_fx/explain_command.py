@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from toca_fx.describe.explain import explain
 from toca_fx.diagnostics import PolicyError, UnsupportedModelError, did_you_mean
-from toca_fx.dry_run import explain
 from toca_fx.policy import load_policy
 
 DONE, PROBLEMS, UNKNOWN = 0, 1, 2
@@ -44,7 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
     except (PolicyError, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return PROBLEMS
-    print(json.dumps(explanation.to_dict(), indent=2) if arguments.format == "json" else explanation)
+    print(
+        json.dumps(explanation.to_dict(), indent=2) if arguments.format == "json" else explanation
+    )
     return DONE
 
 
@@ -53,8 +55,15 @@ def _model(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
     if ":" not in name:
         return _of_diffusers(name, batch)
     made = _function(name)(**({} if batch is None else {"batch": batch}))
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)):
-        raise UnknownModelError(f"{name}: expected the function to return (module, mapping of keyword arguments), got {_shown(made)}")
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], Mapping)
+    ):
+        raise UnknownModelError(
+            f"{name}: expected the function to return (module, mapping of keyword arguments), got {_shown(made)}"
+        )
     return made[0], dict(made[1])
 
 
@@ -65,13 +74,19 @@ def _shown(value: object) -> str:
 
 
 def _of_diffusers(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny example by its class in float32, or a preset in real size without weights, in bfloat16 as such models are run."""
+    """A tiny example by its class in float32, or a preset in real size without weights, in bfloat16
+    as such models are run.
+    """
     try:
-        from toca_fx.integrations import diffusers
+        from toca_fx import examples as diffusers
     except ModuleNotFoundError as error:
-        raise UnknownModelError(f"example models need the package {error.name}: pip install 'toca-fx[diffusers]'") from error
+        raise UnknownModelError(
+            f"example models need the package {error.name}: pip install 'toca-fx[diffusers]'"
+        ) from error
     if name in diffusers.PRESETS:
-        return diffusers.build(diffusers.PRESETS[name], batch=batch, device="meta", dtype=torch.bfloat16)
+        return diffusers.build(
+            diffusers.PRESETS[name], batch=batch, device="meta", dtype=torch.bfloat16
+        )
     examples = diffusers.examples()
     if name in examples:
         return diffusers.build(examples[name], batch=batch)
@@ -91,7 +106,9 @@ def _function(name: str) -> Callable[..., object]:
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
-        raise UnknownModelError(f"{place} has no function `{attribute}`{did_you_mean(attribute, known)}")
+        raise UnknownModelError(
+            f"{place} has no function `{attribute}`{did_you_mean(attribute, known)}"
+        )
     found: Callable[..., object] = function
     return found
 
@@ -104,7 +121,9 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # it is there, and something that it imports is not
-        raise UnknownModelError(f"there is no module `{name}` (looked in the current folder and on sys.path)") from error
+        raise UnknownModelError(
+            f"there is no module `{name}` (looked in the current folder and on sys.path)"
+        ) from error
 
 
 def _file(path: str) -> ModuleType:

@@ -1,9 +1,10 @@
-"""Time the compilation of DiT-XL/2 with all 28 blocks: torch.compile, and full and partial steps; cold, and from inductor's cache.
+"""Time the compilation of DiT-XL/2 with all 28 blocks: torch.compile, and full and partial steps;
+cold, and from inductor's cache.
 
 python tools/compile_times.py
 
-Every measurement is a process of its own; "cold" has an empty cache folder, "warm" that of the cold one. Times include the first run
-of each graph.
+Every measurement is a process of its own; "cold" has an empty cache folder, "warm" that of the cold
+one. Times include the first run of each graph.
 """
 
 # ruff: noqa: E402
@@ -26,7 +27,7 @@ if str(ROOT) not in sys.path:
 import toca_fx
 from toca_fx.bench.cases import CASES, example_of
 from toca_fx.bench.measure import calls_of
-from toca_fx.integrations.diffusers import build
+from toca_fx.examples import build
 
 THREADS = 2
 
@@ -53,7 +54,10 @@ def measure(what: str) -> None:
             fast(**call)
             seen[run.report().steps[-1].kind] = time.perf_counter() - began
         run.close()  # before its steps are over, on purpose
-    print(" + ".join(f"{seconds:.1f} s {kind}" for kind, seconds in seen.items()), f"= {sum(seen.values()):.1f} s")
+    print(
+        " + ".join(f"{seconds:.1f} s {kind}" for kind, seconds in seen.items()),
+        f"= {sum(seen.values()):.1f} s",
+    )
 
 
 def main() -> None:
@@ -65,7 +69,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for start in ("cold", "warm"):
                 environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-                done = subprocess.run([sys.executable, __file__, what], env=environment, check=True, capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, what],
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
                 print(f"{what}, {start}: {done.stdout.strip().splitlines()[-1]}", flush=True)
 
 

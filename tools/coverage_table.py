@@ -1,4 +1,5 @@
-"""The README's table of diffusers transformers: what toca_fx finds in each, tiny and with random weights.
+"""The README's table of diffusers transformers: what toca_fx finds in each, tiny and with random
+weights.
 
 python -m tools.coverage_table [CLASS ...]     prints the rows; with no class it renews the table in README.md
 """
@@ -11,18 +12,22 @@ from pathlib import Path
 
 import torch
 
-from toca_fx.capture import capture
-from toca_fx.coverage import coverage
-from toca_fx.integrations.diffusers import UNSUPPORTED, build, examples
-from toca_fx.match import match
-from toca_fx.trace import to_aten, verify
+from toca_fx.capture.aten import to_aten, verify
+from toca_fx.capture.dynamo import capture
+from toca_fx.describe.coverage import coverage
+from toca_fx.examples import UNSUPPORTED, build, examples
+from toca_fx.match.matcher import match
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- coverage: written by python -m tools.coverage_table -->", "<!-- end of coverage -->"
+BEGIN, END = (
+    "<!-- coverage: written by python -m tools.coverage_table -->",
+    "<!-- end of coverage -->",
+)
 SUPPORTED_SHARE = 0.95
 KINDS = ("self_attention", "cross_attention", "joint_attention")
 
-# Classes that Dynamo cannot capture in one graph (fullgraph=True), as of diffusers 0.42 and torch 2.13.
+# Classes that Dynamo cannot capture in one graph (fullgraph=True), as of diffusers 0.42 and torch
+# 2.13.
 _SIZES = "not captured: a tensor's values decide on shapes (boolean indexing, nonzero or split by mask sums)"
 _BRANCH = "not captured: a tensor's values decide on the way through the code"
 REFUSED: dict[str, str] = {
@@ -39,7 +44,8 @@ REFUSED: dict[str, str] = {
     "OmniGenTransformer2DModel": _BRANCH,
     "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
 }
-# Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is cached, the rest is computed.
+# Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is
+# cached, the rest is computed.
 PARTLY: dict[str, str] = {
     "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
     "ErnieImageTransformer2DModel": "a stream [tokens, batch, channels]",
@@ -55,8 +61,18 @@ def main(names: Sequence[str]) -> int:
     rows = [_row_or_reason(name) for name in names or examples()]
     supported = sum("%" in row for row in rows) - len(PARTLY)
     print(f"{supported} classes of {len(rows)} with at least {SUPPORTED_SHARE:.0%}")
-    rows += [f"| {name} | | | | | | not built: {why} |" for name, why in sorted(UNSUPPORTED.items())] if not names else []
-    table = "\n".join(["| class | self | cross | joint | MLP | block FLOPs in sites | |", "|---|---|---|---|---|---|---|", *rows])
+    rows += (
+        [f"| {name} | | | | | | not built: {why} |" for name, why in sorted(UNSUPPORTED.items())]
+        if not names
+        else []
+    )
+    table = "\n".join(
+        [
+            "| class | self | cross | joint | MLP | block FLOPs in sites | |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
     if names:
         print(table)
         return 0
@@ -80,17 +96,25 @@ def row(name: str) -> str:
         return f"| {name} | | | | | | {REFUSED[name]} |"
     model, inputs = build(examples()[name])
     with torch.no_grad():
-        model(**inputs)  # some make tables of positions at their first call, in ways that Dynamo does not follow
+        model(
+            **inputs
+        )  # some make tables of positions at their first call, in ways that Dynamo does not follow
     captured, flat = capture(model, (), inputs)
     module = to_aten(captured, flat)
     verify(captured, module, flat)
     matches = match(module.graph)
     found = coverage(module, matches)
     sites = " | ".join(str(found.found.get(kind, 0)) for kind in KINDS)
-    attentions = "" if found.attentions[0] == found.attentions[1] else f"{found.attentions[0]} of {found.attentions[1]} attentions"
+    attentions = (
+        ""
+        if found.attentions[0] == found.attentions[1]
+        else f"{found.attentions[0]} of {found.attentions[1]} attentions"
+    )
     notes = "; ".join(filter(None, (attentions, PARTLY.get(name))))
     print(name, f"{found.share:.3f}", flush=True)
-    return f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
+    return (
+        f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
+    )
 
 
 if __name__ == "__main__":

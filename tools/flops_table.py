@@ -1,10 +1,12 @@
-"""Write tools/results/flops.md: FLOPs of the reference policies at the sizes of the paper, beside the published ratios.
+"""Write tools/results/flops.md: FLOPs of the reference policies at the sizes of the paper, beside
+the published ratios.
 
 python tools/flops_table.py            # write it
 python tools/flops_table.py dit flux   # print the rows of some models only
 
-Nothing is run: models and inputs are on the device "meta". Two blocks of each stack are captured, planned at full depth, and counted;
-the second block stands for all that follow it, which is checked to be in the same modes on every step (``--whole`` captures all).
+Nothing is run: models and inputs are on the device "meta". Two blocks of each stack are captured,
+planned at full depth, and counted; the second block stands for all that follow it, which is checked
+to be in the same modes on every step (``--whole`` captures all).
 """
 
 # ruff: noqa: E402
@@ -32,16 +34,18 @@ if str(ROOT) not in sys.path:
 
 from tests.helpers import capture
 from tests.stdit3 import STDiT3, open_sora_1_2_inputs
-from toca_fx import buffers, load_policy, trace
-from toca_fx.analysis import aspect_of
-from toca_fx.flops import count_flops
-from toca_fx.hoist import extract, find_hoistable
-from toca_fx.integrations.diffusers import PRESETS, build
-from toca_fx.match import Matches, Site, match
-from toca_fx.plan import Modes, Plan, StepPlan, make_plan
+from toca_fx import load_policy
+from toca_fx.capture import aten as trace
+from toca_fx.examples import PRESETS, build
+from toca_fx.lower.cost import aspect_of
+from toca_fx.lower.flops import count_flops
+from toca_fx.match.matcher import Matches, Site, match
+from toca_fx.plan import buffers
+from toca_fx.plan.plan import Modes, Plan, StepPlan, make_plan
 from toca_fx.policy.types import Hoisting
-from toca_fx.rewrite import rewrite
-from toca_fx.select import spatial_of
+from toca_fx.rewrite.hoist import extract, find_hoistable
+from toca_fx.rewrite.step import rewrite
+from toca_fx.runtime.selector import spatial_of
 
 RESULTS = ROOT / "tools" / "results" / "flops.md"
 SHALLOW = 2
@@ -52,7 +56,9 @@ Built = tuple[nn.Module, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """A model at real size. ``stacks`` gives the number of blocks by the path of their list; ``build`` takes such numbers."""
+    """A model at real size. ``stacks`` gives the number of blocks by the path of their list;
+    ``build`` takes such numbers.
+    """
 
     title: str
     stacks: Mapping[str, int]
@@ -60,11 +66,15 @@ class Model:
     published: Mapping[str, float]  # by reference policy
 
 
-def _preset(name: str, settings: Mapping[str, str], batch: int, dtype: torch.dtype) -> Callable[[Mapping[str, int]], Built]:
+def _preset(
+    name: str, settings: Mapping[str, str], batch: int, dtype: torch.dtype
+) -> Callable[[Mapping[str, int]], Built]:
     def make(depths: Mapping[str, int]) -> Built:
         example = PRESETS[name]
         config = {**example.config, **{settings[stack]: depth for stack, depth in depths.items()}}
-        return build(dataclasses.replace(example, config=config), batch=batch, device="meta", dtype=dtype)
+        return build(
+            dataclasses.replace(example, config=config), batch=batch, device="meta", dtype=dtype
+        )
 
     return make
 
@@ -110,7 +120,8 @@ MODELS = {
 class Row:
     """What one policy does to one model; FLOPs of one run.
 
-    ``scoring`` is part of ``done``; ``projections`` (of FLUX) and ``captions``, which we compute once, are not.
+    ``scoring`` is part of ``done``; ``projections`` (of FLUX) and ``captions``, which we compute
+    once, are not.
     """
 
     policy: str
@@ -152,7 +163,9 @@ class Count:
         captured, inputs = capture(module, **kwargs)
         self._aten = trace.to_aten(captured, inputs)
         self._matches = match(self._aten.graph)
-        self._conditions = find_hoistable(self._aten.graph, self._matches.sites, Hoisting().memory_bytes).conditions
+        self._conditions = find_hoistable(
+            self._aten.graph, self._matches.sites, Hoisting().memory_bytes
+        ).conditions
         self._aspect = aspect_of(inputs)
         self._paths = {node.name: node.meta["path"] for node in self._aten.graph.nodes}
 
@@ -164,12 +177,18 @@ class Count:
             for layer in range(max(self.model.stacks[stack] for stack in stacks)):
                 for stack in stacks:
                     source = min(layer, self._depths[stack] - 1)
-                    own = [i for i, site in enumerate(self._matches.sites) if self._block(site.path) == (stack, source)]
+                    own = [
+                        i
+                        for i, site in enumerate(self._matches.sites)
+                        if self._block(site.path) == (stack, source)
+                    ]
                     start = len(sites)
                     for i in own:
                         site = self._matches.sites[i]
                         moved = {
-                            name: start + own.index(at) for name in ("influence", "entropy") if (at := getattr(site, name)) is not None
+                            name: start + own.index(at)
+                            for name in ("influence", "entropy")
+                            if (at := getattr(site, name)) is not None
                         }
                         path = f"{stack}.{layer}" + site.path.removeprefix(f"{stack}.{source}")
                         sites.append(dataclasses.replace(site, path=path, layer=layer, **moved))
@@ -196,7 +215,10 @@ class Count:
     @cached_property
     def _flops(self) -> dict[str, int]:
         """FLOPs of one uncached call by node."""
-        return count_flops(self._aten, [_meta(node.meta["val"]) for node in self._aten.graph.find_nodes(op="placeholder")])
+        return count_flops(
+            self._aten,
+            [_meta(node.meta["val"]) for node in self._aten.graph.find_nodes(op="placeholder")],
+        )
 
     @cached_property
     def uncached(self) -> Counter[tuple[str, int]]:
@@ -217,16 +239,35 @@ class Count:
         sites, like = self._deep
         plan = make_plan(Matches(sites, ()), policy)
         steps: dict[Modes, _Step] = {}
-        uncached, totals, scoring, projections, captions = self.total(self.uncached), [], 0, 0, -self.total(self._once)
+        uncached, totals, scoring, projections, captions = (
+            self.total(self.uncached),
+            [],
+            0,
+            0,
+            -self.total(self._once),
+        )
         for step in plan.steps:
             modes = self._shallow_modes(step, like)
             if modes not in steps:
-                grids = {i: spatial_of(shallow, i, self._aspect, policy.source) for i in shallow.inside(modes)}
+                grids = {
+                    i: spatial_of(shallow, i, self._aspect, policy.source)
+                    for i in shallow.inside(modes)
+                }
                 shared = policy.guidance.selection == "shared"
-                graph = rewrite(self._aten, shallow, modes, shared=shared, spatial_of=grids.__getitem__, hoisted=self._conditions)
+                graph = rewrite(
+                    self._aten,
+                    shallow,
+                    modes,
+                    shared=shared,
+                    spatial_of=grids.__getitem__,
+                    hoisted=self._conditions,
+                )
                 steps[modes] = self._step(graph, shallow)
             fixed, per_site, extra, spared = steps[modes]
-            fresh = sum(per_site.get(like[i], 0) * count // sites[i].tokens for i, count in enumerate(step.fresh))
+            fresh = sum(
+                per_site.get(like[i], 0) * count // sites[i].tokens
+                for i, count in enumerate(step.fresh)
+            )
             totals.append(self.total(fixed) + fresh)
             scoring += extra
             captions += spared
@@ -235,7 +276,9 @@ class Count:
                 for site, mode in zip(sites, step.modes, strict=True)
                 if mode == "reuse" and site.kind == "joint_attention"
             )
-        partial = [total for step, total in zip(plan.steps, totals, strict=True) if step.kind == "partial"]
+        partial = [
+            total for step, total in zip(plan.steps, totals, strict=True) if step.kind == "partial"
+        ]
         made = buffers.Buffers(self._aten, shallow)
         kept = [made.new(_renamed(name, like)) for name in buffers.kept(plan)]
         return Row(
@@ -257,7 +300,10 @@ class Count:
     def _once(self) -> Counter[tuple[str, int]]:
         """FLOPs of what depends on captions only, by block."""
         part = extract(self._aten, self._conditions)
-        flops = count_flops(part.module, [_meta(node.meta["val"]) for node in part.module.graph.find_nodes(op="placeholder")])
+        flops = count_flops(
+            part.module,
+            [_meta(node.meta["val"]) for node in part.module.graph.find_nodes(op="placeholder")],
+        )
         counted: Counter[tuple[str, int]] = Counter()
         for name, count in flops.items():
             counted[self._block(self._paths[name])] += count
@@ -273,7 +319,9 @@ class Count:
         return tuple(next(iter(modes[i])) for i in range(len(self._matches.sites)))
 
     def _step(self, graph: Any, plan: Plan) -> _Step:
-        """Per block what does not depend on K, per site the FLOPs of all its tokens, scoring among the former, and captions spared."""
+        """Per block what does not depend on K, per site the FLOPs of all its tokens, scoring among
+        the former, and captions spared.
+        """
         placeholders = self._aten.graph.find_nodes(op="placeholder")
         made, given = buffers.Buffers(self._aten, plan), buffers.given(plan, graph.modes)
         examples = [_meta(placeholders[position].meta["val"]) for position in graph.kept]
@@ -298,15 +346,19 @@ class Count:
             if node.name in fresh:
                 per_site[fresh[node.name]] += flops.get(node.name, 0)
             elif node.name in flops:
-                # What scoring added has no place in the model; it runs in the block whose nodes surround it.
+                # What scoring added has no place in the model; it runs in the block whose nodes
+                # surround it.
                 fixed[self._block(known) if known is not None else block] += flops[node.name]
                 added[block] += flops[node.name] if known is None else 0
-        # An attention that now tells its scores as well is no longer there: its own work is not scoring.
+        # An attention that now tells its scores as well is no longer there: its own work is not
+        # scoring.
         live = {block for block, count in added.items() if count}
         for name, count in self._attention_flops.items():
             if name not in present and self._block(self._paths[name]) in live:
                 replaced[self._block(self._paths[name])] += count
-        read = self._needed_for([name.partition(":")[2] for name in graph.names if name.startswith("hoisted:")])
+        read = self._needed_for(
+            [name.partition(":")[2] for name in graph.names if name.startswith("hoisted:")]
+        )
         return fixed, per_site, self.total(added) - self.total(replaced), self.total(read)
 
     def _needed_for(self, names: Sequence[str]) -> Counter[tuple[str, int]]:
@@ -398,8 +450,12 @@ are in float32, FLUX and Open-Sora in bfloat16, which matters for the cache only
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the table, or print part of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"only these, printed: {', '.join(MODELS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"only these, printed: {', '.join(MODELS)}"
+    )
     parser.add_argument("--whole", action="store_true", help="capture every block")
     options = parser.parse_args(arguments)
     lines = [_HEAD]
@@ -411,7 +467,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(lines[-1], flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if not options.models:
-        RESULTS.write_text(_INTRODUCTION + "\n" + "\n".join(lines) + "\n" + _NOTES, encoding="utf-8")
+        RESULTS.write_text(
+            _INTRODUCTION + "\n" + "\n".join(lines) + "\n" + _NOTES, encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

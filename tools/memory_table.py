@@ -1,12 +1,14 @@
-"""Write tools/results/memory.md: bytes of caches and at the peak for one FLUX.1-dev image of 1024 px, beside the authors' code.
+"""Write tools/results/memory.md: bytes of caches and at the peak for one FLUX.1-dev image of 1024
+px, beside the authors' code.
 
 python tools/memory_table.py
 
-Nothing is run. Ours are predicted from the plan, as `toca-fx explain` shows them, and equal what a generation allocates
-(tests/test_runtime.py). The authors' follow from the shapes of what their code keeps: per double block the attention of both streams ahead
-of its projection and the outputs of both MLPs, per single block the attention, the MLP's hidden state (4 times as wide) and the block's
-output, and for either the head-mean map of all tokens by all tokens. The peak is what a session that is told its timesteps adds to the
-weights on a GPU.
+Nothing is run. Ours are predicted from the plan, as `toca-fx explain` shows them, and equal what a
+generation allocates (tests/test_runtime.py). The authors' follow from the shapes of what their code
+keeps: per double block the attention of both streams ahead of its projection and the outputs of
+both MLPs, per single block the attention, the MLP's hidden state (4 times as wide) and the block's
+output, and for either the head-mean map of all tokens by all tokens. The peak is what a session
+that is told its timesteps adds to the weights on a GPU.
 """
 
 # ruff: noqa: E402
@@ -24,7 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed
 
 from toca_fx import explain, load_policy
-from toca_fx.integrations.diffusers import PRESETS, build
+from toca_fx.examples import PRESETS, build
 from toca_fx.policy.types import Cache
 
 RESULTS = ROOT / "tools" / "results" / "memory.md"
@@ -45,14 +47,21 @@ def main() -> None:
     model, inputs = build(example, device="meta", dtype=torch.bfloat16)
     tokens = inputs["hidden_states"].shape[1] + inputs["encoder_hidden_states"].shape[1]
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    theirs = authors(tokens, width, config["num_layers"], config["num_single_layers"], torch.bfloat16.itemsize)
+    theirs = authors(
+        tokens, width, config["num_layers"], config["num_single_layers"], torch.bfloat16.itemsize
+    )
     rows = [f"| authors' code | bfloat16 | {theirs / 2**20:,.0f} | 100 % | |"]
     for dtype in DTYPES:
         policy = dataclasses.replace(load_policy(POLICY), cache=Cache(dtype))
         found = explain(model, policy, **inputs)
         share = found.cache_bytes / theirs
-        kept_as, peak = "bfloat16" if dtype == "model" else dtype, found.peak_bytes + found.told_bytes
-        rows.append(f"| toca_fx | {kept_as} | {found.cache_bytes / 2**20:,.0f} | {share:.0%} | {peak / 2**20:,.0f} |")
+        kept_as, peak = (
+            "bfloat16" if dtype == "model" else dtype,
+            found.peak_bytes + found.told_bytes,
+        )
+        rows.append(
+            f"| toca_fx | {kept_as} | {found.cache_bytes / 2**20:,.0f} | {share:.0%} | {peak / 2**20:,.0f} |"
+        )
     title = f"# Caches of FLUX.1-dev at 1024 px, {tokens} tokens, one image, policy `{POLICY}`"
     text = "\n".join(
         [

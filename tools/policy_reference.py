@@ -50,7 +50,11 @@ A policy is one document of plain data, at most 128 KiB. Unknown and duplicate k
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the reference; returns the exit status."""
     parser = argparse.ArgumentParser(description="Generate policies/README.md from the schema.")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when the file is not current; write nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 1 when the file is not current; write nothing",
+    )
     arguments = parser.parse_args(argv)
     text = render(load_schema())
     if not arguments.check:
@@ -58,14 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if README.is_file() and README.read_text(encoding="utf-8") == text:
         return 0
-    print(f"{README.relative_to(ROOT)} is not current: run python tools/policy_reference.py", file=sys.stderr)
+    print(
+        f"{README.relative_to(ROOT)} is not current: run python tools/policy_reference.py",
+        file=sys.stderr,
+    )
     return 1
 
 
 def render(schema: Schema) -> str:
     """The whole reference as Markdown."""
     example = (README.parent / EXAMPLE).read_text(encoding="utf-8").rstrip()
-    parts = [_INTRODUCTION, f"## An example: {EXAMPLE}\n\n```yaml\n{example}\n```\n", f"## Keys\n\n{schema['description']}\n"]
+    parts = [
+        _INTRODUCTION,
+        f"## An example: {EXAMPLE}\n\n```yaml\n{example}\n```\n",
+        f"## Keys\n\n{schema['description']}\n",
+    ]
     parts.append(_table(schema, {*schema["required"]}))
     for name, value in schema["properties"].items():
         inner = _object_of(schema, value)
@@ -77,14 +88,18 @@ def render(schema: Schema) -> str:
 
 
 def _section(heading: str, outer: Schema, inner: Schema) -> str:
-    """`outer` is the property, `inner` the mapping it takes; either may say which keys are required."""
+    """`outer` is the property, `inner` the mapping it takes; either may say which keys are
+    required.
+    """
     demands = [outer, *outer.get("allOf", ())]
     required = {key for demand in (inner, *demands) for key in demand.get("required", ())}
     return f"### {heading}\n\n{outer['description']}\n\n{_table(inner, required)}"
 
 
 def _nested(root: Schema, name: str, inner: Schema) -> Iterator[str]:
-    """Sections for mappings that stand nowhere else, such as the windows of N; rules refer to the top-level sections."""
+    """Sections for mappings that stand nowhere else, such as the windows of N; rules refer to the
+    top-level sections.
+    """
     for key, value in inner["properties"].items():
         nested = _object_of(root, value)
         if nested is not None and key not in root["properties"]:
@@ -100,7 +115,12 @@ def _resolve(root: Schema, schema: Schema) -> Schema:
 
 def _object_of(root: Schema, schema: Schema) -> Schema | None:
     """The mapping that a property takes, also behind a reference or as the items of a list."""
-    candidates = [schema, schema.get("items", {}), *schema.get("allOf", ()), *schema.get("oneOf", ())]
+    candidates = [
+        schema,
+        schema.get("items", {}),
+        *schema.get("allOf", ()),
+        *schema.get("oneOf", ()),
+    ]
     resolved = (_resolve(root, candidate) for candidate in candidates)
     return next((candidate for candidate in resolved if "properties" in candidate), None)
 
@@ -108,9 +128,17 @@ def _object_of(root: Schema, schema: Schema) -> Schema | None:
 def _table(schema: Schema, required: set[str]) -> str:
     rows = ["| key | type | default | description |", "|---|---|---|---|"]
     for name, value in schema["properties"].items():
-        default = "required" if name in required else _code(value["default"]) if "default" in value else ""
+        default = (
+            "required"
+            if name in required
+            else _code(value["default"])
+            if "default" in value
+            else ""
+        )
         examples = value.get("examples", ())
-        shown = f" For example {', '.join(_code(example) for example in examples)}." if examples else ""
+        shown = (
+            f" For example {', '.join(_code(example) for example in examples)}." if examples else ""
+        )
         cells = (f"`{name}`", _type(value), default, value["description"] + shown)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"

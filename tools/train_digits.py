@@ -4,12 +4,13 @@ The shipped weights were made by this command on 2 CPU cores, in one hour:
 
     python tools/train_digits.py --coarse-steps 5000 --steps 600
 
-It was not one uninterrupted run: it was started with more steps and continued from its checkpoint with fewer, which bends
-the learning rate's schedule. Every start, with its arguments, is listed under "runs" in tools/results/train_digits.json.
+It was not one uninterrupted run: it was started with more steps and continued from its checkpoint
+with fewer, which bends the learning rate's schedule. Every start, with its arguments, is listed
+under "runs" in tools/results/train_digits.json.
 
-It writes checkpoints/ as it goes and continues from there when started again. The first --coarse-steps are taken
-at 16 x 16 (64 tokens): the position table of the diffusers class spans the same grid there, so the weights carry
-over, at a fifth of the time per step.
+It writes checkpoints/ as it goes and continues from there when started again. The first
+--coarse-steps are taken at 16 x 16 (64 tokens): the position table of the diffusers class spans the
+same grid there, so the weights carry over, at a fifth of the time per step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ CHECKPOINT = Path("checkpoints/digits.pt")
 
 
 def init_adaln_zero(model: nn.Module) -> None:
-    """adaLN-zero (DiT, section 3.2): every block starts as the identity, the model's output at zero."""
+    """adaLN-zero (DiT, section 3.2): every block starts as the identity, the model's output at
+    zero.
+    """
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
@@ -49,7 +52,9 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 200) / max(1, total - 200))))
 
 
-def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[nn.Module, dict[str, object]]:
+def train_denoiser(
+    images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> tuple[nn.Module, dict[str, object]]:
     """Train with v-prediction (Salimans & Ho 2022) and return the moving average of the weights."""
     torch.manual_seed(args.seed)
     scheduler = digits.build_scheduler()
@@ -57,7 +62,9 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
     model = digits.build_denoiser().train()
     init_adaln_zero(model)
     average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), foreach=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99), foreach=True
+    )
     total, start, loss_average, seconds = args.coarse_steps + args.steps, 0, 1.0, 0.0
     runs: list[dict[str, object]] = []
     if CHECKPOINT.exists():
@@ -69,12 +76,18 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
         runs = saved["runs"]
     runs.append({"from_step": start, **vars(args)})
     compiled = torch.compile(model, dynamic=False)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("denoiser", total=total, completed=start, loss=loss_average)
         for step in range(start, total):
             began = time.perf_counter()
-            # One generator per step: a resumed run draws what the uninterrupted one would have drawn.
+            # One generator per step: a resumed run draws what the uninterrupted one would have
+            # drawn.
             torch.manual_seed(args.seed * 1_000_003 + step)
             source = coarse if step < args.coarse_steps else images
             rows = torch.randint(len(images), (args.batch,))
@@ -85,7 +98,9 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, args.lr)
             with torch.autocast("cpu", torch.bfloat16):
-                predicted = compiled(noisy, timestep=timesteps, class_labels=labels[rows], return_dict=False)[0]
+                predicted = compiled(
+                    noisy, timestep=timesteps, class_labels=labels[rows], return_dict=False
+                )[0]
             loss = F.mse_loss(predicted.float(), target)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,7 +108,9 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
             optimizer.zero_grad()
             decay = min(0.999, (step + 1) / (step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+                torch._foreach_lerp_(
+                    list(average.parameters()), list(model.parameters()), 1 - decay
+                )
             loss_average += 0.01 * (loss.item() - loss_average)
             seconds += time.perf_counter() - began
             progress.update(task, advance=1, loss=loss_average)
@@ -114,14 +131,18 @@ def train_denoiser(images: Tensor, labels: Tensor, args: argparse.Namespace) -> 
 
 
 def save_checkpoint(state: dict[str, object]) -> None:
-    """Write beside, then rename, so that an interrupted write never loses the previous checkpoint."""
+    """Write beside, then rename, so that an interrupted write never loses the previous
+    checkpoint.
+    """
     CHECKPOINT.parent.mkdir(exist_ok=True)
     torch.save(state, CHECKPOINT.with_suffix(".tmp"))
     CHECKPOINT.with_suffix(".tmp").rename(CHECKPOINT)
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int) -> tuple[nn.Module, float]:
-    """Train on four fifths of the digits, shifted by up to 2 pixels and noised; returns the held-out accuracy too."""
+    """Train on four fifths of the digits, shifted by up to 2 pixels and noised; returns the
+    held-out accuracy too.
+    """
     torch.manual_seed(seed)
     order = torch.randperm(len(images))
     held_out, training = order[: len(order) // 5], order[len(order) // 5 :]
@@ -150,9 +171,13 @@ def save_weights(model: nn.Module, name: str) -> None:
 
 def main() -> None:
     """Train both networks, write the weights into the package and the figures to tools/results/."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--coarse-steps", type=int, default=5000, help="steps at 16 x 16")
-    parser.add_argument("--steps", type=int, default=600, help="steps at 32 x 32, after the coarse ones")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="steps at 32 x 32, after the coarse ones"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,11 +1,13 @@
-"""Cut the reference vectors down to what tests/conformance needs (at most 14 MB for the four cases together).
+"""Cut the reference vectors down to what tests/conformance needs (at most 14 MB for the four cases
+together).
 
 python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/conformance]
 
-GOLDEN_FOLDER holds a folder per case, with the outputs of the authors' ToCa code on a small random model of the real
-depth. Kept are: the weights, equal tensors once (diffusers repeats DiT's timestep and class embedders in each block);
-the inputs; the outputs at every step, without the channels that the same linear makes of the same tokens; the chosen
-tokens, for guidance halves that share them once; K and full/partial of all layers. What else a case keeps is in CASES.
+GOLDEN_FOLDER holds a folder per case, with the outputs of the authors' ToCa code on a small random
+model of the real depth. Kept are: the weights, equal tensors once (diffusers repeats DiT's timestep
+and class embedders in each block); the inputs; the outputs at every step, without the channels that
+the same linear makes of the same tokens; the chosen tokens, for guidance halves that share them
+once; K and full/partial of all layers. What else a case keeps is in CASES.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ Facts = dict[str, Any]
 class Cut:
     """What is kept of one case, and the most bytes that its files may have.
 
-    Of the outputs the first ``channels`` along ``channel_axis``; of the chosen tokens those of ``layers`` (None: all), for
-    the first ``rows`` of the batch (None: all). ``modes`` names what is full or partial, and takes it from the facts.
+    Of the outputs the first ``channels`` along ``channel_axis``; of the chosen tokens those of
+    ``layers`` (None: all), for the first ``rows`` of the batch (None: all). ``modes`` names what is
+    full or partial, and takes it from the facts.
     """
 
     limit: int
@@ -51,7 +54,10 @@ def letters_of_layers(facts: Facts) -> list[str]:
 
 def letters_of_modules(facts: Facts) -> dict[str, str]:
     """Per type of module a letter for each call."""
-    return {module: "".join(step["modules"][module] for step in facts["steps"]) for module in facts["steps"][0]["modules"]}
+    return {
+        module: "".join(step["modules"][module] for step in facts["steps"])
+        for module in facts["steps"][0]["modules"]
+    }
 
 
 def letters_of_calls(facts: Facts) -> str:
@@ -100,10 +106,20 @@ CASES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the trimmed cases; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Trim the reference vectors for tests/conformance.")
-    parser.add_argument("golden", type=Path, help="folder with a folder per case that holds CASE.json and CASE.safetensors")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "tests" / "conformance")
+    parser = argparse.ArgumentParser(
+        description="Trim the reference vectors for tests/conformance."
+    )
+    parser.add_argument(
+        "golden",
+        type=Path,
+        help="folder with a folder per case that holds CASE.json and CASE.safetensors",
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent.parent / "tests" / "conformance"
+    )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
@@ -123,7 +139,9 @@ def write(case: str, golden: Path, out: Path) -> int:
     tensors, shared = trim(load_file(golden / f"{case}.safetensors"), cut)
     files = out / f"{case}.safetensors", out / f"{case}.json"
     save_file(tensors, files[0])
-    files[1].write_text(render({**describe(facts, cut), "shared_weights": shared}), encoding="utf-8", newline="\n")
+    files[1].write_text(
+        render({**describe(facts, cut), "shared_weights": shared}), encoding="utf-8", newline="\n"
+    )
     return sum(file.stat().st_size for file in files)
 
 
@@ -145,8 +163,12 @@ def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str
     kept["outputs"] = full["outputs"].narrow(cut.channel_axis, 0, cut.channels).contiguous()
     for name, tensor in full.items():
         if name.startswith("fresh.") and (cut.layers is None or name.split(".")[1] in cut.layers):
-            kept[name] = torch.where(tensor < 0, NOTHING, tensor).to(torch.uint8)[:, : cut.rows].contiguous()
-            if cut.rows is not None and not all(torch.equal(tensor[:, :1], row) for row in tensor.split(1, dim=1)):
+            kept[name] = (
+                torch.where(tensor < 0, NOTHING, tensor).to(torch.uint8)[:, : cut.rows].contiguous()
+            )
+            if cut.rows is not None and not all(
+                torch.equal(tensor[:, :1], row) for row in tensor.split(1, dim=1)
+            ):
                 raise ValueError(f"{name}: the rows differ")
     return kept, shared
 
@@ -162,12 +184,18 @@ def describe(facts: Facts, cut: Cut) -> Facts:
 
 
 def render(data: Facts) -> str:
-    """JSON with one line per entry of the outer mapping and of the mappings in it, so that changes can be read."""
+    """JSON with one line per entry of the outer mapping and of the mappings in it, so that changes
+    can be read.
+    """
     lines = []
     for key, value in data.items():
         text = json.dumps(value)
         if isinstance(value, dict):
-            text = "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+            text = (
+                "{\n"
+                + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+                + "\n }"
+            )
         lines.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

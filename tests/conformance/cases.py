@@ -1,7 +1,9 @@
-"""The four reference cases (trimmed by tools/trim_golden.py): the authors' code on small random models, latents given at every step.
+"""The four reference cases (trimmed by tools/trim_golden.py): the authors' code on small random
+models, latents given at every step.
 
-A case knows how to build and call its model, and what the authors' code did: outputs, full or partial, K, chosen tokens.
-Its keys, such as ``layer_03.cross-attn``, are translated to the paths of the model's modules.
+A case knows how to build and call its model, and what the authors' code did: outputs, full or
+partial, K, chosen tokens. Its keys, such as ``layer_03.cross-attn``, are translated to the paths of
+the model's modules.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 class Kind:
     """What differs from case to case.
 
-    ``letters`` gives, for a module's path, F (full) or P (partial) for each call; ``spellings`` the beginnings and ends of the
-    authors' keys and of the module paths; ``absent`` the weights that the reference file may lack.
+    ``letters`` gives, for a module's path, F (full) or P (partial) for each call; ``spellings`` the
+    beginnings and ends of the authors' keys and of the module paths; ``absent`` the weights that
+    the reference file may lack.
     """
 
     policy: str
@@ -59,7 +62,10 @@ class Case:
     @cached_property
     def vectors(self) -> Tensors:
         # Mapped tensors can be unaligned, which changes last bits.
-        return {name: tensor.clone() for name, tensor in load_file(HERE / f"{self.name}.safetensors").items()}
+        return {
+            name: tensor.clone()
+            for name, tensor in load_file(HERE / f"{self.name}.safetensors").items()
+        }
 
     @property
     def steps(self) -> int:
@@ -68,14 +74,25 @@ class Case:
     @property
     def keys(self) -> tuple[str, ...]:
         """The modules whose chosen tokens are recorded."""
-        return tuple(sorted(name.removeprefix("fresh.") for name in self.vectors if name.startswith("fresh.")))
+        return tuple(
+            sorted(
+                name.removeprefix("fresh.") for name in self.vectors if name.startswith("fresh.")
+            )
+        )
 
     def model(self) -> nn.Module:
         """The untouched model with the reference weights."""
         model = self.kind.model(**self.facts["model"]["kwargs"]).eval().requires_grad_(False)
-        weights = {name: tensor for name, tensor in self.vectors.items() if name.startswith("weights.")}
-        weights |= {name: self.vectors[source] for name, source in self.facts["shared_weights"].items()}
-        left = model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()}, strict=False)
+        weights = {
+            name: tensor for name, tensor in self.vectors.items() if name.startswith("weights.")
+        }
+        weights |= {
+            name: self.vectors[source] for name, source in self.facts["shared_weights"].items()
+        }
+        left = model.load_state_dict(
+            {name.removeprefix("weights."): tensor for name, tensor in weights.items()},
+            strict=False,
+        )
         assert set(left.missing_keys) <= self.kind.absent
         assert not left.unexpected_keys
         return model
@@ -95,7 +112,9 @@ class Case:
         """The path of the module that the authors' ``key`` means."""
         block, _, module = key.partition(".")
         stack, _, layer = block.partition("_")
-        return f"{self.kind.spellings[stack]}.{int(layer)}{self.kind.spellings[f'{stack}.{module}']}"
+        return (
+            f"{self.kind.spellings[stack]}.{int(layer)}{self.kind.spellings[f'{stack}.{module}']}"
+        )
 
     def letters(self, path: str) -> str:
         """F or P for each call."""
@@ -112,29 +131,46 @@ class Case:
 
     def fresh(self, key: str, call: int) -> list[list[int]]:
         """Per sample the tokens chosen in this call, in descending score."""
-        rows = [[token for token in row if token != NOTHING] for row in self.vectors[f"fresh.{key}"][call].tolist()]
+        rows = [
+            [token for token in row if token != NOTHING]
+            for row in self.vectors[f"fresh.{key}"][call].tolist()
+        ]
         return rows * 2 if self.kind.shared else rows
 
 
 def _dit(**kwargs: Any) -> nn.Module:
     model = DiTTransformer2DModel(**kwargs)
     for block in model.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # diffusers says 1, the authors of DiT say 0
+        block.norm1.emb.time_proj.downscale_freq_shift = (
+            0  # diffusers says 1, the authors of DiT say 0
+        )
     return model
 
 
 def _dit_call(given: Tensors, call: int) -> Call:
     latents = given["inputs.hidden_states"][call]
     timestep = given["inputs.timestep"][call].expand(2)
-    return (torch.cat([latents, latents]),), {"timestep": timestep, "class_labels": given["inputs.class_labels"], "return_dict": False}
+    return (torch.cat([latents, latents]),), {
+        "timestep": timestep,
+        "class_labels": given["inputs.class_labels"],
+        "return_dict": False,
+    }
 
 
 def _pixart_call(given: Tensors, call: int) -> Call:
     latents = given["inputs.hidden_states"][call]
-    text = {name: given[f"inputs.{name}"] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+    text = {
+        name: given[f"inputs.{name}"]
+        for name in ("encoder_hidden_states", "encoder_attention_mask")
+    }
     size = {"resolution": None, "aspect_ratio": None}
     timestep = given["inputs.timestep"][call].expand(2)
-    return (torch.cat([latents, latents]),), {**text, "timestep": timestep, "added_cond_kwargs": size, "return_dict": False}
+    return (torch.cat([latents, latents]),), {
+        **text,
+        "timestep": timestep,
+        "added_cond_kwargs": size,
+        "return_dict": False,
+    }
 
 
 def _opensora_call(given: Tensors, call: int) -> Call:
@@ -147,7 +183,11 @@ def _flux_call(given: Tensors, call: int) -> Call:
     names = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids", "guidance")
     latents = given["inputs.hidden_states"][call]
     timestep = given["inputs.timestep"][call].expand(len(latents))
-    return (latents,), {**{name: given[f"inputs.{name}"] for name in names}, "timestep": timestep, "return_dict": False}
+    return (latents,), {
+        **{name: given[f"inputs.{name}"] for name in names},
+        "timestep": timestep,
+        "return_dict": False,
+    }
 
 
 def _by_layer(facts: Facts, path: str) -> str:
@@ -157,14 +197,20 @@ def _by_layer(facts: Facts, path: str) -> str:
 def _by_module(facts: Facts, path: str) -> str:
     stack, _, module = path.split(".")[:3]
     stack = stack.removesuffix("_blocks")
-    return facts["modules"][f"{stack[:4]}-attn" if module == "attn" else f"{stack}.{module.replace('_', '-')}"]
+    return facts["modules"][
+        f"{stack[:4]}-attn" if module == "attn" else f"{stack}.{module.replace('_', '-')}"
+    ]
 
 
 def _by_call(facts: Facts, path: str) -> str:
     return facts["calls"]
 
 
-_OPENSORA = {f"{stack}.{module}": f".{module.replace('-', '_')}" for stack in ("spatial", "temporal") for module in ("cross-attn", "mlp")}
+_OPENSORA = {
+    f"{stack}.{module}": f".{module.replace('-', '_')}"
+    for stack in ("spatial", "temporal")
+    for module in ("cross-attn", "mlp")
+}
 
 CASES = {
     "dit_ddim50": Kind(

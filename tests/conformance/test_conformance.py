@@ -1,4 +1,6 @@
-"""Compiled by toca_fx with the reference policies, the models give the authors' numbers, step by step. Schedules: test_schedules.py."""
+"""Compiled by toca_fx with the reference policies, the models give the authors' numbers, step by
+step. Schedules: test_schedules.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import torch
 import toca_fx
 from tests.conformance.cases import CASES, HERE, Case, load_case
 from tests.helpers import record_choices
-from toca_fx.plan import Plan
-from toca_fx.runtime import Generation, Session
+from toca_fx.plan.plan import Plan
+from toca_fx.runtime.session import Generation, Session
 
 TOLERANCE = 2e-5  # max abs; one wrong rule gives 0.4 or more, one flipped token 4e-2
 NEAR_TIES = 2  # selections of a run that may have two neighbours in the other order
@@ -24,7 +26,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def generations(run: Session) -> list[Generation]:
     """The generations that are alive in an open session (from its private records)."""
-    return [generation for track in run._tracks.values() for generation in track.generations.values()]
+    return [
+        generation for track in run._tracks.values() for generation in track.generations.values()
+    ]
 
 
 def test_the_vectors_stay_small() -> None:
@@ -38,16 +42,22 @@ def test_full_steps_equal_the_untouched_model(case: Case) -> None:
     assert full
     with torch.no_grad():
         for call in full:
-            torch.testing.assert_close(case.run(model, call), case.expected(call), rtol=0, atol=2e-5, msg=f"call {call}")
+            torch.testing.assert_close(
+                case.run(model, call), case.expected(call), rtol=0, atol=2e-5, msg=f"call {call}"
+            )
 
 
 def test_every_step_equals_the_authors_code(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     _assert_equal(case, monkeypatch)
 
 
-def test_video_frames_that_are_all_to_be_made_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_frames_that_are_all_to_be_made_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Open-Sora's samplers always pass x_mask; without given frames it is true everywhere."""
-    _assert_equal(load_case("opensora_rflow30"), monkeypatch, x_mask=torch.ones(2, 4, dtype=torch.bool))
+    _assert_equal(
+        load_case("opensora_rflow30"), monkeypatch, x_mask=torch.ones(2, 4, dtype=torch.bool)
+    )
 
 
 def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Tensor) -> None:
@@ -63,14 +73,18 @@ def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Te
             picked = _picked(generation, call)
             for key in case.keys:
                 path, theirs = case.path(key), case.fresh(key, call)
-                assert picked.get(path, [set()] * len(theirs)) == [set(tokens) for tokens in theirs], f"call {call}, {path}"
+                assert picked.get(path, [set()] * len(theirs)) == [
+                    set(tokens) for tokens in theirs
+                ], f"call {call}, {path}"
                 reordered += _other_order(ordered[path], theirs) if path in ordered else 0
                 chosen += len(theirs[0])
             assert error <= TOLERANCE, f"call {call}"
         assert chosen > 1000
         assert reordered <= NEAR_TIES
         _assert_plan(case, generation.plan)
-    assert [step.kind for step in run.report().steps] == [_kind(case, call) for call in range(case.steps)]
+    assert [step.kind for step in run.report().steps] == [
+        _kind(case, call) for call in range(case.steps)
+    ]
 
 
 def _picked(generation: Generation, call: int) -> dict[str, list[set[int]]]:
@@ -78,12 +92,18 @@ def _picked(generation: Generation, call: int) -> dict[str, list[set[int]]]:
     plan = generation.plan
     partial = [at for at, mode in enumerate(plan.steps[call].modes) if mode == "partial"]
     return {
-        plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.storage.buffers[f"picked:{at}"]] for at in partial
+        plan.sites[at].path: [
+            set(row.nonzero().flatten().tolist())
+            for row in generation.storage.buffers[f"picked:{at}"]
+        ]
+        for at in partial
     }
 
 
 def _other_order(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
-    """How many samples have the same tokens, but two neighbours exchanged; any other order is an error."""
+    """How many samples have the same tokens, but two neighbours exchanged; any other order is an
+    error.
+    """
     exchanged = 0
     for mine, yours in zip(ours, theirs, strict=True):
         apart = [at for at, pair in enumerate(zip(mine, yours, strict=True)) if pair[0] != pair[1]]
@@ -104,7 +124,12 @@ def _assert_plan(case: Case, plan: Plan) -> None:
     assert set(counts) <= {site.path for site in plan.sites}
     for at, site in enumerate(plan.sites):
         modes = [step.modes[at] for step in plan.steps]
-        assert "".join("F" if mode == "full" else "P" for mode in modes) == case.letters(site.path), site.path
-        ours = [None if mode == "full" else step.fresh[at] for mode, step in zip(modes, plan.steps, strict=True)]
+        assert "".join("F" if mode == "full" else "P" for mode in modes) == case.letters(
+            site.path
+        ), site.path
+        ours = [
+            None if mode == "full" else step.fresh[at]
+            for mode, step in zip(modes, plan.steps, strict=True)
+        ]
         reused = [None if mode == "full" else 0 for mode in modes]
         assert ours == counts.get(site.path, reused), site.path

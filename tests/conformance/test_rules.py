@@ -1,10 +1,13 @@
-"""The rules of the reference runs, written out and replayed on the untouched models; nothing of toca_fx is used for it.
+"""The rules of the reference runs, written out and replayed on the untouched models; nothing of
+toca_fx is used for it.
 
-Every call runs the whole model. Forward hooks keep the output of each module on full calls; on partial calls they let
-through only the chosen tokens and answer the rest from what they kept. The attention maps come from the operands of
-scaled_dot_product_attention. When a policy's result disagrees with the reference, this is the place to read the rule.
+Every call runs the whole model. Forward hooks keep the output of each module on full calls; on
+partial calls they let through only the chosen tokens and answer the rest from what they kept. The
+attention maps come from the operands of scaled_dot_product_attention. When a policy's result
+disagrees with the reference, this is the place to read the rule.
 
-The authors' runs have no masked frames and no padded captions: there the compiled models are held against the replay.
+The authors' runs have no masked frames and no padded captions: there the compiled models are held
+against the replay.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from tests.conformance.cases import CASES, Case, load_case
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
 from toca_fx.policy.types import Guidance, Policy
-from toca_fx.runtime import Session
+from toca_fx.runtime.session import Session
 
 TOLERANCE = 2e-5
-NEAR_TIES = 2  # selections of a run in another order: single precision, which differs from processor to processor
+# Selections of a run in another order: single precision, which differs from processor to processor
+NEAR_TIES = 2
 
 
 class Maps(TorchFunctionMode):
@@ -43,17 +47,26 @@ class Maps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask")
-            query, key, _, mask = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in enumerate(names))
+            query, key, _, mask = (
+                kwargs.get(name, args[at] if at < len(args) else None)
+                for at, name in enumerate(names)
+            )
             logits = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
             if mask is not None:
-                logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+                logits = (
+                    logits.masked_fill(~mask, -math.inf)
+                    if mask.dtype == torch.bool
+                    else logits + mask
+                )
             self.last = torch.softmax(logits, dim=-1).mean(1)
         return func(*args, **kwargs)
 
 
 @dataclass
 class Memory:
-    """What one module keeps: its last output, and per token [B, N] how many calls ago it was computed."""
+    """What one module keeps: its last output, and per token [B, N] how many calls ago it was
+    computed.
+    """
 
     path: str
     output: Any = None
@@ -61,7 +74,8 @@ class Memory:
 
 
 class Replay:
-    """One run of a case with ToCa on ``model``; ``chosen[path]`` are the tokens of the last call, [B, K] in order.
+    """One run of a case with ToCa on ``model``; ``chosen[path]`` are the tokens of the last call,
+    [B, K] in order.
 
     ``halves`` of the batch share a selection by s2.
     """
@@ -81,10 +95,14 @@ class Replay:
     def full(self, path: str) -> bool:
         return self.case.letters(path)[self.call] == "F"
 
-    def hook(self, module: nn.Module, answer: Callable[..., Any], path: str, *arguments: Any) -> None:
+    def hook(
+        self, module: nn.Module, answer: Callable[..., Any], path: str, *arguments: Any
+    ) -> None:
         """``module``'s output becomes answer(output, memory, *arguments)."""
         memory = Memory(path)
-        module.register_forward_hook(lambda _module, _inputs, output: answer(output, memory, *arguments))
+        module.register_forward_hook(
+            lambda _module, _inputs, output: answer(output, memory, *arguments)
+        )
 
     def reused(self, output: Any, memory: Memory) -> Any:
         """Attention: kept whole until the next full call."""
@@ -92,15 +110,27 @@ class Replay:
             memory.output = output
         return memory.output
 
-    def partial(self, output: Tensor, memory: Memory, score: Callable[[], Tensor], after: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Modules with fresh tokens: ``after(score(), missed)`` is S [B, N]; ``score`` is only asked on partial calls."""
+    def partial(
+        self,
+        output: Tensor,
+        memory: Memory,
+        score: Callable[[], Tensor],
+        after: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Modules with fresh tokens: ``after(score(), missed)`` is S [B, N]; ``score`` is only
+        asked on partial calls.
+        """
         if self.full(memory.path):
             memory.output, memory.missed = output, torch.zeros(output.shape[:2])
             return output
         count = self.counts[memory.path][self.call]
-        ranked = torch.sort(after(score(), memory.missed), dim=1, descending=True, stable=True).indices
+        ranked = torch.sort(
+            after(score(), memory.missed), dim=1, descending=True, stable=True
+        ).indices
         self.chosen[memory.path] = ranked[:, :count]
-        fresh = torch.zeros_like(memory.missed, dtype=torch.bool).scatter(1, ranked[:, :count], True)
+        fresh = torch.zeros_like(memory.missed, dtype=torch.bool).scatter(
+            1, ranked[:, :count], True
+        )
         memory.missed = (memory.missed + 1).masked_fill(fresh, 0)
         memory.output = torch.where(fresh[:, :, None], output, memory.output)
         return memory.output
@@ -111,12 +141,16 @@ def unit(score: Tensor) -> Tensor:
 
 
 def influence(attention: Tensor, tokens: slice = slice(None)) -> Tensor:
-    """s1 [B, N] of the ``tokens`` among the keys of a map [B, Q, K]: all queries count, and the norm is taken of these tokens alone."""
+    """s1 [B, N] of the ``tokens`` among the keys of a map [B, Q, K]: all queries count, and the
+    norm is taken of these tokens alone.
+    """
     return unit(attention.mean(1)[:, tokens])
 
 
 def entropy(attention: Tensor, halves: int) -> Tensor:
-    """s2 [B, N] of a map [B, N, text], shared by the guidance halves: their maps lie side by side, each with half the weight."""
+    """s2 [B, N] of a map [B, N, text], shared by the guidance halves: their maps lie side by side,
+    each with half the weight.
+    """
     both = torch.cat([half / halves for half in attention.chunk(halves)], dim=-1)
     disorder = -(both * (both + 1e-7).log()).sum(-1)
     return unit(1 + disorder).repeat(halves, 1)
@@ -126,13 +160,19 @@ def stale(interval: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda score, missed: score + 0.25 * missed / interval
 
 
-def with_bonus(interval: int, bonus: float, side: int, cell: int) -> Callable[[Tensor, Tensor], Tensor]:
+def with_bonus(
+    interval: int, bonus: float, side: int, cell: int
+) -> Callable[[Tensor, Tensor], Tensor]:
     """``stale``, then more for the best token of each cell of ``cell`` x ``cell`` tokens."""
 
     def after(score: Tensor, missed: Tensor) -> Tensor:
         score = stale(interval)(score, missed)
         across = side // cell
-        cells = score.reshape(-1, across, cell, across, cell).transpose(2, 3).reshape(len(score), across * across, cell * cell)
+        cells = (
+            score.reshape(-1, across, cell, across, cell)
+            .transpose(2, 3)
+            .reshape(len(score), across * across, cell * cell)
+        )
         best = F.one_hot(cells.argmax(-1), cell * cell)
         cells = cells + cells * bonus * best
         return cells.reshape(-1, across, across, cell, cell).transpose(2, 3).reshape(score.shape)
@@ -151,10 +191,15 @@ def _dit(replay: Replay, model: nn.Module) -> None:
 
 
 def _pixart(replay: Replay, model: nn.Module) -> None:
-    """s2 of the block's cross-attention, 4 x 4 cells. The MLP sees the map with the rows that this call renewed."""
+    """s2 of the block's cross-attention, 4 x 4 cells. The MLP sees the map with the rows that this
+    call renewed.
+    """
     after = with_bonus(3, 0.4, side=8, cell=4)
     for layer, block in enumerate(model.transformer_blocks):
-        path, score = f"transformer_blocks.{layer}", Kept(replay, partial(entropy, halves=replay.halves))
+        path, score = (
+            f"transformer_blocks.{layer}",
+            Kept(replay, partial(entropy, halves=replay.halves)),
+        )
         replay.hook(block.attn1, replay.reused, f"{path}.attn1")
         replay.hook(block.attn2, score.of_full_calls, f"{path}.attn2")
         replay.hook(block.attn2, replay.partial, f"{path}.attn2", score, after)
@@ -163,7 +208,9 @@ def _pixart(replay: Replay, model: nn.Module) -> None:
 
 
 def _opensora(replay: Replay, model: nn.Module) -> None:
-    """s2 of the block's own cross-attention, as of its last full call; staleness over the 3 of the MLP."""
+    """s2 of the block's own cross-attention, as of its last full call; staleness over the 3 of the
+    MLP.
+    """
     for stack in ("spatial_blocks", "temporal_blocks"):
         for layer, block in enumerate(getattr(model, stack)):
             path, score = f"{stack}.{layer}", Kept(replay, partial(entropy, halves=replay.halves))
@@ -174,11 +221,16 @@ def _opensora(replay: Replay, model: nn.Module) -> None:
 
 
 def _flux(replay: Replay, model: nn.Module) -> None:
-    """s1 of the joint map, text first; image and text apart in the double blocks, together in the single ones."""
+    """s1 of the joint map, text first; image and text apart in the double blocks, together in the
+    single ones.
+    """
     text = replay.case.vectors["inputs.encoder_hidden_states"].shape[1]
     for layer, block in enumerate(model.transformer_blocks):
         path = f"transformer_blocks.{layer}"
-        for module, name, tokens in ((block.ff, "ff", slice(text, None)), (block.ff_context, "ff_context", slice(text))):
+        for module, name, tokens in (
+            (block.ff, "ff", slice(text, None)),
+            (block.ff_context, "ff_context", slice(text)),
+        ):
             score = Kept(replay, lambda attention, tokens=tokens: influence(attention, tokens))
             replay.hook(block.attn, score.of_full_calls, f"{path}.attn")
             replay.hook(module, replay.partial, f"{path}.{name}", score, stale(4))
@@ -186,7 +238,9 @@ def _flux(replay: Replay, model: nn.Module) -> None:
     for layer, block in enumerate(model.single_transformer_blocks):
         path, score = f"single_transformer_blocks.{layer}", Kept(replay, influence)
         replay.hook(block.attn, score.of_full_calls, path)
-        replay.hook(block.attn, replay.reused, path)  # before the projection, which attention and MLP share
+        replay.hook(
+            block.attn, replay.reused, path
+        )  # before the projection, which attention and MLP share
         replay.hook(block.proj_out, replay.partial, path, score, stale(4))
 
 
@@ -212,7 +266,12 @@ class Kept:
         return output
 
 
-INSTALL = {"dit_ddim50": _dit, "pixart_dpm20": _pixart, "opensora_rflow30": _opensora, "flux_t4": _flux}
+INSTALL = {
+    "dit_ddim50": _dit,
+    "pixart_dpm20": _pixart,
+    "opensora_rflow30": _opensora,
+    "flux_t4": _flux,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -225,8 +284,14 @@ def test_the_rules_give_the_authors_numbers(name: str) -> None:
         error = (replay.run(model, call) - case.expected(call)).abs().max().item()
         for key in case.keys:
             theirs = case.fresh(key, call)
-            chosen = replay.chosen[case.path(key)].tolist() if case.path(key) in replay.chosen else [[] for _ in theirs]
-            assert [set(tokens) for tokens in chosen] == [set(tokens) for tokens in theirs], f"call {call}, {key}"
+            chosen = (
+                replay.chosen[case.path(key)].tolist()
+                if case.path(key) in replay.chosen
+                else [[] for _ in theirs]
+            )
+            assert [set(tokens) for tokens in chosen] == [set(tokens) for tokens in theirs], (
+                f"call {call}, {key}"
+            )
             reordered += chosen != theirs
             compared += len(theirs)
         assert error <= TOLERANCE, f"call {call}"
@@ -239,7 +304,9 @@ def test_the_rules_give_the_authors_numbers(name: str) -> None:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A generation without reference vectors: F or P and K for each call by the ends of the modules' paths, and each call's keywords."""
+    """A generation without reference vectors: F or P and K for each call by the ends of the
+    modules' paths, and each call's keywords.
+    """
 
     name: str
     full: Mapping[str, str]
@@ -255,17 +322,28 @@ class Tiny:
 
 
 def picked(run: Session) -> dict[str, list[set[int]]]:
-    """Of each module that computed some of its tokens in the last call, per sample which (from private records)."""
-    (generation,) = (generation for track in run._tracks.values() for generation in track.generations.values())
+    """Of each module that computed some of its tokens in the last call, per sample which (from
+    private records).
+    """
+    (generation,) = (
+        generation for track in run._tracks.values() for generation in track.generations.values()
+    )
     plan = generation.plan
-    choosing = [at for at, mode in enumerate(plan.steps[generation.position - 1].modes) if mode == "partial"]
+    choosing = [
+        at for at, mode in enumerate(plan.steps[generation.position - 1].modes) if mode == "partial"
+    ]
     return {
-        plan.sites[at].path: [set(row.nonzero().flatten().tolist()) for row in generation.storage.buffers[f"picked:{at}"]]
+        plan.sites[at].path: [
+            set(row.nonzero().flatten().tolist())
+            for row in generation.storage.buffers[f"picked:{at}"]
+        ]
         for at in choosing
     }
 
 
-def assert_compiled_follows_the_rules(case: Tiny, model: nn.Module, policy: Policy, halves: int = 2) -> None:
+def assert_compiled_follows_the_rules(
+    case: Tiny, model: nn.Module, policy: Policy, halves: int = 2
+) -> None:
     replayed = copy.deepcopy(model)
     replay, fast = Replay(case, replayed, halves), toca_fx.compile(model, policy, inner="eager")
     computed, cached = 0, 0.0
@@ -273,7 +351,10 @@ def assert_compiled_follows_the_rules(case: Tiny, model: nn.Module, policy: Poli
         for call in range(len(case.calls)):
             found = case.run(fast, call)
             expected = replay.run(replayed, call)
-            assert picked(run) == {path: [set(row) for row in chosen.tolist()] for path, chosen in replay.chosen.items()}, f"call {call}"
+            assert picked(run) == {
+                path: [set(row) for row in chosen.tolist()]
+                for path, chosen in replay.chosen.items()
+            }, f"call {call}"
             assert (found - expected).abs().max() <= 1e-10, f"call {call}"
             computed += sum(chosen.shape[1] for chosen in replay.chosen.values())
             cached = max(cached, (found - case.run(model, call)).abs().max().item())
@@ -285,17 +366,37 @@ def assert_compiled_follows_the_rules(case: Tiny, model: nn.Module, policy: Poli
     ("name", "full", "cross"),
     [("reference/opensora", "FFFFPPFPPF", "FFFPPPFPPP"), ("opensora", "FFFPPFPPFP", "FFFPPPPPFP")],
 )
-def test_masked_frames_have_the_modulation_of_the_present_mask(name: str, full: str, cross: str) -> None:
-    """Cached outputs are stored before the gate: a frame that is masked now and was not then takes today's gate, and the other way."""
+def test_masked_frames_have_the_modulation_of_the_present_mask(
+    name: str, full: str, cross: str
+) -> None:
+    """Cached outputs are stored before the gate: a frame that is masked now and was not then takes
+    today's gate, and the other way.
+    """
     model = tiny_stdit3(depth=1).double()
-    patterns = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    patterns = torch.tensor(
+        [[0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool
+    )
     calls = []
     for call in range(len(full)):
         timestep = torch.full((2,), 900.0 - 80 * call)
         x_mask = patterns[[call % 5, (2 * call + 1) % 5]]
-        inputs = tiny_inputs(model, seed=call, timestep=timestep, x_mask=x_mask, mask=torch.tensor([[1] * 7 + [0] * 3]))
-        calls.append({name: value.double() if value.is_floating_point() else value for name, value in inputs.items()})
-    counts = {f"{stack}_blocks.0.mlp": [int(0.1 * 1.495 * 96)] * len(full) for stack in ("spatial", "temporal")}
+        inputs = tiny_inputs(
+            model,
+            seed=call,
+            timestep=timestep,
+            x_mask=x_mask,
+            mask=torch.tensor([[1] * 7 + [0] * 3]),
+        )
+        calls.append(
+            {
+                name: value.double() if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+        )
+    counts = {
+        f"{stack}_blocks.0.mlp": [int(0.1 * 1.495 * 96)] * len(full)
+        for stack in ("spatial", "temporal")
+    }
     case = Tiny("opensora_rflow30", {".cross_attn": cross, "": full}, counts, calls)
     assert_compiled_follows_the_rules(case, model, toca_fx.load_policy(name))
 
@@ -309,13 +410,20 @@ PIXART = {
 
 
 def pixart_case(name: str, lengths: Sequence[int]) -> Tiny:
-    """One caption of so many tokens for each row of the batch, padded to 10; the same latents in both halves."""
+    """One caption of so many tokens for each row of the batch, padded to 10; the same latents in
+    both halves.
+    """
     first, others, span = PIXART[name]
     counts = {}
     for layer in range(PIXART_LAYERS):
         for module, weight in (("attn2", 0.6), ("ff", 1.6)):
-            shares = [0.3 * (1.9 - 1.8 * s / PIXART_STEPS) * (1.6 - 1.2 * layer / span) * weight for s in range(PIXART_STEPS)]
-            counts[f"transformer_blocks.{layer}.{module}"] = [int(share.clamp(0, 1) * 64) for share in torch.tensor(shares)]
+            shares = [
+                0.3 * (1.9 - 1.8 * s / PIXART_STEPS) * (1.6 - 1.2 * layer / span) * weight
+                for s in range(PIXART_STEPS)
+            ]
+            counts[f"transformer_blocks.{layer}.{module}"] = [
+                int(share.clamp(0, 1) * 64) for share in torch.tensor(shares)
+            ]
     generator = torch.Generator().manual_seed(0)
     batch, halves = len(lengths), 1 + (len(lengths) > 1)
     text = torch.randn(batch, 10, 24, generator=generator, dtype=torch.float64)
@@ -323,10 +431,25 @@ def pixart_case(name: str, lengths: Sequence[int]) -> Tiny:
     calls = []
     for call in range(PIXART_STEPS):
         latents = torch.randn(batch // halves, 4, 16, 16, generator=generator, dtype=torch.float64)
-        given = {"hidden_states": latents.repeat(halves, 1, 1, 1), "timestep": torch.full((batch,), 900 - 100 * call)}
+        given = {
+            "hidden_states": latents.repeat(halves, 1, 1, 1),
+            "timestep": torch.full((batch,), 900 - 100 * call),
+        }
         size = {"resolution": None, "aspect_ratio": None}
-        calls.append({**given, "encoder_hidden_states": text, "encoder_attention_mask": mask, "added_cond_kwargs": size})
-    return Tiny("pixart_dpm20", {f".0.{module}": first for module in ("attn1", "attn2", "ff")} | {"": others}, counts, calls)
+        calls.append(
+            {
+                **given,
+                "encoder_hidden_states": text,
+                "encoder_attention_mask": mask,
+                "added_cond_kwargs": size,
+            }
+        )
+    return Tiny(
+        "pixart_dpm20",
+        {f".0.{module}": first for module in ("attn1", "attn2", "ff")} | {"": others},
+        counts,
+        calls,
+    )
 
 
 def tiny_pixart() -> nn.Module:
@@ -338,7 +461,12 @@ def tiny_pixart() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    [("reference/pixart-alpha", (10, 4)), ("pixart-alpha", (4, 10)), ("reference/pixart-alpha", (7, 10, 3, 1)), ("pixart-alpha", (6,))],
+    [
+        ("reference/pixart-alpha", (10, 4)),
+        ("pixart-alpha", (4, 10)),
+        ("reference/pixart-alpha", (7, 10, 3, 1)),
+        ("pixart-alpha", (6,)),
+    ],
     ids=["one prompt as released", "one prompt", "two prompts", "no guidance"],
 )
 def test_padded_captions_under_caching(name: str, lengths: tuple[int, ...]) -> None:
@@ -346,4 +474,6 @@ def test_padded_captions_under_caching(name: str, lengths: tuple[int, ...]) -> N
     policy = replace(policy, sampler=replace(policy.sampler, steps=PIXART_STEPS))
     if len(lengths) == 1:
         policy = replace(policy, guidance=Guidance())
-    assert_compiled_follows_the_rules(pixart_case(name, lengths), tiny_pixart(), policy, halves=1 + (len(lengths) > 1))
+    assert_compiled_follows_the_rules(
+        pixart_case(name, lengths), tiny_pixart(), policy, halves=1 + (len(lengths) > 1)
+    )

@@ -1,8 +1,10 @@
-"""The reference policies against the authors' loops, simulated: what is full, and how many tokens are computed, everywhere.
+"""The reference policies against the authors' loops, simulated: what is full, and how many tokens
+are computed, everywhere.
 
-Method, section 4: the numbers of the four models and their oddities (PixArt and DiT: the first layer re-evaluates the
-interval before the others ask; Open-Sora: an interval per type of module; FLUX: one slope of 27 layers for both lists of
-blocks). Written from the numbers, in a form of its own, and held against the token counts of the authors' vectors as well.
+Method, section 4: the numbers of the four models and their oddities (PixArt and DiT: the first
+layer re-evaluates the interval before the others ask; Open-Sora: an interval per type of module;
+FLUX: one slope of 27 layers for both lists of blocks). Written from the numbers, in a form of its
+own, and held against the token counts of the authors' vectors as well.
 """
 
 from __future__ import annotations
@@ -15,28 +17,42 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 
-from toca_fx.match import Matches, Site
-from toca_fx.plan import Plan, make_plan
+from toca_fx.match.matcher import Matches, Site
+from toca_fx.plan.plan import Plan, make_plan
 from toca_fx.policy import load_policy
 
 LAYERS = 28
 DOUBLE, SINGLE = 19, 38
 
-# For each path, the number of tokens computed in every call; None where the module is full, 0 where it is reused.
+# For each path, the number of tokens computed in every call; None where the module is full, 0 where
+# it is reused.
 Schedule: TypeAlias = dict[str, list[int | None]]
 
 
 def _matches(sites: Iterable[tuple[str, str, int, int]], batch: int = 2) -> Matches:
-    """Hand-made sites from (kind, path, layer, tokens); the block is what stands before the layer number."""
+    """Hand-made sites from (kind, path, layer, tokens); the block is what stands before the layer
+    number.
+    """
     made = [
-        Site(kind, path, layer, block=path.partition(".")[0], output=f"out_{at}", anchor=f"in_{at}", shape=(batch, tokens, 8))
+        Site(
+            kind,
+            path,
+            layer,
+            block=path.partition(".")[0],
+            output=f"out_{at}",
+            anchor=f"in_{at}",
+            shape=(batch, tokens, 8),
+        )
         for at, (kind, path, layer, tokens) in enumerate(sites)
     ]
     return Matches(tuple(made), ())
 
 
 def _planned(plan: Plan) -> Schedule:
-    return {site.path: [None if step.modes[at] == "full" else step.fresh[at] for step in plan.steps] for at, site in enumerate(plan.sites)}
+    return {
+        site.path: [None if step.modes[at] == "full" else step.fresh[at] for step in plan.steps]
+        for at, site in enumerate(plan.sites)
+    }
 
 
 def _count(tokens: int, *factors: float) -> int:
@@ -58,7 +74,9 @@ def _mixed(plan: Plan) -> list[int]:
 # DiT and PixArt: layer 0 re-evaluates the interval on the steps that it finds full
 
 
-def _refreshed_by_layer_0(steps: Iterable[int], interval: Callable[[int], int]) -> Iterator[tuple[int, int, bool]]:
+def _refreshed_by_layer_0(
+    steps: Iterable[int], interval: Callable[[int], int]
+) -> Iterator[tuple[int, int, bool]]:
     """(step, layer, full) in the order of the authors' loop."""
     threshold = 1
     for call, s in enumerate(steps):
@@ -70,7 +88,11 @@ def _refreshed_by_layer_0(steps: Iterable[int], interval: Callable[[int], int]) 
 
 
 def _blocks(tokens: int, *modules: tuple[str, str]) -> Matches:
-    names = ((kind, f"transformer_blocks.{layer}.{name}", layer, tokens) for layer in range(LAYERS) for kind, name in modules)
+    names = (
+        (kind, f"transformer_blocks.{layer}.{name}", layer, tokens)
+        for layer in range(LAYERS)
+        for kind, name in modules
+    )
     return _matches(names)
 
 
@@ -82,22 +104,29 @@ def _dit_run(total: int, base: int, ddim: bool, tokens: int) -> Schedule:
     """Their counter runs down."""
 
     def interval(s: int) -> int:
-        return 2 if 0.2 * total <= s < 0.4 * total else int(np.round(base / (1.4 - 0.8 * s / total)))
+        return (
+            2 if 0.2 * total <= s < 0.4 * total else int(np.round(base / (1.4 - 0.8 * s / total)))
+        )
 
     run: Schedule = {site.path: [] for site in _dit_sites(tokens).sites}
     for s, layer, full in _refreshed_by_layer_0(range(total - 1, -1, -1), interval):
         step_factor = 3.0 - 4.0 * s / total if ddim else 1.4 - 0.8 * s / total
         layer_factor = 0.8 + 0.4 * layer / 27 if ddim else 1.8 - 1.6 * layer / 27
         run[f"transformer_blocks.{layer}.attn1"].append(None if full else 0)
-        run[f"transformer_blocks.{layer}.ff"].append(None if full else _count(tokens, 0.07, 2.5, step_factor, layer_factor))
+        run[f"transformer_blocks.{layer}.ff"].append(
+            None if full else _count(tokens, 0.07, 2.5, step_factor, layer_factor)
+        )
     return run
 
 
 @pytest.mark.parametrize(
-    ("policy", "total", "base", "full"), [("reference/dit-xl-2-ddim50", 50, 3, 18), ("reference/dit-xl-2-ddpm250", 250, 4, 72)]
+    ("policy", "total", "base", "full"),
+    [("reference/dit-xl-2-ddim50", 50, 3, 18), ("reference/dit-xl-2-ddpm250", 250, 4, 72)],
 )
 @pytest.mark.parametrize("tokens", [256, 64])
-def test_dit_is_the_authors_loop(policy: str, total: int, base: int, full: int, tokens: int) -> None:
+def test_dit_is_the_authors_loop(
+    policy: str, total: int, base: int, full: int, tokens: int
+) -> None:
     plan = make_plan(_dit_sites(tokens), load_policy(policy))
     assert _planned(plan) == _dit_run(total, base, "ddim" in policy, tokens)
     assert len(_full(plan)) == full
@@ -118,7 +147,9 @@ def _pixart_sites(tokens: int) -> Matches:
 
 def _pixart_run(tokens: int) -> Schedule:
     run: Schedule = {site.path: [] for site in _pixart_sites(tokens).sites}
-    for s, layer, full in _refreshed_by_layer_0(range(20), lambda s: int(np.round(3 / (0.8 + 0.4 * s / 20)))):
+    for s, layer, full in _refreshed_by_layer_0(
+        range(20), lambda s: int(np.round(3 / (0.8 + 0.4 * s / 20)))
+    ):
         for name, factor in (("attn1", 0.0), ("attn2", 0.6), ("ff", 1.6)):
             count = _count(tokens, 0.3, factor, 1.9 - 1.8 * s / 20, 1.6 - 1.2 * layer / 27)
             run[f"transformer_blocks.{layer}.{name}"].append(None if full else count)
@@ -137,7 +168,9 @@ def test_pixart_is_the_authors_loop(tokens: int) -> None:
 
 
 def _opensora_sites(frames: int, patches: int) -> Matches:
-    """Spatial attention sees the patches of a frame, temporal attention the frames of a patch, the rest all tokens."""
+    """Spatial attention sees the patches of a frame, temporal attention the frames of a patch, the
+    rest all tokens.
+    """
     names: list[tuple[str, str, int, int]] = []
     for layer in range(LAYERS):
         for branch, seen in (("spatial_blocks", patches), ("temporal_blocks", frames)):
@@ -152,7 +185,10 @@ def _opensora_run(frames: int, patches: int) -> Schedule:
     cycles = {"self_attention": 3, "cross_attention": 6, "mlp": 3}
     shares = {"self_attention": 0.0, "cross_attention": 0.0, "mlp": 0.1 * 1.495}
     return {
-        site.path: [None if s < 3 or s % cycles[site.kind] == 0 else _count(site.tokens, shares[site.kind]) for s in range(30)]
+        site.path: [
+            None if s < 3 or s % cycles[site.kind] == 0 else _count(site.tokens, shares[site.kind])
+            for s in range(30)
+        ]
         for site in _opensora_sites(frames, patches).sites
     }
 
@@ -161,7 +197,11 @@ def _opensora_run(frames: int, patches: int) -> Schedule:
 def test_opensora_is_the_authors_loop(frames: int, patches: int) -> None:
     plan = make_plan(_opensora_sites(frames, patches), load_policy("reference/opensora"))
     assert _planned(plan) == _opensora_run(frames, patches)
-    assert _full(plan, "mlp") == _full(plan, "self_attention") == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert (
+        _full(plan, "mlp")
+        == _full(plan, "self_attention")
+        == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    )
     assert _full(plan, "cross_attention") == [0, 1, 2, 6, 12, 18, 24]
 
 
@@ -172,11 +212,17 @@ def _flux_sites(image: int, text: int) -> Matches:
     names: list[tuple[str, str, int, int]] = []
     for layer in range(DOUBLE):
         path = f"transformer_blocks.{layer}"
-        names += [("joint_attention", f"{path}.attn.to_add_out", layer, text), ("joint_attention", f"{path}.attn.to_out.0", layer, image)]
+        names += [
+            ("joint_attention", f"{path}.attn.to_add_out", layer, text),
+            ("joint_attention", f"{path}.attn.to_out.0", layer, image),
+        ]
         names += [("mlp", f"{path}.ff", layer, image), ("mlp", f"{path}.ff_context", layer, text)]
     for layer in range(SINGLE):
         path = f"single_transformer_blocks.{layer}"
-        names += [("self_attention", f"{path}.attn", layer, image + text), ("mlp", path, layer, image + text)]
+        names += [
+            ("self_attention", f"{path}.attn", layer, image + text),
+            ("mlp", path, layer, image + text),
+        ]
     return _matches(names, batch=1)
 
 
@@ -188,7 +234,9 @@ def _flux_run(base: int, image: int, text: int) -> Schedule:
         passed = 0 if full else passed + 1
         for site in _flux_sites(image, text).sites:
             factor = 1.6 if site.path.startswith("single") else 0.4
-            count = _count(site.tokens, 0.1, factor, 1.5 - site.layer / 27) if site.kind == "mlp" else 0
+            count = (
+                _count(site.tokens, 0.1, factor, 1.5 - site.layer / 27) if site.kind == "mlp" else 0
+            )
             run[site.path].append(None if full else count)
     return run
 
@@ -224,7 +272,13 @@ def _in_streams(site: Site) -> str:
     [
         ("dit_ddim50", "dit-xl-2-ddim50", _dit_sites(64), ("mlp",), _in_layers),
         ("pixart_dpm20", "pixart-alpha", _pixart_sites(64), ("cross_attention", "mlp"), _in_layers),
-        ("opensora_rflow30", "opensora", _opensora_sites(4, 24), ("cross_attention", "mlp"), _in_branches),
+        (
+            "opensora_rflow30",
+            "opensora",
+            _opensora_sites(4, 24),
+            ("cross_attention", "mlp"),
+            _in_branches,
+        ),
         ("flux_t4", "flux-dev-n4", _flux_sites(64, 24), ("mlp",), _in_streams),
     ],
 )
@@ -233,7 +287,9 @@ def test_counts_are_those_of_the_vectors(
 ) -> None:
     facts = json.loads((Path(__file__).parent / f"{case}.json").read_text(encoding="utf-8"))
     planned = _planned(make_plan(sites, load_policy(f"reference/{policy}")))
-    assert {name(site): planned[site.path] for site in sites.sites if site.kind in kinds} == facts["K"]
+    assert {name(site): planned[site.path] for site in sites.sites if site.kind in kinds} == facts[
+        "K"
+    ]
 
 
 # What we recommend: the same numbers, one decision per step and type of module
@@ -242,13 +298,25 @@ def test_counts_are_those_of_the_vectors(
 @pytest.mark.parametrize(
     ("policy", "sites", "full", "mixed"),
     [
-        ("dit-xl-2", _dit_sites(256), [0, 5, 9, 13, 17, 20, 23, 26, 29, 32, 34, 36, 38, 40, 42, 44, 46, 48], []),
+        (
+            "dit-xl-2",
+            _dit_sites(256),
+            [0, 5, 9, 13, 17, 20, 23, 26, 29, 32, 34, 36, 38, 40, 42, 44, 46, 48],
+            [],
+        ),
         ("pixart-alpha", _pixart_sites(256), [0, 4, 7, 10, 13, 16, 19], []),
         ("opensora", _opensora_sites(15, 1590), [0, 1, 2, 8, 14, 20, 26], [5, 11, 17, 23, 29]),
-        ("flux-dev", _flux_sites(4096, 512), [0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46], []),
+        (
+            "flux-dev",
+            _flux_sites(4096, 512),
+            [0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46],
+            [],
+        ),
     ],
 )
-def test_full_steps_of_the_recommended_policies(policy: str, sites: Matches, full: list[int], mixed: list[int]) -> None:
+def test_full_steps_of_the_recommended_policies(
+    policy: str, sites: Matches, full: list[int], mixed: list[int]
+) -> None:
     plan = make_plan(sites, load_policy(policy))
     assert _full(plan) == full
     assert _mixed(plan) == mixed
@@ -256,4 +324,7 @@ def test_full_steps_of_the_recommended_policies(policy: str, sites: Matches, ful
 
 def test_recommended_flux_policy_computes_what_the_reference_does() -> None:
     sites = _flux_sites(4096, 512)
-    assert make_plan(sites, load_policy("flux-dev")).steps == make_plan(sites, load_policy("reference/flux-dev-n4")).steps
+    assert (
+        make_plan(sites, load_policy("flux-dev")).steps
+        == make_plan(sites, load_policy("reference/flux-dev-n4")).steps
+    )

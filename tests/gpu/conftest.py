@@ -1,4 +1,6 @@
-"""What needs a GPU. Skipped without one; ``TOCA_GPU_TESTS_ON=cpu`` is a dry run of whatever a CPU can do of it."""
+"""What needs a GPU. Skipped without one; ``TOCA_GPU_TESTS_ON=cpu`` is a dry run of whatever a CPU
+can do of it.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import toca_fx
-from toca_fx.integrations.diffusers import build, examples, prediction, vary
-from toca_fx.report import Report
+from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.runtime.report import Report
 
 DEVICE = os.environ.get("TOCA_GPU_TESTS_ON", "cuda")
 DRY = DEVICE == "cpu"

@@ -10,14 +10,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import toca_fx
 from tests.gpu.generations import DEVICE, POLICY, STEPS, generate, make
-from toca_fx.integrations.diffusers import prediction
+from toca_fx.examples import prediction
 
 pytestmark = pytest.mark.card
 
 
 @pytest.mark.parametrize("mode", [None, "default"])
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel"]
+)
 def test_it_never_waits(name: str, told: bool, mode: str | None) -> None:
     case = make(name, torch.float32)
     fast = toca_fx.compile(case.model, POLICY, mode=mode)
@@ -48,7 +50,9 @@ def test_a_recorded_step_is_one_launch() -> None:
     calls = {event.key: event.count for event in found.key_averages()}
     assert sum(count for key, count in calls.items() if "GraphLaunch" in key) == STEPS
     # Beside it: copies of the inputs, and of the output.
-    kernels = sum(count for key, count in calls.items() if "LaunchKernel" in key or "MemcpyAsync" in key)
+    kernels = sum(
+        count for key, count in calls.items() if "LaunchKernel" in key or "MemcpyAsync" in key
+    )
     assert kernels <= 8 * STEPS
 
 

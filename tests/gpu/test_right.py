@@ -1,4 +1,6 @@
-"""Is it right: N = 1 is the model, inductor is eager, recorded is queued, whatever streams and threads."""
+"""Is it right: N = 1 is the model, inductor is eager, recorded is queued, whatever streams and
+threads.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ import pytest
 import torch
 
 import toca_fx
-from tests.gpu.generations import DEVICE, DRY, MODELS, POLICY, STEPS, apart, generate, make, uncached
+from tests.gpu.generations import (
+    DEVICE,
+    DRY,
+    MODELS,
+    POLICY,
+    STEPS,
+    apart,
+    generate,
+    make,
+    uncached,
+)
 
 EXACT, ROUNDED = 2e-5, 5e-2
 KINDS = ["full", "full", "partial", "partial", "full", "partial", "partial", "full"]
@@ -63,7 +75,9 @@ def test_every_mode_gives_the_same(mode: str) -> None:
         outputs, report = generate(fast, case)
         assert apart(outputs, expected) < EXACT
     if not DRY:
-        assert {step.launch.how for step in report.steps} == {"recorded" if mode == "reduce-overhead" else "queued"}
+        assert {step.launch.how for step in report.steps} == {
+            "recorded" if mode == "reduce-overhead" else "queued"
+        }
 
 
 def test_recordings_follow_the_inputs() -> None:
@@ -99,7 +113,9 @@ def test_parameters_that_move() -> None:
 @pytest.mark.card
 @pytest.mark.parametrize("mode", [None, "default"])
 def test_two_streams(mode: str | None) -> None:
-    """Generations in turn on streams of their own: recordings and storages are shared, and must not overlap."""
+    """Generations in turn on streams of their own: recordings and storages are shared, and must not
+    overlap.
+    """
     cases = [make("DiTTransformer2DModel", torch.float32, seed) for seed in range(2)]
     fast = toca_fx.compile(cases[0].model, POLICY, mode=mode)
     for _ in range(3):
@@ -112,7 +128,9 @@ def test_two_streams(mode: str | None) -> None:
             with torch.cuda.stream(stream):
                 found.append(generate(fast, case)[0])
         torch.cuda.synchronize()
-        assert all(apart(outputs, right) < EXACT for outputs, right in zip(found, expected, strict=True))
+        assert all(
+            apart(outputs, right) < EXACT for outputs, right in zip(found, expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("mode", [None, "default"])

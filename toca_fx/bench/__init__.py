@@ -1,1 +1,3 @@
-"""``toca-fx bench``: time saved against work saved, beside ``torch.compile(model)`` with fused attention, and beside other caches."""
+"""``toca-fx bench``: time saved against work saved, beside ``torch.compile(model)`` with fused
+attention, and beside other caches.
+"""

@@ -1,4 +1,6 @@
-"""What is benchmarked: the paper's models at their real width, tokens and batch, with as many blocks as a small machine stands, or all."""
+"""What is benchmarked: the paper's models at their real width, tokens and batch, with as many
+blocks as a small machine stands, or all.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from toca_fx.integrations.diffusers import Example
+    from toca_fx.examples import Example
 
 Blocks = int | Literal["all"] | None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A preset of ``toca_fx.integrations.diffusers`` with ``config`` changed for a small machine, and what is run with it."""
+    """A preset of ``toca_fx.examples`` with ``config`` changed for a small machine, and what is run
+    with it.
+    """
 
     preset: str
     policy: str
@@ -29,17 +33,26 @@ CASES = {
     "pixart-alpha-1024": Case("pixart-alpha-1024", "pixart-alpha", 20, {"num_layers": 1}),
     "latte": Case("latte-256", "opensora", 30, {"num_layers": 1}),
     "flux-dev": Case("flux-dev-512", "flux-dev", 12, {"num_layers": 1, "num_single_layers": 1}),
-    "flux-dev-1024": Case("flux-dev-1024", "flux-dev", 50, {"num_layers": 1, "num_single_layers": 1}),
+    "flux-dev-1024": Case(
+        "flux-dev-1024", "flux-dev", 50, {"num_layers": 1, "num_single_layers": 1}
+    ),
     "wan-1.3b": Case("wan-1.3b-480p", "default-video", 50, {"num_layers": 1}),
 }
-"""Latte stands for Open-Sora, which diffusers does not have: spatial and temporal blocks, a caption, 4096 tokens."""
+"""Latte stands for Open-Sora, which diffusers does not have: spatial and temporal blocks, a
+caption, 4096 tokens.
+"""
 
 
 def example_of(case: Case, blocks: Blocks) -> Example:
-    """The model of a case: with ``blocks`` of each kind, as in its preset for "all", or as a small machine stands for None."""
-    from toca_fx.integrations.diffusers import PRESETS
+    """The model of a case: with ``blocks`` of each kind, as in its preset for "all", or as a small
+    machine stands for None.
+    """
+    from toca_fx.examples import PRESETS
 
     example = PRESETS[case.preset]
     if blocks == "all":
         return example
-    return replace(example, config={**example.config, **{key: blocks or number for key, number in case.config.items()}})
+    return replace(
+        example,
+        config={**example.config, **{key: blocks or number for key, number in case.config.items()}},
+    )

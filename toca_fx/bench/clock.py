@@ -1,10 +1,12 @@
 """Two ways to time contestants; both turn what they measured into medians over rounds.
 
-On a CPU contestants take turns step by step, so that all see the same machine: its speed drifts, and by more than what is to be seen. So
-every step is compared with the uncached step beside it, and the median over rounds is that of the share.
+On a CPU contestants take turns step by step, so that all see the same machine: its speed drifts,
+and by more than what is to be seen. So every step is compared with the uncached step beside it, and
+the median over rounds is that of the share.
 
-A GPU runs behind the host. Waiting for it after each step would hide what the host costs while it queues, and what the two do at the
-same time. So contestants take turns generation by generation, and nothing waits inside one: events tell the time of each step.
+A GPU runs behind the host. Waiting for it after each step would hide what the host costs while it
+queues, and what the two do at the same time. So contestants take turns generation by generation,
+and nothing waits inside one: events tell the time of each step.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Taken:
-    """One generation in seconds: each step on the device and on the host, and the whole on the wall's clock."""
+    """One generation in seconds: each step on the device and on the host, and the whole on the
+    wall's clock.
+    """
 
     device: Sequence[float]
     host: Sequence[float]
@@ -63,7 +67,8 @@ class Taken:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over rounds in seconds: of each step on the device and on the host, and of the generation; and every round's generation.
+    """Medians over rounds in seconds: of each step on the device and on the host, and of the
+    generation; and every round's generation.
 
     ``host`` is how long a call kept the caller. On a CPU that is the step itself.
     """
@@ -77,17 +82,30 @@ class Timing:
 class Clock(Protocol):
     """Times contestants."""
 
-    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+    def time(
+        self,
+        contestants: Sequence[Timed],
+        calls: Sequence[Any],
+        rounds: int,
+        advance: Callable[[float], None],
+    ) -> list[Timing]:
         """Time ``rounds`` generations of each; the first contestant is the uncached one.
 
-        ``advance`` is told the share of the work that was done since the last time, never while something is timed.
+        ``advance`` is told the share of the work that was done since the last time, never while
+        something is timed.
         """
 
 
 class StepsInTurn:
     """For a CPU."""
 
-    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+    def time(
+        self,
+        contestants: Sequence[Timed],
+        calls: Sequence[Any],
+        rounds: int,
+        advance: Callable[[float], None],
+    ) -> list[Timing]:
         """See ``Clock``."""
         flush = torch.empty(_FLUSHED_BYTES, dtype=torch.int8)
         taken = [[list[float]() for _ in calls] for _ in contestants]
@@ -97,7 +115,8 @@ class StepsInTurn:
                     generations.enter_context(contestant.generation())
                 for step, call in enumerate(calls):
                     for contestant, steps in zip(contestants, taken, strict=True):
-                        # Nobody finds weights in the processor's cache that the one before has read.
+                        # Nobody finds weights in the processor's cache that the one before has
+                        # read.
                         flush.zero_()
                         began = time.perf_counter()
                         contestant.step(call)
@@ -112,7 +131,13 @@ class WholeGenerations:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def time(self, contestants: Sequence[Timed], calls: Sequence[Any], rounds: int, advance: Callable[[float], None]) -> list[Timing]:
+    def time(
+        self,
+        contestants: Sequence[Timed],
+        calls: Sequence[Any],
+        rounds: int,
+        advance: Callable[[float], None],
+    ) -> list[Timing]:
         """See ``Clock``."""
         taken = [list[Taken]() for _ in contestants]
         for _ in range(rounds):
@@ -141,19 +166,27 @@ def medians(generations: Sequence[Taken]) -> Timing:
     """Of each step over the generations, and of the generations."""
     device, host = (
         tuple(statistics.median(step) for step in zip(*steps, strict=True))
-        for steps in ([taken.device for taken in generations], [taken.host for taken in generations])
+        for steps in (
+            [taken.device for taken in generations],
+            [taken.host for taken in generations],
+        )
     )
     rounds = tuple(taken.wall for taken in generations)
     return Timing(device, host, statistics.median(rounds), rounds)
 
 
 def paired(taken: Sequence[Sequence[Sequence[float]]]) -> list[Timing]:
-    """From seconds by contestant, step and round: the median share of the uncached step beside it, in those of the usual uncached step."""
+    """From seconds by contestant, step and round: the median share of the uncached step beside it,
+    in those of the usual uncached step.
+    """
     plain = taken[0]
     usual = statistics.median(chain.from_iterable(plain))
     timings = []
     for row in taken:
-        shares = [[one / other for one, other in zip(*step, strict=True)] for step in zip(row, plain, strict=True)]
+        shares = [
+            [one / other for one, other in zip(*step, strict=True)]
+            for step in zip(row, plain, strict=True)
+        ]
         steps = tuple(usual * statistics.median(share) for share in shares)
         timings.append(Timing(steps, steps, sum(steps), tuple(map(sum, zip(*row, strict=True)))))
     return timings

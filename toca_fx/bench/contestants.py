@@ -1,6 +1,8 @@
-"""What runs a case: the uncached model, ours under several policies, and the caches that users would pick instead.
+"""What runs a case: the uncached model, ours under several policies, and the caches that users
+would pick instead.
 
-All share one set of weights. Each has a context of its own, so that the sessions of several do not meet.
+All share one set of weights. Each has a context of its own, so that the sessions of several do not
+meet.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 import toca_fx
 from toca_fx.policy import Policy
 from toca_fx.policy.types import Action, Ratio, Scores
-from toca_fx.runtime import Session
+from toca_fx.runtime.session import Session
 
 Call = Mapping[str, Any]
 
@@ -27,8 +29,8 @@ Call = Mapping[str, Any]
 class Contestant:
     """A way to run the model. ``run`` is what was opened for its latest generation.
 
-    ``compile_seconds`` are those of its first calls, as far as they compiled. All steps are as fast as they get after ``warm_ups``
-    generations.
+    ``compile_seconds`` are those of its first calls, as far as they compiled. All steps are as fast
+    as they get after ``warm_ups`` generations.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Field:
 
     def uncached(self) -> Contestant:
         """``torch.compile(model)``."""
-        return Contestant("torch.compile", cast(nn.Module, torch.compile(self.model, fullgraph=True)))
+        return Contestant(
+            "torch.compile", cast(nn.Module, torch.compile(self.model, fullgraph=True))
+        )
 
     def uncached_recorded(self) -> Contestant:
         """``torch.compile(model)`` with its calls recorded as CUDA graphs."""
@@ -82,9 +86,12 @@ class Field:
 
     def toca(self, name: str, policy: Policy) -> Contestant:
         """Ours under ``policy``."""
-        # On a GPU a step may be run, then recorded and only then replayed; a number of fresh tokens may come once in a generation.
+        # On a GPU a step may be run, then recorded and only then replayed; a number of fresh tokens
+        # may come once in a generation.
         warm_ups = 1 if next(self.model.parameters()).device.type == "cpu" else 3
-        return Contestant(name, toca_fx.compile(self.model, policy, mode=self.mode), self._session, warm_ups)
+        return Contestant(
+            name, toca_fx.compile(self.model, policy, mode=self.mode), self._session, warm_ups
+        )
 
     def _session(self) -> AbstractContextManager[Session]:
         return toca_fx.session(timesteps=self.timesteps)
@@ -92,11 +99,17 @@ class Field:
     def alternatives(self, policy: Policy) -> list[Contestant]:
         """What users could pick instead, as far as it is installed and takes this model."""
         interval = f"N = {policy.N.base}"
-        found = [self.toca(f"FORA, {interval}", fora(policy)), *self._of_diffusers(), *self._of_cache_dit()]
+        found = [
+            self.toca(f"FORA, {interval}", fora(policy)),
+            *self._of_diffusers(),
+            *self._of_cache_dit(),
+        ]
         return [contestant for contestant in found if contestant is not None]
 
     def _of_diffusers(self) -> list[Contestant]:
-        """First-block cache and pyramid attention broadcast, at the settings that their documentation shows."""
+        """First-block cache and pyramid attention broadcast, at the settings that their
+        documentation shows.
+        """
         if not hasattr(self.model, "enable_cache"):
             return []
         from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
@@ -111,7 +124,10 @@ class Field:
         )
         # Not read from the call: a value on a GPU is waited for.
         scale = 1000 / max(self.timesteps)
-        known = {id(call["timestep"]): timestep * scale for call, timestep in zip(self.calls, self.timesteps, strict=True)}
+        known = {
+            id(call["timestep"]): timestep * scale
+            for call, timestep in zip(self.calls, self.timesteps, strict=True)
+        }
         found = []
         for name, config in (
             ("first-block cache, 0.05", FirstBlockCacheConfig(threshold=0.05)),
@@ -122,8 +138,8 @@ class Field:
                 twin.enable_cache(config)
             except (ValueError, NotImplementedError, AttributeError):
                 continue  # it does not take this model
-            # Block by block, as diffusers recommends: hooks break the graph of the whole, and Dynamo would then give up on the
-            # code of this model's class, ours included.
+            # Block by block, as diffusers recommends: hooks break the graph of the whole, and
+            # Dynamo would then give up on the code of this model's class, ours included.
             _compile_blocks(twin)
 
             def step(twin: Any = twin, **call: Any) -> Any:
@@ -148,7 +164,9 @@ class Field:
 
     def _twin(self) -> Any:
         """A copy with modules of its own and the same tensors."""
-        shared = {id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())}
+        shared = {
+            id(tensor): tensor for tensor in chain(self.model.parameters(), self.model.buffers())
+        }
         return copy.deepcopy(self.model, shared)
 
 
@@ -168,14 +186,29 @@ def _fresh_hooks(model: Any) -> AbstractContextManager[Any]:
 def fora(policy: Policy) -> Policy:
     """FORA: between full steps, at the same constant interval, everything is reused."""
     reused = tuple((kind, Action("reuse")) for kind, _ in policy.modules)
-    interval = replace(policy.N, drift=0.0, windows=(), full_steps=None, extra_full_steps=(), phase="count")
+    interval = replace(
+        policy.N, drift=0.0, windows=(), full_steps=None, extra_full_steps=(), phase="count"
+    )
     return replace(policy, name="fora", N=interval, R=Ratio(1.0), modules=reused, rules=())
 
 
 def unscored(policy: Policy) -> Policy:
-    """The same amount of work, chosen without a look at the attention: what scoring costs is the difference."""
+    """The same amount of work, chosen without a look at the attention: what scoring costs is the
+    difference.
+    """
     rules = tuple(
-        replace(rule, overrides=tuple((key, value) for key, value in rule.overrides if not key.startswith("scores.")))
+        replace(
+            rule,
+            overrides=tuple(
+                (key, value) for key, value in rule.overrides if not key.startswith("scores.")
+            ),
+        )
         for rule in policy.rules
     )
-    return replace(policy, name="unscored", scores=Scores(staleness=1.0), spatial=None, rules=tuple(r for r in rules if r.overrides))
+    return replace(
+        policy,
+        name="unscored",
+        scores=Scores(staleness=1.0),
+        spatial=None,
+        rules=tuple(r for r in rules if r.overrides),
+    )

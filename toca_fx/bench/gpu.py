@@ -1,4 +1,6 @@
-"""What only a GPU can tell: its own time, memory at the peak, and what the host launched. ``Cuda`` asks torch."""
+"""What only a GPU can tell: its own time, memory at the peak, and what the host launched. ``Cuda``
+asks torch.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,15 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from toca_fx.bench.clock import Device, Event, Timed
 
-# Of the runtime and of the driver, which is what Triton uses; versions and variants stand behind: cudaLaunchKernelExC_v11060.
+# Of the runtime and of the driver, which is what Triton uses; versions and variants stand behind:
+# cudaLaunchKernelExC_v11060.
 _KERNEL = re.compile(r"cu(da)?Launch(Cooperative)?Kernel")
 _GRAPH = re.compile(r"cu(da)?GraphLaunch")
 _NO_KERNEL = ("Memcpy", "Memset")
@@ -29,7 +33,9 @@ class Traced:
 
 @dataclass(frozen=True)
 class Launches:
-    """Of one model call: kernels and CUDA graphs that the host launched, and kernels that the device ran, those of graphs included."""
+    """Of one model call: kernels and CUDA graphs that the host launched, and kernels that the
+    device ran, those of graphs included.
+    """
 
     kernels: int
     graphs: int
@@ -37,7 +43,10 @@ class Launches:
 
     def __str__(self) -> str:
         counts = ((self.kernels, "kernel"), (self.graphs, "graph"))
-        return ", ".join(f"{number} {noun}{'s' * (number != 1)}" for number, noun in counts if number) or "none"
+        return (
+            ", ".join(f"{number} {noun}{'s' * (number != 1)}" for number, noun in counts if number)
+            or "none"
+        )
 
 
 class Gpu(Device, Protocol):
@@ -75,7 +84,11 @@ class Cuda:
 
     def facts(self) -> dict[str, str | None]:
         """Card, driver and CUDA runtime."""
-        return {"device": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
+        return {
+            "device": torch.cuda.get_device_name(),
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
 
     def allocated(self) -> int:
         """Bytes held by tensors now."""
@@ -89,7 +102,9 @@ class Cuda:
         return torch.cuda.max_memory_allocated()
 
     def traced(self, work: Callable[[], None]) -> list[Traced]:
-        """What torch's profiler sees, but for the names that code gives to its parts, which appear on the device too."""
+        """What torch's profiler sees, but for the names that code gives to its parts, which appear
+        on the device too.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
@@ -97,11 +112,17 @@ class Cuda:
             work()
             torch.cuda.synchronize()
         events: Iterable[Any] = found.events() or ()
-        return [Traced(event.name, event.device_type.name == "CUDA") for event in events if not event.is_user_annotation]
+        return [
+            Traced(event.name, event.device_type.name == "CUDA")
+            for event in events
+            if not event.is_user_annotation
+        ]
 
 
 def _driver() -> str | None:
-    """The version of the driver, of which torch knows nothing: nvidia-smi does, where there is one."""
+    """The version of the driver, of which torch knows nothing: nvidia-smi does, where there is
+    one.
+    """
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -111,7 +132,9 @@ def _driver() -> str | None:
 
 
 def launches(seen: Iterable[Traced]) -> Launches | None:
-    """The launches in what a profiler saw; None if it saw nothing of the device, as where it may not look."""
+    """The launches in what a profiler saw; None if it saw nothing of the device, as where it may
+    not look.
+    """
     kernels = graphs = ran = 0
     for event in seen:
         if event.on_device:
@@ -122,15 +145,22 @@ def launches(seen: Iterable[Traced]) -> Launches | None:
     return Launches(kernels, graphs, ran) if ran else None
 
 
-def launches_by_kind(contestant: Timed, calls: Sequence[Any], kinds: Sequence[str], gpu: Gpu) -> dict[str, Launches | None]:
-    """Those of the middle step of each kind, in one more generation; ``kinds`` has that of every call."""
-    places = {kind: [at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
+def launches_by_kind(
+    contestant: Timed, calls: Sequence[Any], kinds: Sequence[str], gpu: Gpu
+) -> dict[str, Launches | None]:
+    """Those of the middle step of each kind, in one more generation; ``kinds`` has that of every
+    call.
+    """
+    places = {
+        kind: [at for at, other in enumerate(kinds) if other == kind]
+        for kind in dict.fromkeys(kinds)
+    }
     looked_at = {found[len(found) // 2]: kind for kind, found in places.items()}
     counted = {}
     with contestant.generation():
         for at, call in enumerate(calls):
             if at in looked_at:
-                counted[looked_at[at]] = launches(gpu.traced(lambda call=call: contestant.step(call)))  # type: ignore[misc]
+                counted[looked_at[at]] = launches(gpu.traced(partial(contestant.step, call)))
             else:
                 contestant.step(call)
     return counted

@@ -1,4 +1,6 @@
-"""What the machine can do at most, measured: products of matrices per second, and bytes moved per second."""
+"""What the machine can do at most, measured: products of matrices per second, and bytes moved per
+second.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from toca_fx.bench.clock import Device
 
-# Rows and width of a transformer's layer: compute-bound, and as large as those that are timed (DiT-XL/2; FLUX.1-dev, for a GPU).
+# Rows and width of a transformer's layer: compute-bound, and as large as those that are timed
+# (DiT-XL/2; FLUX.1-dev, for a GPU).
 _ROWS, _WIDTH = 2048, 1152
 _GPU_ROWS, _GPU_WIDTH = 4608, 3072
 _MOVED_BYTES = 2**28
@@ -22,7 +25,9 @@ _REPEATS = 20
 
 @dataclass(frozen=True)
 class Limits:
-    """FLOPs per second of a linear layer, and bytes per second of reading one tensor and writing another."""
+    """FLOPs per second of a linear layer, and bytes per second of reading one tensor and writing
+    another.
+    """
 
     flops: float
     bytes: float
@@ -34,7 +39,9 @@ class Limits:
 
 @torch.no_grad()
 def measure_limits(place: Mapping[str, Any], device: Device | None = None) -> Limits:
-    """Measure on a ``place`` of device and dtype, with the threads that are set; ``device`` is given if it runs behind the host."""
+    """Measure on a ``place`` of device and dtype, with the threads that are set; ``device`` is
+    given if it runs behind the host.
+    """
     rows, width = (_ROWS, _WIDTH) if device is None else (_GPU_ROWS, _GPU_WIDTH)
     x, weight = torch.randn(rows, width, **place), torch.randn(4 * width, width, **place)
     linear = _seconds(lambda: torch.nn.functional.linear(x, weight), device)

@@ -1,4 +1,6 @@
-"""Run a case: build it, warm all contestants up, time them, and look at what only a GPU can tell."""
+"""Run a case: build it, warm all contestants up, time them, and look at what only a GPU can
+tell.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,17 @@ from toca_fx.bench.gpu import Gpu, Launches, launches_by_kind
 from toca_fx.bench.limits import Limits
 from toca_fx.bench.result import BenchResult, Measured, Memory, Work, summarize
 from toca_fx.policy import Policy
-from toca_fx.runtime import Session
+from toca_fx.runtime.session import Session
 
 if TYPE_CHECKING:
-    from toca_fx.integrations.diffusers import Example
+    from toca_fx.examples import Example
 
 
 def calls_of(example: Example, first: Call, steps: int) -> list[Call]:
-    """The calls of a generation: latents that go smoothly from one noise to another, as those of a sampler do from noise to image."""
-    from toca_fx.integrations.diffusers import vary
+    """The calls of a generation: latents that go smoothly from one noise to another, as those of a
+    sampler do from noise to image.
+    """
+    from toca_fx.examples import vary
 
     one, other = (vary(example, first, end, steps)[example.latent] for end in (0, steps - 1))
 
@@ -35,7 +39,10 @@ def calls_of(example: Example, first: Call, steps: int) -> list[Call]:
         angle = math.pi / 2 * step / max(1, steps - 1)
         return tree_map(lambda a, b: math.cos(angle) * a + math.sin(angle) * b, one, other)
 
-    return [{**vary(example, first, step, steps), example.latent: between(step)} for step in range(steps)]
+    return [
+        {**vary(example, first, step, steps), example.latent: between(step)}
+        for step in range(steps)
+    ]
 
 
 @torch.no_grad()
@@ -54,21 +61,35 @@ def run_bench(
     alternatives: bool = True,
     advance: Callable[[float], None] = lambda share: None,
 ) -> BenchResult:
-    """Time ``rounds`` generations after those that warm up; ``place`` has device and dtype, ``gpu`` is what runs behind the host, if so.
+    """Time ``rounds`` generations after those that warm up; ``place`` has device and dtype, ``gpu``
+    is what runs behind the host, if so.
 
-    ``mode`` is that of ``toca_fx.compile``; ``advance`` is told the share of the rounds that was done since last time.
+    ``mode`` is that of ``toca_fx.compile``; ``advance`` is told the share of the rounds that was
+    done since last time.
     """
-    from toca_fx.integrations.diffusers import build
+    from toca_fx.examples import build
 
     model, first = build(example, batch=images * example.batch, **place)
     calls = calls_of(example, first, steps)
-    ground = Field(model, calls, [float(call[example.timestep].flatten()[0]) for call in calls], mode)
+    ground = Field(
+        model, calls, [float(call[example.timestep].flatten()[0]) for call in calls], mode
+    )
     wait: Callable[[], None] = (lambda: None) if gpu is None else gpu.synchronize
     plain, ours = ground.uncached(), ground.toca("toca", policy)
-    memory = _warm_up_and_weigh(plain, ours, calls, gpu)  # before there are others, who hold memory too
-    others = [ground.toca("unscored", unscored(policy)), *ground.alternatives(policy)] if alternatives else []
+    memory = _warm_up_and_weigh(
+        plain, ours, calls, gpu
+    )  # before there are others, who hold memory too
+    others = (
+        [ground.toca("unscored", unscored(policy)), *ground.alternatives(policy)]
+        if alternatives
+        else []
+    )
     recorded = [] if gpu is None else [ground.uncached_recorded()]
-    failed = {other.name: reason for other in (*recorded, *others) if (reason := _refusal(other, calls, wait))}
+    failed = {
+        other.name: reason
+        for other in (*recorded, *others)
+        if (reason := _refusal(other, calls, wait))
+    }
     uncached = [plain, *(other for other in recorded if other.name not in failed)]
     others = [other for other in others if other.name not in failed]
     clock: Clock = StepsInTurn() if gpu is None else WholeGenerations(gpu)
@@ -121,7 +142,9 @@ def _compile(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], N
         wait()
     if isinstance(contestant.run, Session):
         report = contestant.run.report()
-        contestant.compile_seconds = sum(sorted(record.seconds for record in report.steps)[-report.compiled_graphs :])
+        contestant.compile_seconds = sum(
+            sorted(record.seconds for record in report.steps)[-report.compiled_graphs :]
+        )
 
 
 def _settle(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> None:
@@ -131,7 +154,9 @@ def _settle(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], No
 
 
 def _refusal(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> str | None:
-    """Why the model cannot be run in this way, if so: the first line of the error; else the contestant is warm."""
+    """Why the model cannot be run in this way, if so: the first line of the error; else the
+    contestant is warm.
+    """
     try:
         _compile(contestant, calls, wait)
         _settle(contestant, calls, wait)
@@ -140,8 +165,12 @@ def _refusal(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], N
     return None
 
 
-def _warm_up_and_weigh(plain: Contestant, ours: Contestant, calls: Sequence[Call], gpu: Gpu | None) -> Memory | None:
-    """Warm both up; on a GPU, say what a generation adds. What ours keeps from one to the next counts as its own."""
+def _warm_up_and_weigh(
+    plain: Contestant, ours: Contestant, calls: Sequence[Call], gpu: Gpu | None
+) -> Memory | None:
+    """Warm both up; on a GPU, say what a generation adds. What ours keeps from one to the next
+    counts as its own.
+    """
     if gpu is None:
         for contestant in (plain, ours):
             _compile(contestant, calls, lambda: None)
@@ -153,12 +182,17 @@ def _warm_up_and_weigh(plain: Contestant, ours: Contestant, calls: Sequence[Call
     uncached = gpu.peak(lambda: _run(plain, calls[:1], gpu.synchronize))  # its steps are all alike
     _compile(ours, calls, gpu.synchronize)
     gc.collect()
-    # What a recorded step needs in between lies in a pool of its own, and is counted only while it is recorded: of a small model whose full
-    # steps were recorded in the generation before, this leaves out what those need.
-    return Memory(held, uncached - held, gpu.peak(lambda: _settle(ours, calls, gpu.synchronize)) - held)
+    # What a recorded step needs in between lies in a pool of its own, and is counted only while it
+    # is recorded: of a small model whose full steps were recorded in the generation before, this
+    # leaves out what those need.
+    return Memory(
+        held, uncached - held, gpu.peak(lambda: _settle(ours, calls, gpu.synchronize)) - held
+    )
 
 
-def _launches(contestant: Contestant, calls: Sequence[Call], kinds: Sequence[str], gpu: Gpu) -> Mapping[str, Launches | None]:
+def _launches(
+    contestant: Contestant, calls: Sequence[Call], kinds: Sequence[str], gpu: Gpu
+) -> Mapping[str, Launches | None]:
     """By kind of step; all steps of an uncached model are of one kind."""
     if isinstance(contestant.run, Session):
         return launches_by_kind(contestant, calls, kinds, gpu)
@@ -172,4 +206,6 @@ def _work(run: Session) -> Work:
 
 def _peak_bytes() -> int:
     """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

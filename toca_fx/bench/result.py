@@ -1,4 +1,6 @@
-"""What the figures of all contestants come to: data, made from timings and reports by functions that measure nothing."""
+"""What the figures of all contestants come to: data, made from timings and reports by functions
+that measure nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,16 @@ from toca_fx.bench.gpu import Launches
 from toca_fx.bench.limits import Limits
 
 if TYPE_CHECKING:
-    from toca_fx.report import Report
+    from toca_fx.runtime.report import Report
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Steps that do the same work: median seconds of one, its FLOPs, the bytes that it has to move, and K, the mean of selecting sites.
+    """Steps that do the same work: median seconds of one, its FLOPs, the bytes that it has to move,
+    and K, the mean of selecting sites.
 
-    ``host`` is how long the call kept the host, in seconds; on a CPU that is the step. ``launches`` is None where there are none to count,
-    ``count`` how many such steps a generation has.
+    ``host`` is how long the call kept the host, in seconds; on a CPU that is the step. ``launches``
+    is None where there are none to count, ``count`` how many such steps a generation has.
     """
 
     kind: str
@@ -35,7 +38,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to run the uncached model: seconds of a generation, its step, and seconds of the first call."""
+    """A way to run the uncached model: seconds of a generation, its step, and seconds of the first
+    call.
+    """
 
     name: str
     generation: float
@@ -54,7 +59,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU: held before a generation (weights and inputs), and above that at the peak of one, uncached and ours."""
+    """Bytes on a GPU: held before a generation (weights and inputs), and above that at the peak of
+    one, uncached and ours.
+    """
 
     held: int
     uncached: int
@@ -63,7 +70,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one contestant. ``report`` is that of its session, if it has one; ``launches`` are by kind of step."""
+    """The figures of one contestant. ``report`` is that of its session, if it has one; ``launches``
+    are by kind of step.
+    """
 
     name: str
     timing: Timing
@@ -84,13 +93,16 @@ class Work:
 class BenchResult:
     """All times in seconds, all work in FLOPs, per model call unless said otherwise.
 
-    ``images`` are those of a run, ``mode`` that of ``toca_fx.compile``. ``baseline`` names the fastest of the ``baselines``, against
-    which everything is compared. ``generation`` is the time of one of ours, ``kinds`` are our step kinds, ``limits`` what the machine can
-    do. ``selection`` and ``scoring`` are what choosing tokens costs a partial step, ahead of its graph (on the host; a recorded step has it
-    inside) and in it, ``scoring_full`` what it costs a full one (None: not measured). ``recordings`` are by kind how many steps were
-    recorded, and how many queued for which reason (empty on a CPU). Compile times are those of the first calls, with what inductor's cache
-    holds by then (tools/compile_times.py: cold ones). ``peak_bytes`` is the process's on a CPU, ``memory`` the device's on a GPU.
-    ``timings`` are those of every contestant, ``failed`` names those that do not run this model, and why.
+    ``images`` are those of a run, ``mode`` that of ``toca_fx.compile``. ``baseline`` names the
+    fastest of the ``baselines``, against which everything is compared. ``generation`` is the time
+    of one of ours, ``kinds`` are our step kinds, ``limits`` what the machine can do. ``selection``
+    and ``scoring`` are what choosing tokens costs a partial step, ahead of its graph (on the host;
+    a recorded step has it inside) and in it, ``scoring_full`` what it costs a full one (None: not
+    measured). ``recordings`` are by kind how many steps were recorded, and how many queued for
+    which reason (empty on a CPU). Compile times are those of the first calls, with what inductor's
+    cache holds by then (tools/compile_times.py: cold ones). ``peak_bytes`` is the process's on a
+    CPU, ``memory`` the device's on a GPU. ``timings`` are those of every contestant, ``failed``
+    names those that do not run this model, and why.
     """
 
     case: str
@@ -140,12 +152,22 @@ class BenchResult:
     @property
     def ratios(self) -> dict[str, float]:
         """By kind of step: its time on the device over that of an uncached step."""
-        return {name: seconds_of(self.kinds, name) / self.uncached.seconds for name in dict.fromkeys(kind.kind for kind in self.kinds)}
+        return {
+            name: seconds_of(self.kinds, name) / self.uncached.seconds
+            for name in dict.fromkeys(kind.kind for kind in self.kinds)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        figures = {**asdict(self), "timings": {name: _milliseconds(timing) for name, timing in self.timings.items()}}
-        derived = {"latency_ratio": self.latency_ratio, "quotient": self.quotient, "ratios": self.ratios}
+        figures = {
+            **asdict(self),
+            "timings": {name: _milliseconds(timing) for name, timing in self.timings.items()},
+        }
+        derived = {
+            "latency_ratio": self.latency_ratio,
+            "quotient": self.quotient,
+            "ratios": self.ratios,
+        }
         return {**figures, "uncached": asdict(self.uncached), **derived}
 
 
@@ -174,19 +196,30 @@ def summarize(
     memory: Memory | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> BenchResult:
-    """The result of a case: ``uncached`` are the baselines, ``others`` our variants and other caches."""
+    """The result of a case: ``uncached`` are the baselines, ``others`` our variants and other
+    caches.
+    """
     report = _report(ours)
     steps = len(report.steps)
-    baselines = tuple(_baseline(found, report.flops_uncached // steps, work.uncached) for found in uncached)
+    baselines = tuple(
+        _baseline(found, report.flops_uncached // steps, work.uncached) for found in uncached
+    )
     fastest = min(baselines, key=lambda found: found.generation)
     kinds = kinds_of(report, ours.timing, work.steps, ours.launches)
     unscored = next((other for other in others if other.name == "unscored"), None)
     plainly = () if unscored is None else kinds_of(_report(unscored), unscored.timing, [0] * steps)
-    scoring = {kind: max(0.0, seconds_of(kinds, kind) - seconds_of(plainly, kind)) if plainly else None for kind in ("full", "partial")}
+    scoring = {
+        kind: max(0.0, seconds_of(kinds, kind) - seconds_of(plainly, kind)) if plainly else None
+        for kind in ("full", "partial")
+    }
     fewer = max(1, round(steps / report.flops_ratio))
     found = [Alternative(f"{fewer} steps instead of {steps}", steps / fewer, steps / fewer)]
     found += [
-        Alternative(other.name, fastest.generation / other.timing.generation, None if other.report is None else other.report.flops_ratio)
+        Alternative(
+            other.name,
+            fastest.generation / other.timing.generation,
+            None if other.report is None else other.report.flops_ratio,
+        )
         for other in others
         if other is not unscored
     ]
@@ -201,7 +234,8 @@ def summarize(
         generation=ours.timing.generation,
         kinds=kinds,
         limits=limits,
-        selection=report.selection_seconds / max(1, sum(record.kind != "full" for record in report.steps)),
+        selection=report.selection_seconds
+        / max(1, sum(record.kind != "full" for record in report.steps)),
         scoring=scoring["partial"],
         scoring_full=scoring["full"],
         recordings=report.launches,
@@ -230,7 +264,10 @@ def _baseline(measured: Measured, flops: int, nbytes: int) -> Baseline:
 
 
 def kinds_of(
-    report: Report, timing: Timing, moved: Sequence[int], launches: Mapping[str, Launches | None] | None = None
+    report: Report,
+    timing: Timing,
+    moved: Sequence[int],
+    launches: Mapping[str, Launches | None] | None = None,
 ) -> tuple[Kind, ...]:
     """The kinds of the steps of a report, by work; ``moved`` are the bytes of every step."""
     places: dict[tuple[str, int], list[int]] = {}
@@ -254,11 +291,15 @@ def kinds_of(
 def _fresh(report: Report, at: int) -> float:
     """Tokens that a step computes: the mean of the sites that choose."""
     plan = report.steps[at].plan
-    counts = [count for count, mode in zip(plan.fresh, plan.modes, strict=True) if mode == "partial"]
+    counts = [
+        count for count, mode in zip(plan.fresh, plan.modes, strict=True) if mode == "partial"
+    ]
     return statistics.fmean(counts) if counts else 0.0
 
 
 def seconds_of(kinds: Sequence[Kind], name: str) -> float:
     """Seconds of the median step of a kind; 0 if there is none."""
-    found = [seconds for kind in kinds if kind.kind == name for seconds in [kind.seconds] * kind.count]
+    found = [
+        seconds for kind in kinds if kind.kind == name for seconds in [kind.seconds] * kind.count
+    ]
     return statistics.median(found) if found else 0.0

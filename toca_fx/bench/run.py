@@ -1,8 +1,9 @@
 """``toca-fx bench``: measure, print, write and draw.
 
-Models have the width and the number of tokens of the paper's, as many blocks as a small machine stands (or all), and random weights.
-All contestants are compiled by inductor, in one process, and take turns (see ``clock``), so that all see the same machine. Reported
-are medians over rounds; what warms up is not counted.
+Models have the width and the number of tokens of the paper's, as many blocks as a small machine
+stands (or all), and random weights. All contestants are compiled by inductor, in one process, and
+take turns (see ``clock``), so that all see the same machine. Reported are medians over rounds; what
+warms up is not counted.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from toca_fx.bench.measure import run_bench
 from toca_fx.bench.result import BenchResult
 from toca_fx.bench.show import chart, show
 from toca_fx.diagnostics import did_you_mean
-from toca_fx.inner import Inner
+from toca_fx.lower.compiler import Inner
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark as ``args`` say; returns the exit status."""
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
-        print(f"unknown case `{unknown[0]}`{did_you_mean(unknown[0], CASES)}; there are {', '.join(CASES)}", file=sys.stderr)
+        print(
+            f"unknown case `{unknown[0]}`{did_you_mean(unknown[0], CASES)}; there are {', '.join(CASES)}",
+            file=sys.stderr,
+        )
         return 2
     try:
         Inner("inductor", args.mode)
@@ -45,15 +49,21 @@ def main(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64  # the hooks of diffusers make every block a function of its own
+    torch._dynamo.config.recompile_limit = (
+        64  # the hooks of diffusers make every block a function of its own
+    )
     gpu = find_gpu()
     dtype = args.dtype or ("float32" if gpu is None else "bfloat16")
     place = {"device": "cpu" if gpu is None else gpu.kind, "dtype": getattr(torch, dtype)}
     limits = measure_limits(place, gpu)
     machine = {**machine_facts(gpu), "threads": args.threads, "dtype": dtype, "rounds": args.rounds}
     console, results = Console(), list[BenchResult]()
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
-    console.print(f"a linear layer gets {limits.flops / 1e9:.0f} GFLOP/s, a copy {limits.bytes / 1e9:.1f} GB/s")
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
+    )
+    console.print(
+        f"a linear layer gets {limits.flops / 1e9:.0f} GFLOP/s, a copy {limits.bytes / 1e9:.1f} GB/s"
+    )
     for case_name in args.cases or ["dit-xl-2"]:
         case = CASES[case_name]
         # Drawn between what is timed, not by a thread beside it.
@@ -77,7 +87,11 @@ def main(args: argparse.Namespace) -> int:
         torch._dynamo.reset()
         gc.collect()
     if args.json:
-        figures = {**machine, "limits": asdict(limits), "results": [result.to_dict() for result in results]}
+        figures = {
+            **machine,
+            "limits": asdict(limits),
+            "results": [result.to_dict() for result in results],
+        }
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if args.chart:
         chart(results, args.chart)
@@ -90,9 +104,15 @@ def find_gpu() -> Gpu | None:
 
 
 def machine_facts(gpu: Gpu | None) -> dict[str, Any]:
-    """What figures depend on, and when they were taken: with a GPU its card, driver and CUDA runtime, else the processor."""
+    """What figures depend on, and when they were taken: with a GPU its card, driver and CUDA
+    runtime, else the processor.
+    """
     found = {"device": platform.processor() or platform.machine()} if gpu is None else gpu.facts()
-    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__, **found}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        **found,
+    }
 
 
 def _advance(progress: Progress, name: str) -> Callable[[float], None]:

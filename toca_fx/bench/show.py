@@ -14,7 +14,9 @@ def show(result: BenchResult, console: Console) -> None:
     """Print the result as tables."""
     mode = "" if result.mode is None else f", mode {result.mode}"
     images = "" if result.images == 1 else f", {result.images} images"
-    console.print(_steps(result, f"{result.case}{images}, policy {result.policy}{mode}, {result.steps} steps"))
+    console.print(
+        _steps(result, f"{result.case}{images}, policy {result.policy}{mode}, {result.steps} steps")
+    )
     figures = Table(show_header=False)
     for name, figure in _figures(result):
         figures.add_row(name, figure)
@@ -22,19 +24,37 @@ def show(result: BenchResult, console: Console) -> None:
 
 
 def _steps(result: BenchResult, title: str) -> Table:
-    """A row for each kind of step; the host's time has a column where it is not that of the step."""
-    rows = [(found.name.replace("torch.compile", "uncached"), found.step) for found in result.baselines]
+    """A row for each kind of step; the host's time has a column where it is not that of the
+    step.
+    """
+    rows = [
+        (found.name.replace("torch.compile", "uncached"), found.step) for found in result.baselines
+    ]
     rows += [(kind.kind, kind) for kind in _shown(result.kinds)]
     behind = any(kind.host != kind.seconds for _, kind in rows)
     table = Table(title=title)
-    for column in ("step", "fresh tokens", "time", *["host"] * behind, "of uncached", "FLOPs of uncached", "least time by roofline"):
-        table.add_column(column, justify="left" if column == "step" else "right", min_width=len("uncached,") if column == "step" else None)
+    for column in (
+        "step",
+        "fresh tokens",
+        "time",
+        *["host"] * behind,
+        "of uncached",
+        "FLOPs of uncached",
+        "least time by roofline",
+    ):
+        table.add_column(
+            column,
+            justify="left" if column == "step" else "right",
+            min_width=len("uncached,") if column == "step" else None,
+        )
     for name, kind in rows:
         least = result.limits.seconds(kind.flops, kind.bytes)
         share, work = kind.seconds / result.uncached.seconds, kind.flops / result.uncached.flops
         fresh = f"{kind.fresh:.1f}" if kind.kind not in ("uncached", "full") else "all"
         times = [_ms(kind.seconds), *[_ms(kind.host)] * behind]
-        table.add_row(name, fresh, *times, f"{share:.3f}", f"{work:.3f}", f"{least / kind.seconds:.0%}")
+        table.add_row(
+            name, fresh, *times, f"{share:.3f}", f"{work:.3f}", f"{least / kind.seconds:.0%}"
+        )
     return table
 
 
@@ -55,12 +75,24 @@ def _figures(result: BenchResult) -> Iterator[tuple[str, str]]:
             yield f"launches, {name}", str(launches)
     for kind, counts in result.recordings.items():
         yield f"{kind} steps", "; ".join(f"{count} {how}" for how, count in counts.items())
-    partial, full = seconds_of(result.kinds, "partial") or float("nan"), seconds_of(result.kinds, "full")
+    partial, full = (
+        seconds_of(result.kinds, "partial") or float("nan"),
+        seconds_of(result.kinds, "full"),
+    )
     if result.selection:
-        yield "choosing tokens ahead of a partial step", f"{_ms(result.selection, 2)} ({result.selection / partial:.1%})"
+        yield (
+            "choosing tokens ahead of a partial step",
+            f"{_ms(result.selection, 2)} ({result.selection / partial:.1%})",
+        )
     if result.scoring is not None and result.scoring_full is not None:
-        yield "scoring tokens in a partial step", f"{_ms(result.scoring, 2)} ({result.scoring / partial:.1%})"
-        yield "scoring tokens in a full step", f"{_ms(result.scoring_full, 2)} ({result.scoring_full / full:.1%})"
+        yield (
+            "scoring tokens in a partial step",
+            f"{_ms(result.scoring, 2)} ({result.scoring / partial:.1%})",
+        )
+        yield (
+            "scoring tokens in a full step",
+            f"{_ms(result.scoring_full, 2)} ({result.scoring_full / full:.1%})",
+        )
     for baseline in result.baselines:
         yield f"first calls, {baseline.name}", f"{baseline.compile_seconds:.1f} s"
     yield "first calls, all step kinds", f"{result.compile_toca:.1f} s"
@@ -100,28 +132,67 @@ def _shown(kinds: Sequence[Kind]) -> list[Kind]:
 
 
 def chart(results: Sequence[BenchResult], path: str) -> None:
-    """Draw FLOPs against time of each step kind, with what the uncached step gets done in the time, and what the machine could.
+    """Draw FLOPs against time of each step kind, with what the uncached step gets done in the time,
+    and what the machine could.
 
-    Where the host is not what does the work, its time is drawn too: above the other, it is the limit.
+    Where the host is not what does the work, its time is drawn too: above the other, it is the
+    limit.
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(5 * len(results), 4.2), squeeze=False, layout="constrained"
+    )
     for result, ax in zip(results, axes[0], strict=True):
         full = result.uncached
-        ax.plot([0, 1.2], [0, 1.2 * full.seconds * 1e3], color="0.7", linewidth=1, label="time falls as work does")
+        ax.plot(
+            [0, 1.2],
+            [0, 1.2 * full.seconds * 1e3],
+            color="0.7",
+            linewidth=1,
+            label="time falls as work does",
+        )
         every = (full, *result.kinds)
-        limit = sorted((kind.flops / full.flops, result.limits.seconds(kind.flops, kind.bytes) * 1e3) for kind in every)
-        ax.plot(*zip(*limit, strict=True), color="C3", linewidth=1, linestyle=":", label="roofline: compute or bandwidth")
+        limit = sorted(
+            (kind.flops / full.flops, result.limits.seconds(kind.flops, kind.bytes) * 1e3)
+            for kind in every
+        )
+        ax.plot(
+            *zip(*limit, strict=True),
+            color="C3",
+            linewidth=1,
+            linestyle=":",
+            label="roofline: compute or bandwidth",
+        )
         ax.plot(1, full.seconds * 1e3, "ko", label=result.baseline)
         for at, name in enumerate(dict.fromkeys(kind.kind for kind in result.kinds)):
             same = [kind for kind in result.kinds if kind.kind == name]
             work = [kind.flops / full.flops for kind in same]
-            ax.plot(work, [kind.seconds * 1e3 for kind in same], "os."[at % 3], color=f"C{at}", label=name)
+            ax.plot(
+                work,
+                [kind.seconds * 1e3 for kind in same],
+                "os."[at % 3],
+                color=f"C{at}",
+                label=name,
+            )
             if any(kind.host != kind.seconds for kind in same):
-                ax.plot(work, [kind.host * 1e3 for kind in same], "x", color=f"C{at}", label=f"{name}, host")
-        ax.set(xlabel="FLOPs, of the uncached step", ylabel="time of a step (ms)", xlim=(0, 1.15), ylim=(0, None))
-        ax.set_title(f"{result.case}: {result.latency_ratio:.2f}x time, {result.flops_ratio:.2f}x FLOPs", fontsize=10)
+                ax.plot(
+                    work,
+                    [kind.host * 1e3 for kind in same],
+                    "x",
+                    color=f"C{at}",
+                    label=f"{name}, host",
+                )
+        ax.set(
+            xlabel="FLOPs, of the uncached step",
+            ylabel="time of a step (ms)",
+            xlim=(0, 1.15),
+            ylim=(0, None),
+        )
+        ax.set_title(
+            f"{result.case}: {result.latency_ratio:.2f}x time, {result.flops_ratio:.2f}x FLOPs",
+            fontsize=10,
+        )
         ax.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,8 +1,8 @@
 """The digits that ship with the package: data, denoiser, classifier, sampler.
 
-The data are the 1797 UCI handwritten digits bundled with scikit-learn (8 x 8, 17 grey levels), upsampled to
-32 x 32 and scaled to [-1, 1]. The denoiser is the ordinary DiT of diffusers (256 tokens,
-12 blocks, class-conditional with a null class) trained by ``tools/train_digits.py``.
+The data are the 1797 UCI handwritten digits bundled with scikit-learn (8 x 8, 17 grey levels),
+upsampled to 32 x 32 and scaled to [-1, 1]. The denoiser is the ordinary DiT of diffusers (256
+tokens, 12 blocks, class-conditional with a null class) trained by ``tools/train_digits.py``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ def load_images(size: int = SIZE) -> tuple[Tensor, Tensor]:
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(
+        -1, 1
+    )
     return images, torch.tensor(data.target, dtype=torch.int64)
 
 
 def build_denoiser() -> nn.Module:
     """The demo's denoiser with random weights: the untouched diffusers class."""
-    from toca_fx.integrations.diffusers.parts import dit
+    from toca_fx.examples.parts import dit
 
     return dit(
         num_attention_heads=3,
@@ -51,7 +53,7 @@ def build_denoiser() -> nn.Module:
 
 def build_scheduler() -> Any:
     """DDIM over the linear schedule of the DiT paper, v-prediction, zero terminal SNR."""
-    from toca_fx.integrations.diffusers.parts import ddim
+    from toca_fx.examples.parts import ddim
 
     return ddim(
         num_train_timesteps=1000,
@@ -92,7 +94,8 @@ def load_classifier() -> nn.Module:
 def _load(model: Model, name: str) -> Model:
     from safetensors.torch import load_file
 
-    # Clone: tensors of a memory-mapped file can be unaligned, which changes the last bits of a matmul.
+    # Clone: tensors of a memory-mapped file can be unaligned, which changes the last bits of a
+    # matmul.
     state = {key: value.float().clone() for key, value in load_file(WEIGHTS / name).items()}
     model.load_state_dict(state)
     return model.eval()
@@ -116,10 +119,12 @@ def sample(
     guidance: float = 2.0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Generate one digit per entry of ``classes`` ([B] int64) with DDIM and classifier-free guidance.
+    """Generate one digit per entry of ``classes`` ([B] int64) with DDIM and classifier-free
+    guidance.
 
-    Both guidance halves go through the denoiser as one batch of 2B rows, the conditional ones first.
-    Returns images [B, 1, 32, 32], about [-1, 1]. The starting noise depends on ``seed`` alone.
+    Both guidance halves go through the denoiser as one batch of 2B rows, the conditional ones
+    first. Returns images [B, 1, 32, 32], about [-1, 1]. The starting noise depends on ``seed``
+    alone.
     """
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps)

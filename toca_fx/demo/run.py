@@ -1,4 +1,6 @@
-"""``toca-fx demo``: the same digits uncached, cached, and with as many fewer DDIM steps as take equal time."""
+"""``toca-fx demo``: the same digits uncached, cached, and with as many fewer DDIM steps as take
+equal time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Denoiser = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to generate the digits: images [B, 1, 32, 32], wall time in seconds, classifier agreement 0 to 1."""
+    """One way to generate the digits: images [B, 1, 32, 32], wall time in seconds, classifier
+    agreement 0 to 1.
+    """
 
     label: str
     images: Tensor
@@ -54,7 +58,9 @@ def main(args: argparse.Namespace) -> int:
         def generate(label: str, model: Denoiser, count: int) -> tuple[Tensor, float]:
             task = progress.add_task(label, total=count)
             began = time.perf_counter()
-            images = digits.sample(model, classes, steps=count, seed=args.seed, on_step=lambda: progress.advance(task))
+            images = digits.sample(
+                model, classes, steps=count, seed=args.seed, on_step=lambda: progress.advance(task)
+            )
             return images.clamp(-1, 1), time.perf_counter() - began
 
         warm_up(progress, [uncached, cached], classes, steps)
@@ -66,7 +72,14 @@ def main(args: argparse.Namespace) -> int:
 
     report = run.report()
     outcomes = [
-        Outcome(f"uncached, {steps} steps", reference, uncached_seconds, recognised(classifier, reference, classes), None, 1.0),
+        Outcome(
+            f"uncached, {steps} steps",
+            reference,
+            uncached_seconds,
+            recognised(classifier, reference, classes),
+            None,
+            1.0,
+        ),
         Outcome(
             f"{policy.name}, {steps} steps",
             images,
@@ -92,7 +105,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def warm_up(progress: Progress, models: list[Denoiser], classes: Tensor, steps: int) -> None:
-    """Compile everything before the clock runs, with the very calls that will be timed: full and partial steps."""
+    """Compile everything before the clock runs, with the very calls that will be timed: full and
+    partial steps.
+    """
     few = 4
     task = progress.add_task("compiling", total=few * len(models))
     known = [*digits.timesteps(few), *[0] * (steps - few)]
@@ -120,20 +135,31 @@ def table(outcomes: list[Outcome]) -> Table:
     for column in result.columns[1:]:
         column.justify = "right"
     result.add_row("wall time", *(f"{outcome.seconds:.1f} s" for outcome in outcomes))
-    result.add_row("latency ratio", *(f"{outcomes[0].seconds / outcome.seconds:.2f}x" for outcome in outcomes))
+    result.add_row(
+        "latency ratio", *(f"{outcomes[0].seconds / outcome.seconds:.2f}x" for outcome in outcomes)
+    )
     result.add_row("FLOPs ratio", *(f"{outcome.flops_ratio:.2f}x" for outcome in outcomes))
-    result.add_row("PSNR vs uncached", *("-" if outcome.psnr is None else f"{outcome.psnr:.1f} dB" for outcome in outcomes))
+    result.add_row(
+        "PSNR vs uncached",
+        *("-" if outcome.psnr is None else f"{outcome.psnr:.1f} dB" for outcome in outcomes),
+    )
     result.add_row("recognised", *(f"{outcome.agreement:.1%}" for outcome in outcomes))
     return result
 
 
 def draw(outcomes: list[Outcome], per_class: int, path: str) -> None:
     """One grid per outcome, side by side: a row per class."""
-    figure, axes = plt.subplots(1, len(outcomes), figsize=(1.15 * per_class * len(outcomes), 12), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(outcomes), figsize=(1.15 * per_class * len(outcomes), 12), layout="constrained"
+    )
     for axis, outcome in zip(axes, outcomes, strict=True):
         framed = torch.nn.functional.pad(outcome.images, (2, 2, 2, 2), value=-0.5)
         side = framed.shape[-1]
-        grid = framed.reshape(10, per_class, side, side).transpose(1, 2).reshape(10 * side, per_class * side)
+        grid = (
+            framed.reshape(10, per_class, side, side)
+            .transpose(1, 2)
+            .reshape(10 * side, per_class * side)
+        )
         axis.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(f"{outcome.label}\n{outcome.caption}", fontsize=10)
         axis.set_axis_off()

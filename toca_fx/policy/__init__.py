@@ -1,4 +1,6 @@
-"""Policies: how they are found, loaded and checked. The dataclasses are in `policy/types.py` and are re-exported here."""
+"""Policies: how they are found, loaded and checked. The dataclasses are in `policy/types.py` and
+are re-exported here.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +54,21 @@ _log = logging.getLogger(__name__)
 
 
 def load_policy(source: PolicySource) -> Policy:
-    """Load a policy: a shipped name, the path of a file, a mapping in the form of the YAML, or a Policy as it is.
+    """Load a policy: a shipped name, the path of a file, a mapping in the form of the YAML, or a
+    Policy as it is.
 
-    A shipped name comes before a file of the same name in the current directory (write `./name` for that one).
-    Raises PolicyError with every problem, positioned, and TypeError for anything else. Warnings are logged.
+    A shipped name comes before a file of the same name in the current directory (write `./name` for
+    that one). Raises PolicyError with every problem, positioned, and TypeError for anything else.
+    Warnings are logged.
     """
     if isinstance(source, Policy):
         return source
     if isinstance(source, Mapping):
         policy, problems = check(from_mapping(source))
     elif not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"policy={source!r}: expected a shipped name, a path, a mapping or a Policy")
+        raise TypeError(
+            f"policy={source!r}: expected a shipped name, a path, a mapping or a Policy"
+        )
     else:
         policy, problems = _check_file(_locate(source))
     for problem in problems:
@@ -74,7 +80,9 @@ def load_policy(source: PolicySource) -> Policy:
 
 
 def validate_file(file: str | os.PathLike[str]) -> tuple[Problem, ...]:
-    """Every problem of a policy file, in file order. Raises UnreadablePolicyError when there is no text to look at."""
+    """Every problem of a policy file, in file order. Raises UnreadablePolicyError when there is no
+    text to look at.
+    """
     return tuple(_check_file(file)[1])
 
 
@@ -82,7 +90,10 @@ def shipped_policies() -> dict[str, Path]:
     """The policies that come with toca_fx, by name (`dit-xl-2`, `reference/dit-xl-2-ddim50`)."""
     here = Path(__file__).resolve().parents[1]
     # In a wheel they lie inside the package; in a clone, beside it.
-    folder = next((folder for folder in (here / "policies", here.parent / "policies") if folder.is_dir()), here)
+    folder = next(
+        (folder for folder in (here / "policies", here.parent / "policies") if folder.is_dir()),
+        here,
+    )
     files = sorted(folder.rglob("*.yaml")) if folder != here else []
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 

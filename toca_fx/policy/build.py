@@ -29,7 +29,9 @@ _FALLBACK_STEPS = 50  # stands in while the problems of a policy without a step 
 
 
 def build(data: Data, source: str, place_of_rule: Callable[[int], str]) -> Policy:
-    """Build a policy; a required part that is missing (and reported elsewhere) gets a harmless stand-in."""
+    """Build a policy; a required part that is missing (and reported elsewhere) gets a harmless
+    stand-in.
+    """
     sampler = Sampler(**{"steps": _FALLBACK_STEPS, **_section("sampler", data)})
     return Policy(
         name=data.get("name", ""),
@@ -41,18 +43,26 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str]) -> Polic
         R=Ratio(**{"base": 0.0, **_section("R", data)}),
         modules=_modules(data.get("modules", {})),
         scores=Scores(**_section("scores", data)),
-        spatial=Spatial(**{"bonus": 0.0, **_section("spatial", data)}) if "spatial" in data else None,
+        spatial=Spatial(**{"bonus": 0.0, **_section("spatial", data)})
+        if "spatial" in data
+        else None,
         cache=Cache(**data.get("cache", {})),
         hoisting=Hoisting(**{key: int(value) for key, value in data.get("hoisting", {}).items()}),
-        recording=Recording(**{key: int(value) for key, value in data.get("recording", {}).items()}),
+        recording=Recording(
+            **{key: int(value) for key, value in data.get("recording", {}).items()}
+        ),
         seed=int(data.get("seed", 0)),
-        rules=tuple(_rule(rule, place_of_rule(index)) for index, rule in enumerate(data.get("rules", ()))),
+        rules=tuple(
+            _rule(rule, place_of_rule(index)) for index, rule in enumerate(data.get("rules", ()))
+        ),
         source=source,
     )
 
 
 def _base_from_list(data: Data, steps: int) -> dict[str, int]:
-    """With `full_steps` and no `base`, the mean interval is the base that the staleness score divides by."""
+    """With `full_steps` and no `base`, the mean interval is the base that the staleness score
+    divides by.
+    """
     listed = data.get("N", {}).get("full_steps")
     return {"base": max(1, round(steps / len(listed)))} if listed else {}
 
@@ -68,7 +78,10 @@ def _leaf(key: str, value: Any) -> Any:
 
 def _windows(values: list[Data]) -> tuple[Window, ...]:
     complete = (value for value in values if {"from", "to", "interval"} <= value.keys())
-    return tuple(Window(float(value["from"]), float(value["to"]), int(value["interval"])) for value in complete)
+    return tuple(
+        Window(float(value["from"]), float(value["to"]), int(value["interval"]))
+        for value in complete
+    )
 
 
 def _steps(values: list[Any]) -> tuple[int, ...]:
@@ -77,12 +90,24 @@ def _steps(values: list[Any]) -> tuple[int, ...]:
 
 # JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
 _CONVERT: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span", "R.multiple"), int),
+    **dict.fromkeys(
+        ("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span", "R.multiple"), int
+    ),
     **dict.fromkeys(("scores.staleness_over", "spatial.grid"), int),
-    **dict.fromkeys(("N.drift", "R.base", "R.step_weight", "R.layer_weight", "spatial.bonus"), float),
+    **dict.fromkeys(
+        ("N.drift", "R.base", "R.step_weight", "R.layer_weight", "spatial.bonus"), float
+    ),
     **{
         f"scores.{name}": float
-        for name in ("self_attention", "cross_attention", "staleness", "value_norm", "key_norm", "random", "queries")
+        for name in (
+            "self_attention",
+            "cross_attention",
+            "staleness",
+            "value_norm",
+            "key_norm",
+            "random",
+            "queries",
+        )
     },
     "N.windows": _windows,
     "N.full_steps": _steps,
@@ -119,4 +144,6 @@ def _overrides(data: Data) -> Iterator[tuple[str, object]]:
         yield "spatial", None
     for section in _SECTIONS:
         if isinstance(data.get(section), Mapping):
-            yield from ((f"{section}.{key}", value) for key, value in _section(section, data).items())
+            yield from (
+                (f"{section}.{key}", value) for key, value in _section(section, data).items()
+            )

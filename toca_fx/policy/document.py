@@ -33,8 +33,9 @@ def dotted(path: Path) -> str:
 class Document:
     """Plain data (dict, list, str, int, float, bool, None) and where each part of it stands.
 
-    `refused` holds the paths whose value is only a stand-in, because a problem was already reported for it.
-    A policy that came as a mapping has no positions; its problems name the key path instead.
+    `refused` holds the paths whose value is only a stand-in, because a problem was already reported
+    for it. A policy that came as a mapping has no positions; its problems name the key path
+    instead.
     """
 
     file: str
@@ -56,7 +57,9 @@ class Document:
         position = self.position(path, key=True)
         return f"{self.file}:{position.line}:{position.column}" if position else dotted(path)
 
-    def problem(self, path: Path, message: str, severity: Severity = "error", *, key: bool = False) -> Problem:
+    def problem(
+        self, path: Path, message: str, severity: Severity = "error", *, key: bool = False
+    ) -> Problem:
         """A problem standing at the value of a path, or at its key."""
         position = self.position(path, key=key)
         if position is None:
@@ -65,7 +68,9 @@ class Document:
 
 
 def from_mapping(mapping: Mapping[str, object]) -> Document:
-    """A policy given as Python data: copied to plain dicts and lists, with anything that YAML cannot hold refused."""
+    """A policy given as Python data: copied to plain dicts and lists, with anything that YAML
+    cannot hold refused.
+    """
     document = Document("<mapping>")
     document.data = _plain(document, mapping, (), [0])
     return document
@@ -79,7 +84,9 @@ def _plain(document: Document, value: object, path: Path, seen: list[int]) -> ob
         document.refused.add(path)
         return None
     if isinstance(value, Mapping):
-        return {str(key): _plain(document, item, (*path, str(key)), seen) for key, item in value.items()}
+        return {
+            str(key): _plain(document, item, (*path, str(key)), seen) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_plain(document, item, (*path, index), seen) for index, item in enumerate(value)]
     return value

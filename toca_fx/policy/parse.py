@@ -1,7 +1,9 @@
-"""YAML text to plain data with a position for every key and value; every problem of YAML itself is found here.
+"""YAML text to plain data with a position for every key and value; every problem of YAML itself is
+found here.
 
-The parser's events are consumed one by one instead of calling `yaml.load`: duplicate keys stay visible, nothing is ever
-constructed from a tag, and hostile files (deep nesting, anchor bombs) are given up on before they cost anything.
+The parser's events are consumed one by one instead of calling `yaml.load`: duplicate keys stay
+visible, nothing is ever constructed from a tag, and hostile files (deep nesting, anchor bombs) are
+given up on before they cost anything.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ MAX_BYTES = 128 * 1024
 def read_text(file: str | os.PathLike[str]) -> str:
     """The text of a policy file.
 
-    Raises UnreadablePolicyError for what is missing, not a regular file, not permitted, not UTF-8 or over 128 KiB.
+    Raises UnreadablePolicyError for what is missing, not a regular file, not permitted, not UTF-8
+    or over 128 KiB.
     """
     name = os.fspath(file)
     try:
@@ -33,7 +36,10 @@ def read_text(file: str | os.PathLike[str]) -> str:
             raise _unreadable(name, "is not a regular file")
         with open(name, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name; PolicyError is one as well
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a NUL in the name; PolicyError is one as well
         if isinstance(error, UnreadablePolicyError):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -57,7 +63,9 @@ def _decode(name: str, content: bytes) -> str:
 
 
 def parse_text(text: str, file: str) -> Document:
-    """Parse YAML; never raises on account of the text. `complete` is False when parsing had to stop early."""
+    """Parse YAML; never raises on account of the text. `complete` is False when parsing had to stop
+    early.
+    """
     return _Composer(text, file).document
 
 
@@ -84,7 +92,9 @@ class _Composer:
         except yaml.MarkedYAMLError as error:
             self._stop_at_syntax(text, error)
         except (ValueError, OverflowError):  # PyYAML on `"\UFFFFFFFF"` and on absurd %YAML versions
-            self._stop(self._last, "not valid YAML: a number or escape sequence out of range follows here")
+            self._stop(
+                self._last, "not valid YAML: a number or escape sequence out of range follows here"
+            )
 
     def _stop(self, position: Position, message: str) -> None:
         self._report(position, message)
@@ -93,7 +103,10 @@ class _Composer:
     def _stop_at_character(self, text: str, error: yaml.reader.ReaderError) -> None:
         before = text[: error.position]
         position = Position(before.count("\n") + 1, len(before) - before.rfind("\n"))
-        self._stop(position, f"not valid YAML: the character {text[error.position]!a} is not allowed in text")
+        self._stop(
+            position,
+            f"not valid YAML: the character {text[error.position]!a} is not allowed in text",
+        )
 
     def _stop_at_syntax(self, text: str, error: yaml.MarkedYAMLError) -> None:
         mark = error.problem_mark or error.context_mark
@@ -103,10 +116,15 @@ class _Composer:
             return
         opened = f" that starts on line {error.context_mark.line + 1}" if error.context_mark else ""
         context = f" ({error.context}{opened})" if error.context else ""
-        self._stop(position, f"not valid YAML: {error.problem or 'syntax error'}{context}".replace("\t", " "))
+        self._stop(
+            position,
+            f"not valid YAML: {error.problem or 'syntax error'}{context}".replace("\t", " "),
+        )
 
     def _report(self, position: Position, message: str) -> None:
-        self.document.problems.append(Problem(self.document.file, position.line, position.column, message))
+        self.document.problems.append(
+            Problem(self.document.file, position.line, position.column, message)
+        )
 
     def _peek(self) -> yaml.Event:
         if self._ahead is None:
@@ -127,7 +145,10 @@ class _Composer:
         self.document.data = self._compose((), 0)
         self._next()  # the end of the document
         if not isinstance(self._peek(), yaml.StreamEndEvent):
-            self._report(_position(self._peek()), "a second document starts here; a policy file holds exactly one")
+            self._report(
+                _position(self._peek()),
+                "a second document starts here; a policy file holds exactly one",
+            )
 
     def _compose(self, path: Path, depth: int) -> object:
         event = self._next()
@@ -138,7 +159,11 @@ class _Composer:
             return self._compose_sequence(path, depth)
         if isinstance(event, yaml.MappingStartEvent):
             return self._compose_mapping(path, depth)
-        return self._compose_scalar(event, path, position) if isinstance(event, yaml.ScalarEvent) else None
+        return (
+            self._compose_scalar(event, path, position)
+            if isinstance(event, yaml.ScalarEvent)
+            else None
+        )
 
     def _bound(self, position: Position, depth: int) -> None:
         self._count += 1
@@ -153,11 +178,17 @@ class _Composer:
         anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
             if anchor not in self._aliases:  # once each: a bomb is made of thousands
-                self._report(position, f"the alias {quote('*' + str(anchor))} is not supported: write the value out")
+                self._report(
+                    position,
+                    f"the alias {quote('*' + str(anchor))} is not supported: write the value out",
+                )
             self._aliases.add(anchor)
             self.document.refused.add(path)
         elif anchor is not None:
-            self._report(position, f"the anchor {quote('&' + str(anchor))} is not supported: write each value where it is used")
+            self._report(
+                position,
+                f"the anchor {quote('&' + str(anchor))} is not supported: write each value where it is used",
+            )
         if tag is not None:
             self._report(position, f"the tag {quote(tag)} is refused: a policy is plain data")
             if isinstance(event, yaml.ScalarEvent):
@@ -190,7 +221,9 @@ class _Composer:
             here = (*path, key)
             if key in mapping:
                 first = self.document.keys[here]
-                self._report(position, f"duplicate key {quote(key)}: it already stands on line {first.line}")
+                self._report(
+                    position, f"duplicate key {quote(key)}: it already stands on line {first.line}"
+                )
             self.document.keys[here] = position
             mapping[key] = self._compose(here, depth + 1)
         self._next()

@@ -1,7 +1,8 @@
 """Rules that can never apply, that later rules replace, or that have no effect.
 
-Which sites a rule will meet is known only once there is a model, so "covers" and "may overlap" below are decided from the
-selectors alone, on the careful side: what is reported holds for every model.
+Which sites a rule will meet is known only once there is a model, so "covers" and "may overlap"
+below are decided from the selectors alone, on the careful side: what is reported holds for every
+model.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def check_rules(policy: Policy, faulty: set[int]) -> Iterator[Note]:
         if in_vain:
             yield in_vain
         elif _changes_nothing(policy, rule, earlier):
-            yield Note(("rules", index), "the rule changes nothing: what it sets holds already", "warning")
+            yield Note(
+                ("rules", index), "the rule changes nothing: what it sets holds already", "warning"
+            )
         else:
             yield from _without_effect(policy, index, rule, list(rules.values()))
 
@@ -53,7 +56,10 @@ def _empty_range(index: int, rule: Rule) -> Note | None:
     first, last = rule.layers or (0, 0)
     if first <= last:
         return None
-    return Note(("rules", index, "layers"), f"the range {first}-{last} holds no layer; did you mean {last}-{first}?")
+    return Note(
+        ("rules", index, "layers"),
+        f"the range {first}-{last} holds no layer; did you mean {last}-{first}?",
+    )
 
 
 def _leaves(rule: Rule) -> set[str]:
@@ -78,7 +84,10 @@ def _replaced(index: int, rule: Rule, later: list[Rule]) -> Note | None:
     if left:
         return None
     where = " and ".join(_line(other) for other in by)
-    return Note(("rules", index), f"the rule has no effect: everything it sets is set again by the later rule {where}")
+    return Note(
+        ("rules", index),
+        f"the rule has no effect: everything it sets is set again by the later rule {where}",
+    )
 
 
 def _line(rule: Rule) -> str:
@@ -92,14 +101,19 @@ def _covers(outer: Rule, inner: Rule) -> bool:
         return False
     if outer.layers is None:
         return True
-    return inner.layers is not None and outer.layers[0] <= inner.layers[0] and inner.layers[1] <= outer.layers[1]
+    return (
+        inner.layers is not None
+        and outer.layers[0] <= inner.layers[0]
+        and inner.layers[1] <= outer.layers[1]
+    )
 
 
 def _path_covers(outer: str | None, inner: str | None) -> bool:
     if outer in (None, "*", inner):
         return True
-    # Matching one pattern against the text of the other is sound only while `*` is the one wildcard on both sides:
-    # `?` would take the `*` of the other for a single character, and brackets could be cut in half.
+    # Matching one pattern against the text of the other is sound only while `*` is the one wildcard
+    # on both sides: `?` would take the `*` of the other for a single character, and brackets could
+    # be cut in half.
     special = set("?[") & {*str(outer), *(inner or "")}
     return inner is not None and not special and fnmatchcase(inner, str(outer))
 
@@ -107,7 +121,11 @@ def _path_covers(outer: str | None, inner: str | None) -> bool:
 def _may_overlap(one: Rule, other: Rule) -> bool:
     if None not in (one.match, other.match) and one.match != other.match:
         return False
-    if one.layers and other.layers and (one.layers[1] < other.layers[0] or other.layers[1] < one.layers[0]):
+    if (
+        one.layers
+        and other.layers
+        and (one.layers[1] < other.layers[0] or other.layers[1] < one.layers[0])
+    ):
         return False
     literal = not set("*?[") & {*(one.path or "*"), *(other.path or "*")}
     return not literal or one.path == other.path
@@ -126,7 +144,9 @@ def _kinds(rule: Rule) -> tuple[str, ...]:
 
 
 def _before_rules(policy: Policy, kind: str) -> SitePolicy:
-    return SitePolicy(policy.N, policy.R, dict(policy.modules)[kind], policy.scores, policy.spatial, policy.cache)
+    return SitePolicy(
+        policy.N, policy.R, dict(policy.modules)[kind], policy.scores, policy.spatial, policy.cache
+    )
 
 
 def _modes(policy: Policy, rule: Rule, rules: list[Rule]) -> set[str]:
@@ -151,7 +171,12 @@ def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -
         if section in ("R", "scores", "spatial") and "partial" not in modes:
             fate = "reused whole" if modes == {"reuse"} else "reused whole or computed in full"
             fate = "computed in full" if modes == {"compute"} else fate
-            yield Note(path, f"`{section}` has no effect: the modules that this rule matches are {fate}", "warning", key=True)
+            yield Note(
+                path,
+                f"`{section}` has no effect: the modules that this rule matches are {fate}",
+                "warning",
+                key=True,
+            )
         if section in ("N", "cache") and modes == {"compute"}:
             message = f"`{section}` has no effect: the modules that this rule matches are computed on every step"
             yield Note(path, message, "warning", key=True)
@@ -161,6 +186,13 @@ def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -
             name = leaf.partition(".")[2]
             message = f"`{name}` has no effect: the policy's `N.full_steps` takes its place"
             yield Note(("rules", index, "N", name), message, "warning", key=True)
-    has_bonus = policy.spatial is not None or any("spatial.bonus" in dict(other.overrides) and _may_overlap(other, rule) for other in rules)
+    has_bonus = policy.spatial is not None or any(
+        "spatial.bonus" in dict(other.overrides) and _may_overlap(other, rule) for other in rules
+    )
     if "spatial.grid" in dict(rule.overrides) and not has_bonus:
-        yield Note(("rules", index, "spatial"), "a `grid` without a `bonus` has no effect", "warning", key=True)
+        yield Note(
+            ("rules", index, "spatial"),
+            "a `grid` without a `bonus` has no effect",
+            "warning",
+            key=True,
+        )

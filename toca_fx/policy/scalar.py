@@ -1,8 +1,8 @@
 """What an unquoted YAML word means, and the words that mean something other than they seem to.
 
-PyYAML follows YAML 1.1, editors and most newer tools follow 1.2. Where the two disagree the word is refused with the
-unambiguous spelling instead of being read one way or the other.
-Source: https://yaml.org/type/ (1.1) against chapter 10.3 of https://yaml.org/spec/1.2.2/ (1.2).
+PyYAML follows YAML 1.1, editors and most newer tools follow 1.2. Where the two disagree the word is
+refused with the unambiguous spelling instead of being read one way or the other. Source:
+https://yaml.org/type/ (1.1) against chapter 10.3 of https://yaml.org/spec/1.2.2/ (1.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import NamedTuple
 ScalarValue = str | int | float | bool | None
 
 _CONSTANTS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_CONSTANTS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_CONSTANTS |= {
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+}
 _SWITCH = re.compile(r"(?:yes|Yes|YES|on|On|ON)|(no|No|NO|off|Off|OFF)")
 
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)")
@@ -32,7 +39,9 @@ _LARGEST_INTEGER = 2**63 - 1
 
 
 class Scalar(NamedTuple):
-    """The value of an unquoted word, and a complaint when the word should not be used (the value is then a guess)."""
+    """The value of an unquoted word, and a complaint when the word should not be used (the value is
+    then a guess).
+    """
 
     value: ScalarValue
     complaint: str | None = None
@@ -66,7 +75,11 @@ def _read_integer(text: str) -> Scalar:
 
 def _read_float(text: str) -> Scalar:
     value = float(text)
-    return Scalar(value) if math.isfinite(value) else Scalar(None, f"`{text}` is too large for a number")
+    return (
+        Scalar(value)
+        if math.isfinite(value)
+        else Scalar(None, f"`{text}` is too large for a number")
+    )
 
 
 def _trap(text: str) -> str | None:
@@ -77,11 +90,15 @@ def _trap(text: str) -> str | None:
     if exponent := _EXPONENT.fullmatch(text):
         return f"YAML 1.1 reads {shown} as text, not as a number: write {_spell_out(*exponent.groups())}"
     if _LEADING_ZERO.fullmatch(text):
-        return f"YAML 1.1 reads {shown} with its leading zero as octal: write {_without_zeros(text)}"
+        return (
+            f"YAML 1.1 reads {shown} with its leading zero as octal: write {_without_zeros(text)}"
+        )
     if _OTHER_BASE.fullmatch(text):
         return f"{shown} is not a decimal number: write {int(text, 0)}"
     if _UNDERSCORE.fullmatch(text):
-        return f"YAML versions disagree about the underscore in {shown}: write {text.replace('_', '')}"
+        return (
+            f"YAML versions disagree about the underscore in {shown}: write {text.replace('_', '')}"
+        )
     if _SEXAGESIMAL.fullmatch(text):
         return f"YAML 1.1 reads {shown} as a number to the base 60: put it in quotes, or write the number in decimal"
     if _NOT_FINITE.fullmatch(text):

@@ -1,7 +1,7 @@
 """Problems that the JSON Schema finds, told in words and with positions.
 
-`policy.schema.json` is written for editors and for this module alike: a `title` says what is expected where a type or
-a list of alternatives would not ("a layer number or a range such as 0-3").
+`policy.schema.json` is written for editors and for this module alike: a `title` says what is
+expected where a type or a list of alternatives would not ("a layer number or a range such as 0-3").
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ from toca_fx.policy.document import Document, Path
 
 Schema = dict[str, Any]
 
-_TYPE_NAMES = {"integer": "a whole number", "number": "a number", "string": "text", "array": "a list", "object": "a mapping"}
+_TYPE_NAMES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "array": "a list",
+    "object": "a mapping",
+}
 
 
 class Finding(NamedTuple):
     """A problem of the data before it has a position.
 
-    `key` asks for the position of the key instead of the value's; `usable` says that the rest of the value holds.
+    `key` asks for the position of the key instead of the value's; `usable` says that the rest of
+    the value holds.
     """
 
     path: Path
@@ -50,7 +57,8 @@ def load_schema() -> Schema:
 def check_schema(document: Document) -> tuple[list[Problem], dict[str, Any], set[Path]]:
     """Problems by the schema; the data without the faulty parts; the paths that were faulty.
 
-    What is left of the data can be built into a policy, so that its meaning is checked in the same run.
+    What is left of the data can be built into a policy, so that its meaning is checked in the same
+    run.
     """
     data = document.data
     if not isinstance(data, dict):
@@ -59,9 +67,16 @@ def check_schema(document: Document) -> tuple[list[Problem], dict[str, Any], set
     errors = Draft7Validator(load_schema()).iter_errors(data)
     findings = [finding for error in errors for finding in _explain(error)]
     findings = [finding for finding in findings if not _inside(finding.path, document.refused)]
-    problems = [document.problem(finding.path, finding.message, key=finding.key) for finding in _one_per_path(findings)]
+    problems = [
+        document.problem(finding.path, finding.message, key=finding.key)
+        for finding in _one_per_path(findings)
+    ]
     unusable = {finding.path for finding in findings if not finding.usable} | document.refused
-    return problems, _without(data, unusable), {finding.path for finding in findings} | document.refused
+    return (
+        problems,
+        _without(data, unusable),
+        {finding.path for finding in findings} | document.refused,
+    )
 
 
 def _wrong_top(data: object) -> str:
@@ -75,15 +90,21 @@ def _inside(path: Path, refused: set[Path]) -> bool:
 
 
 def _one_per_path(findings: Iterable[Finding]) -> list[Finding]:
-    """Drop what a wrong type entails (`enum` beside `type`); several problems of keys at one mapping all stay."""
+    """Drop what a wrong type entails (`enum` beside `type`); several problems of keys at one
+    mapping all stay.
+    """
     kept: dict[tuple[object, ...], Finding] = {}
     for finding in findings:
-        kept.setdefault((finding.path, finding.message) if finding.key else (finding.path,), finding)
+        kept.setdefault(
+            (finding.path, finding.message) if finding.key else (finding.path,), finding
+        )
     return list(kept.values())
 
 
 class _Violation(NamedTuple):
-    """One error of jsonschema, typed: the keyword violated, what it demands, its schema, and the value that fails."""
+    """One error of jsonschema, typed: the keyword violated, what it demands, its schema, and the
+    value that fails.
+    """
 
     keyword: str
     demand: Any
@@ -96,7 +117,9 @@ class _Violation(NamedTuple):
 def _explain(error: ValidationError) -> Iterator[Finding]:
     keyword, schema = str(error.validator), dict(cast("Schema", error.schema))
     path = tuple(error.absolute_path)
-    violation = _Violation(keyword, error.validator_value, schema, error.instance, path, list(error.context or ()))
+    violation = _Violation(
+        keyword, error.validator_value, schema, error.instance, path, list(error.context or ())
+    )
     return _EXPLAIN.get(keyword, _other)(violation)
 
 
@@ -112,17 +135,26 @@ def _missing_keys(violation: _Violation) -> Iterator[Finding]:
     known = list(violation.schema.get("properties", violation.demand))
     mistyped = {nearest(key, known) for key in violation.instance if key not in known}
     for key in violation.demand:
-        if key not in violation.instance and key not in mistyped:  # a typo is reported as one problem, not two
+        if (
+            key not in violation.instance and key not in mistyped
+        ):  # a typo is reported as one problem, not two
             yield Finding(violation.path, f"missing required key `{key}`", key=True, usable=True)
 
 
 def _wrong_type(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{_type_hint(violation)}")
+    yield Finding(
+        violation.path,
+        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{_type_hint(violation)}",
+    )
 
 
 def _type_hint(violation: _Violation) -> str:
     numeric = violation.demand in ("integer", "number")
-    if numeric and isinstance(violation.instance, str) and violation.instance.replace(".", "", 1).isdecimal():
+    if (
+        numeric
+        and isinstance(violation.instance, str)
+        and violation.instance.replace(".", "", 1).isdecimal()
+    ):
         return "; remove the quotes"
     return ""
 
@@ -136,16 +168,29 @@ def _expected(schema: Schema) -> str:
 
 
 def _not_listed(violation: _Violation) -> Iterator[Finding]:
-    hint = did_you_mean(violation.instance, violation.demand) if isinstance(violation.instance, str) else ""
-    yield Finding(violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}")
+    hint = (
+        did_you_mean(violation.instance, violation.demand)
+        if isinstance(violation.instance, str)
+        else ""
+    )
+    yield Finding(
+        violation.path,
+        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}",
+    )
 
 
 def _wrong_constant(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(violation.path, f"expected {quote(violation.demand)}, the only version so far, got {quote(violation.instance)}")
+    yield Finding(
+        violation.path,
+        f"expected {quote(violation.demand)}, the only version so far, got {quote(violation.instance)}",
+    )
 
 
 def _out_of_range(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(violation.path, f"{_name(violation)}must be {describe_range(violation.schema)}, got {quote(violation.instance)}")
+    yield Finding(
+        violation.path,
+        f"{_name(violation)}must be {describe_range(violation.schema)}, got {quote(violation.instance)}",
+    )
 
 
 def _name(violation: _Violation) -> str:
@@ -159,25 +204,42 @@ def describe_range(schema: Schema) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
         return f"between {low} and {high}"
-    names = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most", "exclusiveMaximum": "less than"}
+    names = {
+        "minimum": "at least",
+        "exclusiveMinimum": "greater than",
+        "maximum": "at most",
+        "exclusiveMaximum": "less than",
+    }
     return " and ".join(f"{name} {schema[key]}" for key, name in names.items() if key in schema)
 
 
 def _wrong_length(violation: _Violation) -> Iterator[Finding]:
     least = violation.keyword.startswith("min")
     bound, empty = violation.demand, not violation.instance
-    message = "must not be empty" if least and empty else f"must not be {'shorter' if least else 'longer'} than {bound}"
-    yield Finding(violation.path, _name(violation) + message, usable=isinstance(violation.instance, dict))
+    message = (
+        "must not be empty"
+        if least and empty
+        else f"must not be {'shorter' if least else 'longer'} than {bound}"
+    )
+    yield Finding(
+        violation.path, _name(violation) + message, usable=isinstance(violation.instance, dict)
+    )
 
 
 def _no_alternative(violation: _Violation) -> Iterator[Finding]:
-    """For oneOf and anyOf: explain the alternative of the value's own type, else say what is expected."""
+    """For oneOf and anyOf: explain the alternative of the value's own type, else say what is
+    expected.
+    """
     alternatives: list[Schema] = violation.demand
     if all(set(alternative) == {"required"} for alternative in alternatives):
         keys = any_of(alternative["required"][0] for alternative in alternatives)
         yield Finding(violation.path, f"needs at least one of {keys}", key=True, usable=True)
         return
-    meant = {index for index, alternative in enumerate(alternatives) if _is_meant(alternative, violation.instance)}
+    meant = {
+        index
+        for index, alternative in enumerate(alternatives)
+        if _is_meant(alternative, violation.instance)
+    }
     within = [inner for inner in violation.context if inner.schema_path[0] in meant]
     if within:
         for inner in within:
@@ -185,18 +247,25 @@ def _no_alternative(violation: _Violation) -> Iterator[Finding]:
         return
     words = [word for alternative in alternatives for word in alternative.get("enum", ())]
     hint = did_you_mean(violation.instance, words) if isinstance(violation.instance, str) else ""
-    yield Finding(violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}")
+    yield Finding(
+        violation.path,
+        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}",
+    )
 
 
 def _is_meant(alternative: Schema, instance: object) -> bool:
-    """Mappings are looked into; a word or a number that fits no alternative is told what all of them are."""
+    """Mappings are looked into; a word or a number that fits no alternative is told what all of
+    them are.
+    """
     kind = alternative.get("type")
     numeric = isinstance(instance, (int, float)) and not isinstance(instance, bool)
     return (kind == "object" and isinstance(instance, dict)) or (kind == "integer" and numeric)
 
 
 def _other(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}")
+    yield Finding(
+        violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}"
+    )
 
 
 _EXPLAIN: dict[str, Callable[[_Violation], Iterator[Finding]]] = {
@@ -208,7 +277,9 @@ _EXPLAIN: dict[str, Callable[[_Violation], Iterator[Finding]]] = {
     "oneOf": _no_alternative,
     "anyOf": _no_alternative,
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _out_of_range),
-    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength", "minProperties"), _wrong_length),
+    **dict.fromkeys(
+        ("minItems", "maxItems", "minLength", "maxLength", "minProperties"), _wrong_length
+    ),
 }
 
 

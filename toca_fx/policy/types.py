@@ -1,7 +1,8 @@
 """A policy as frozen, hashable data, and what it says about one site once its rules are applied.
 
-Notation as in the paper (Zou et al., ToCa, ICLR 2025, arXiv 2410.05317): step index s of T, layer l, N the interval of
-full steps, R the share of stale tokens. Ranges are checked when a policy is loaded, not here.
+Notation as in the paper (Zou et al., ToCa, ICLR 2025, arXiv 2410.05317): step index s of T, layer
+l, N the interval of full steps, R the share of stale tokens. Ranges are checked when a policy is
+loaded, not here.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Interval:
-    """N: when full steps are taken. N(s) = round_half_even(base / (1 + drift - 2 drift s/T)), in steps.
+    """N: when full steps are taken. N(s) = round_half_even(base / (1 + drift - 2 drift s/T)), in
+    steps.
 
-    `first` and `last` count forced full steps at either end of a generation; `full_steps`, when given, replaces `base`,
-    `drift`, `phase` and `windows`; `extra_full_steps` come on top. Both lists hold step indices s.
+    `first` and `last` count forced full steps at either end of a generation; `full_steps`, when
+    given, replaces `base`, `drift`, `phase` and `windows`; `extra_full_steps` come on top. Both
+    lists hold step indices s.
     """
 
     base: int = 3
@@ -45,8 +48,9 @@ class Ratio:
     """R: the share of stale tokens, 0 to 1, before its slopes.
 
     Computed share rho = clamp((1 - base) * step_factor * layer_factor * module weight, 0, 1) with
-    step_factor = 1 + w - 2 w s/T (w = `step_weight`) and layer_factor = 1 + w - 2 w l/layer_span (w = `layer_weight`).
-    A `layer_span` of None stands for the number of layers less one. K is rounded up to a multiple of `multiple`.
+    step_factor = 1 + w - 2 w s/T (w = `step_weight`) and layer_factor = 1 + w - 2 w l/layer_span (w
+    = `layer_weight`). A `layer_span` of None stands for the number of layers less one. K is rounded
+    up to a multiple of `multiple`.
     """
 
     base: float
@@ -58,7 +62,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Scores:
-    """Weights (no unit) of the token scores; `staleness_over` is in steps, None stands for `N.base`.
+    """Weights (no unit) of the token scores; `staleness_over` is in steps, None stands for
+    `N.base`.
 
     `queries` is the share of an attention's queries that `self_attention` looks at, 0.001 to 1.
     """
@@ -75,13 +80,19 @@ class Scores:
     @property
     def weights(self) -> dict[str, float]:
         """The weights that are not 0, by the name of their score."""
-        return {name: weight for name, weight in vars(self).items() if weight and name not in ("staleness_over", "queries")}
+        return {
+            name: weight
+            for name, weight in vars(self).items()
+            if weight and name not in ("staleness_over", "queries")
+        }
 
     @property
     def every(self) -> int:
-        """`self_attention` looks at the queries 0, `every`, 2 `every`, ...: 5 for a share of 0.25 or 0.2, 3 for a half.
+        """`self_attention` looks at the queries 0, `every`, 2 `every`, ...: 5 for a share of 0.25
+        or 0.2, 3 for a half.
 
-        It is odd. The rows of most token grids have an even length, and an even number would look at a few of the columns only.
+        It is odd. The rows of most token grids have an even length, and an even number would look
+        at a few of the columns only.
         """
         every = round(1 / self.queries)
         return every if every % 2 else every + 1
@@ -102,7 +113,9 @@ class Spatial:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How classifier-free guidance reaches the model, and whether its halves share one selection of tokens."""
+    """How classifier-free guidance reaches the model, and whether its halves share one selection of
+    tokens.
+    """
 
     layout: Literal["none", "batched", "separate"] = "none"
     selection: Literal["independent", "shared"] = "independent"
@@ -110,7 +123,9 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Cache:
-    """The type in which outputs are kept, "model" or the name of one in torch; and for what there is a cache of its own."""
+    """The type in which outputs are kept, "model" or the name of one in torch; and for what there
+    is a cache of its own.
+    """
 
     dtype: str = "model"
     grain: Literal["module", "block"] = "module"
@@ -118,7 +133,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class Hoisting:
-    """`memory` in MiB that values may take which are computed ahead of the steps, once per generation; 0: nothing is hoisted."""
+    """`memory` in MiB that values may take which are computed ahead of the steps, once per
+    generation; 0: nothing is hoisted.
+    """
 
     memory: int = 1024
 
@@ -150,7 +167,9 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Action:
-    """What happens to a module on a partial step; `weight` multiplies the computed share and counts for "partial" only."""
+    """What happens to a module on a partial step; `weight` multiplies the computed share and counts
+    for "partial" only.
+    """
 
     mode: Literal["reuse", "compute", "partial"]
     weight: float = 1.0
@@ -172,9 +191,9 @@ class SitePolicy:
 class Rule:
     """Overrides for the sites that its selectors match.
 
-    `layers` is an inclusive range. `overrides` holds dotted leaf keys and values in the form of the dataclasses:
-    ("R.base", 0.9), ("module", Action), ("spatial", None) for off. `position` is `file:line:col`, or `rules[0]` for a
-    policy that came as a mapping.
+    `layers` is an inclusive range. `overrides` holds dotted leaf keys and values in the form of the
+    dataclasses: ("R.base", 0.9), ("module", Action), ("spatial", None) for off. `position` is
+    `file:line:col`, or `rules[0]` for a policy that came as a mapping.
     """
 
     match: str | None
@@ -184,12 +203,16 @@ class Rule:
     position: str
 
     def applies(self, kind: str, path: str, layer: int | None) -> bool:
-        """Whether every selector given matches; a site without a layer number matches no `layers`."""
+        """Whether every selector given matches; a site without a layer number matches no
+        `layers`.
+        """
         if self.match not in (None, kind):
             return False
         if self.path is not None and not self.path_matches(self.path, path):
             return False
-        return self.layers is None or (layer is not None and self.layers[0] <= layer <= self.layers[1])
+        return self.layers is None or (
+            layer is not None and self.layers[0] <= layer <= self.layers[1]
+        )
 
     @staticmethod
     def path_matches(pattern: str, path: str) -> bool:
@@ -237,11 +260,14 @@ class Policy:
     source: str
 
     def for_site(self, kind: str, path: str, layer: int | None) -> SitePolicy:
-        """What holds for the module of type `kind` at `path` in layer `layer`: matching rules applied in order.
+        """What holds for the module of type `kind` at `path` in layer `layer`: matching rules
+        applied in order.
 
         Raises KeyError for a `kind` that is not one of MODULE_TYPES.
         """
-        site = SitePolicy(self.N, self.R, dict(self.modules)[kind], self.scores, self.spatial, self.cache)
+        site = SitePolicy(
+            self.N, self.R, dict(self.modules)[kind], self.scores, self.spatial, self.cache
+        )
         for rule in self.rules:
             if rule.applies(kind, path, layer):
                 site = rule.apply(site)

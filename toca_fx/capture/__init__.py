@@ -1,0 +1,1 @@
+"""Model -> Dynamo's graph -> pre-dispatch ATen."""

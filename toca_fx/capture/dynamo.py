@@ -1,0 +1,75 @@
+"""Dynamo's graph of a model, without running or compiling it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from toca_fx.capture.aten import input_sources
+from toca_fx.diagnostics import UnsupportedModelError
+
+
+class _Captured(Exception):  # noqa: N818 - no error
+    """Ends a capture before anything runs."""
+
+
+def _entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What Dynamo captures; as ``self``, so that the names of parameters are those in a compiled
+    forward.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise UnsupportedModelError(
+            "Dynamo is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)"
+        )
+    return self(*args, **kwargs)
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of one call and its flat inputs (parameters and buffers among them); the model
+    is not run.
+
+    Dynamo keeps what it compiled, and the shapes it saw, with the code it captured: here that is
+    code of our own, made anew each time, and with ``dynamic=False`` no shape is remembered. The
+    model's own code is inlined and stays untouched.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured as one graph.
+    """
+    found: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        input_sources(graph)
+        # A copy: since torch 2.15 Dynamo empties the graph of a compilation that fails, and this
+        # one is made to.
+        found.append((fx.GraphModule(graph, copy.deepcopy(graph.graph)), list(inputs)))
+        raise _Captured
+
+    entry = FunctionType(_entry.__code__.replace(), globals(), "entry")
+    try:
+        with torch.no_grad():
+            torch.compile(entry, backend=stop, fullgraph=True, dynamic=False)(
+                model, *args, **kwargs
+            )
+    except BackendCompilerFailed as error:
+        if not found:
+            raise UnsupportedModelError(_reason(error)) from error
+    except TorchDynamoException as error:
+        raise UnsupportedModelError(_reason(error)) from error
+    if not found:
+        raise UnsupportedModelError("the model computes nothing with tensors")
+    return found[0]
+
+
+def _reason(error: Exception) -> str:
+    """Dynamo's first line and its explanation, without hints and stack traces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines[1:] if line.startswith("Explanation:")]
+    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *told[:1]])

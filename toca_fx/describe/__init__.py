@@ -1,0 +1,1 @@
+"""What is said of a model and a policy without running anything."""

@@ -1,0 +1,69 @@
+"""How much of a model was matched: attentions and MLPs found out of how many there are, and the
+share of the blocks' FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import fx
+
+from toca_fx.graph.stream import Flow
+from toca_fx.lower.flops import count_flops
+from toca_fx.match.anchors import attention_at
+from toca_fx.match.matcher import Matches, numbered_block
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """``found`` sites by kind; ``attentions`` and ``mlps`` as (found, there are), in the blocks.
+
+    ``share`` is that of the blocks' FLOPs that fall away when all sites are taken from their
+    caches. Blocks are the numbered modules that have a residual stream: the layers of a timestep
+    embedder are numbered, too.
+    """
+
+    found: dict[str, int]
+    attentions: tuple[int, int]
+    mlps: tuple[int, int]
+    share: float
+
+
+def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
+    """Look at a graph from ``trace.to_aten`` and what was matched in it; nothing is run."""
+    graph = module.graph
+    needed = _needed(graph, {site.output for site in matches.sites})
+    blocks = {numbered_block(add.meta.get("path", "")) for add in Flow(graph).residuals}
+    inside = {node.name: node for node in graph.nodes if _in_one_of(blocks, node)}
+    attentions = [name for name, node in inside.items() if attention_at(node) is not None]
+    mlps = {site.anchor for site in matches.sites if site.kind == "mlp"}
+    missed = sum(miss.kind == "mlp" for miss in matches.misses)
+    flops = count_flops(
+        module, [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    )
+    total = sum(spent for name, spent in flops.items() if name in inside)
+    left = sum(spent for name, spent in flops.items() if name in inside and name in needed)
+    return Coverage(
+        found=dict(Counter(site.kind for site in matches.sites)),
+        attentions=(sum(name not in needed for name in attentions), len(attentions)),
+        mlps=(len(mlps), len(mlps) + missed),
+        share=(total - left) / total if total else 0.0,
+    )
+
+
+def _in_one_of(blocks: set[tuple[str, int | None]], node: fx.Node) -> bool:
+    block = numbered_block(node.meta.get("path", ""))
+    return block in blocks and block[1] is not None
+
+
+def _needed(graph: fx.Graph, cached: set[str]) -> set[str]:
+    """Names of the nodes that the output needs when the ``cached`` ones are given."""
+    found: set[str] = set()
+    pending = list(graph.find_nodes(op="output"))
+    while pending:
+        node = pending.pop()
+        if node.name not in found and node.name not in cached:
+            found.add(node.name)
+            pending.extend(node.all_input_nodes)
+    return found

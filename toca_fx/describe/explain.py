@@ -1,0 +1,127 @@
+"""``toca_fx.explain``: capture, match and plan a model without running it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from toca_fx.backend import call_inputs, default_policy, written_for_another
+from toca_fx.capture.dynamo import capture
+from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
+from toca_fx.lower import memory
+from toca_fx.lower.cost import Analysis
+from toca_fx.match.matcher import NearMiss
+from toca_fx.plan.plan import Plan
+from toca_fx.policy import Policy, PolicySource, load_policy
+
+_PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
+
+
+def explain(
+    model: nn.Module,
+    policy: PolicySource | None = None,
+    *args: Any,
+    num_steps: int | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What ``policy`` would do with ``model``: its sites, what each does over a run, what was
+    skipped, FLOPs, and bytes of memory.
+
+    ``args`` and ``kwargs`` are the inputs of one call. Nothing is run and no memory is taken for
+    results, so that model and inputs may be on the device "meta". ``policy`` is as in ``compile``;
+    ``num_steps`` is the policy's own if None.
+
+    Raises:
+        PolicyError: the policy has problems, or does not fit the model.
+        UnsupportedModelError: the model cannot be captured as one graph.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a torch.nn.Module, got {type(model).__name__}; of a diffusers pipeline, pass the transformer"
+        )
+    given = None if policy is None else load_policy(policy)
+    module = copy.copy(getattr(model, "_orig_mod", model))
+    module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
+    captured, inputs = capture(module, args, kwargs)
+    name = type(module).__name__
+    chosen = given or default_policy(name, call_inputs(captured, inputs))
+    found = Analysis(captured, inputs, chosen)
+    plan = found.plan(num_steps)
+    mismatch = written_for_another(chosen, name)
+    peak = memory.predict(found, plan)
+    conditions, timed = found.hoisted_bytes
+    known = len(plan.steps) if found.table_fits(len(plan.steps)) else 0
+    recordable = found.nbytes(plan) + conditions + timed * (1 + known)
+    return Explanation(
+        model=name,
+        policy=chosen.name,
+        steps=tuple((step.index, step.kind) for step in plan.steps),
+        sites=_sites(plan, chosen),
+        skipped=tuple(_skipped(miss, found.aten.graph) for miss in found.matches.misses),
+        flops_done=found.flops(plan),
+        flops_uncached=found.uncached_flops * len(plan.steps),
+        cache_bytes=found.nbytes(plan),
+        hoisted_bytes=sum(found.hoisted_bytes),
+        step_bytes=peak.step,
+        peak_bytes=peak.kept + peak.hoisted + peak.step,
+        told_bytes=peak.told,
+        recordable_bytes=recordable,
+        queued_because=found.queued_because(recordable),
+        warnings=(*([mismatch] if mismatch else []), *plan.warnings),
+    )
+
+
+def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:
+    def path(index: int | None) -> str | None:
+        return None if index is None else plan.sites[index].path
+
+    return tuple(
+        SiteExplanation(
+            path=site.path,
+            kind=site.kind,
+            layer=site.layer,
+            tokens=site.tokens,
+            action=own.action.mode,
+            says=_says(policy, site.kind, site.path, site.layer),
+            modes=tuple(step.modes[i] for step in plan.steps),
+            computed=tuple(step.fresh[i] for step in plan.steps),
+            influence=path(site.influence),
+            entropy=path(site.entropy),
+            scores=tuple(own.scores.weights.items()),
+        )
+        for i, (site, own) in enumerate(zip(plan.sites, plan.policies, strict=True))
+    )
+
+
+def _says(policy: Policy, kind: str, path: str, layer: int) -> str:
+    """Which entry of the policy decides what happens to a module: its last matching rule, or
+    ``modules``.
+    """
+    for rule in reversed(policy.rules):
+        if rule.applies(kind, path, layer) and any(key == "module" for key, _ in rule.overrides):
+            return f"rule {rule.position}"
+    return f"modules.{kind}"
+
+
+def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
+    """A near miss, with the call that would make its attention known if it is an operator of
+    somebody else's.
+    """
+    foreign: dict[str, None] = {}
+    for node in graph.nodes:
+        target, path = node.target, node.meta.get("path", "")
+        inside = path == miss.path or path.startswith(f"{miss.path}.")
+        if (
+            inside
+            and isinstance(target, torch._ops.OpOverload)
+            and target.namespace not in _PYTORCH
+        ):
+            foreign[f"torch.ops.{target.namespace}.{target._opname}"] = None
+    advice = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
+    return Skipped(
+        miss.kind, miss.path, miss.reason, f"if this is an attention: {advice}" if advice else ""
+    )

@@ -1,0 +1,126 @@
+"""Who depends on whom in a graph, and where everything between two nodes has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from toca_fx.graph.ops import ADDS, RELAYOUTS, aten, is_constant, linear_input
+
+
+class Flow:
+    """Ancestors of all nodes (as bit sets: graphs have thousands of nodes), and the adds of the
+    residual stream.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.position = {node: at for at, node in enumerate(graph.nodes)}
+        self._above: dict[fx.Node, int] = {}
+        linears = 0
+        for node, at in self.position.items():
+            above = 1 << at
+            for operand in node.all_input_nodes:
+                above |= self._above[operand]
+            self._above[node] = above
+            if linear_input(node) is not None or node.target in (
+                aten.conv2d.default,
+                aten.conv3d.default,
+            ):
+                linears |= 1 << at
+        nodes = list(self.position)
+        self.residuals: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        for node in nodes:
+            for stream, branch in _addends(node):
+                read = self.read_by(branch, stream)
+                if read is None:
+                    continue
+                between = self._above[branch] & ~self._above[stream] & linears
+                if any(self.reaches(read, nodes[at]) for at in _bits(between)):
+                    self.residuals[node] = stream, branch
+        self._streams = sum(
+            {1 << self.position[root(stream)] for stream, _ in self.residuals.values()}
+        )
+
+    def reads_a_stream(self, node: fx.Node) -> bool:
+        """Whether ``node`` depends on a residual stream, and not only on a timestep or a
+        condition.
+        """
+        return bool(self._above[node] & self._streams)
+
+    def reaches(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` is ``source`` or depends on it."""
+        return bool(self._above[node] >> self.position[source] & 1)
+
+    def read_by(self, node: fx.Node, stream: fx.Node) -> fx.Node | None:
+        """The state of a residual stream that ``node`` depends on: as it is at ``stream``, or
+        before earlier adds (parallel branches).
+        """
+        state = root(stream)
+        while not self.reaches(state, node):
+            if state not in self.residuals:
+                return None
+            state = root(self.residuals[state][0])
+        return state
+
+    def between(self, source: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """All nodes on paths from ``source`` to ``end``, both included, in order."""
+        found, pending = {end}, [end]
+        while pending:
+            for operand in pending.pop().all_input_nodes:
+                if operand not in found and self.reaches(source, operand):
+                    found.add(operand)
+                    pending.append(operand)
+        return sorted(found, key=self.position.__getitem__)
+
+
+def passages(region: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of ``region`` (in order, its last node the end) that everything before them passes
+    through.
+    """
+    position = {node: at for at, node in enumerate(region)}
+    found, reach = [], 0
+    for at, node in enumerate(region):
+        if reach <= at:
+            found.append(node)
+        reach = max([reach, *(position[user] for user in node.users if user in position)])
+    return found
+
+
+def root(node: fx.Node) -> fx.Node:
+    """What a node shows in another layout or dtype."""
+    while node.target in RELAYOUTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _addends(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """(stream, branch) as an add could have them."""
+    if node.target in ADDS and len(node.args) == 2:
+        pairs = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+    elif node.target is aten.addcmul.default:
+        pairs = [(node.args[0], node.args[1]), (node.args[0], node.args[2])]
+    else:
+        return []
+    return [
+        (stream, branch)
+        for stream, branch in pairs
+        if isinstance(stream, fx.Node)
+        and isinstance(branch, fx.Node)
+        and not is_constant(stream)
+        and _same_shape(stream, node)
+    ]
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    left, right = one.meta.get("val"), other.meta.get("val")
+    return getattr(left, "shape", None) == getattr(right, "shape", ())
+
+
+def _bits(number: int) -> list[int]:
+    found = []
+    while number:
+        lowest = number & -number
+        found.append(lowest.bit_length() - 1)
+        number ^= lowest
+    return found

@@ -1,0 +1,243 @@
+"""Which operators act on each token by itself, and where the tokens of their operands lie.
+
+``operands(node, where)`` answers one question: if only some of the tokens at ``where`` in this
+node's output are wanted, which operands have to be restricted to the same tokens, and where do
+those lie in each of them? ``None`` means that the operator mixes tokens or has no rule: the
+restriction has to be applied to its output instead, which is correct and only slower.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from toca_fx.graph import axes
+from toca_fx.graph.axes import aten
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the ``count`` tokens of ``batch`` samples lie in a tensor.
+
+    ``batch_axis`` and ``axis`` are its axes; equal, if samples and tokens are flattened into one;
+    ``batch_axis`` is None in a tensor that all samples share. The tokens are the positions from
+    ``offset`` on, if the axis holds more than them.
+    """
+
+    batch: int
+    count: int
+    batch_axis: int | None = 0
+    axis: int = 1
+    offset: int = 0
+
+    @property
+    def flat(self) -> bool:
+        """Whether samples and tokens share one axis."""
+        return self.batch_axis == self.axis
+
+
+Operands = dict[fx.Node, Tokens]
+Segment = tuple[fx.Node, Tokens]
+
+
+def operands(node: fx.Node, where: Tokens) -> Operands | None:
+    """Operands of ``node`` that carry its tokens, and where; None if it mixes tokens or samples, or
+    has no rule.
+    """
+    if node.op != "call_function":
+        return None
+    if node.target in _VIEWS and (where.flat or _is_flat_source(node, where)):
+        return _view_samples(node, where) if node.target is not aten.unflatten.int else None
+    by_token = axes.operands(node, where.axis)
+    if (
+        by_token is None
+        or where.batch_axis is None
+        or (node.target is aten.unflatten.int and _splits(node, where.axis))
+    ):
+        return None
+    if where.flat:
+        return {
+            operand: replace(where, batch_axis=axis, axis=axis)
+            for operand, axis in by_token.items()
+        }
+    by_batch = _batch_operands(node, where.batch_axis, where.batch)
+    if by_batch is None or not all(
+        operand in by_batch or _is_shared(node, operand, where.batch_axis) for operand in by_token
+    ):
+        return None
+    return {
+        operand: replace(where, batch_axis=by_batch.get(operand), axis=axis)
+        for operand, axis in by_token.items()
+    }
+
+
+def segment(node: fx.Node, where: Tokens) -> Segment | None:
+    """For a slice or a concatenation along the token axis: the one operand that the tokens come
+    from, unchanged.
+    """
+    rule = _SEGMENTS.get(node.target)
+    return rule(node, where) if rule is not None and not where.flat else None
+
+
+def _batch_operands(node: fx.Node, axis: int, batch: int) -> axes.Axes | None:
+    """Like ``axes.operands`` for the batch axis, except that a batch of one counts and that
+    operands may lack it.
+    """
+    rule = axes.RULES.get(node.target)
+    if rule is not None:
+        return rule(node, axis)
+    if not axes.is_pointwise(node):
+        return None
+    rank = len(axes.shape_of(node))
+    aligned = {operand: axis - rank + len(axes.shape_of(operand)) for operand in axes.tensors(node)}
+    return {
+        operand: at
+        for operand, at in aligned.items()
+        if at >= 0 and axes.shape_of(operand)[at] == batch
+    }
+
+
+def _is_shared(node: fx.Node, operand: fx.Node, batch_axis: int) -> bool:
+    """Whether an operand has no samples and is broadcast over those of the output; keys, say, may
+    have them elsewhere and mix them.
+    """
+    shape = axes.shape_of(operand)
+    aligned = batch_axis - len(axes.shape_of(node)) + len(shape)
+    return aligned < 0 or shape[aligned] == 1
+
+
+def _is_flat_source(node: fx.Node, where: Tokens) -> bool:
+    """Whether a view splits one axis of its input into samples and tokens."""
+    if where.batch_axis is None or where.axis != where.batch_axis + 1 or where.offset:
+        return False
+    return (
+        axes.view_axis(node, where.batch_axis) is None or axes.view_axis(node, where.axis) is None
+    )
+
+
+def _view_samples(node: fx.Node, where: Tokens) -> Operands | None:
+    """Views between [batch, tokens, ...] and [batch * tokens, ...]."""
+    if where.batch_axis is None or where.offset:
+        return None
+    source, target = axes.shape_of(axes.first_operand(node)), axes.shape_of(node)
+    before, both = math.prod(target[: where.batch_axis]), where.batch * where.count
+    for candidate, size in enumerate(source):
+        if math.prod(source[:candidate]) != before:
+            continue
+        if size == both:
+            return {axes.first_operand(node): replace(where, batch_axis=candidate, axis=candidate)}
+        if where.flat and source[candidate : candidate + 2] == (where.batch, where.count):
+            return {
+                axes.first_operand(node): replace(where, batch_axis=candidate, axis=candidate + 1)
+            }
+    return None
+
+
+def _splits(node: fx.Node, axis: int) -> bool:
+    """Whether an unflatten spells out the size of ``axis``."""
+    dim, sizes = (
+        axes.axis_argument(node, 1, len(axes.shape_of(axes.first_operand(node)))),
+        node.args[2],
+    )
+    return isinstance(sizes, (list, tuple)) and dim <= axis < dim + len(sizes)
+
+
+def _slice_segment(node: fx.Node, where: Tokens) -> Segment | None:
+    """``x[:, start:]``: the same tokens lie further back in x."""
+    start: Any = node.args[2] if len(node.args) > 2 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    if (
+        axes.axis_argument(node, 1, len(axes.shape_of(node))) != where.axis
+        or step != 1
+        or not isinstance(start, (int, type(None)))
+    ):
+        return None
+    size = axes.shape_of(axes.first_operand(node))[where.axis]
+    begin = 0 if start is None else min(start, size) if start >= 0 else max(start + size, 0)
+    return axes.first_operand(node), replace(where, offset=where.offset + begin)
+
+
+def _narrow_segment(node: fx.Node, where: Tokens) -> Segment | None:
+    start: Any = node.args[2]
+    if axes.axis_argument(node, 1, len(axes.shape_of(node))) != where.axis:
+        return None
+    return axes.first_operand(node), replace(
+        where, offset=where.offset + start % axes.shape_of(axes.first_operand(node))[where.axis]
+    )
+
+
+def _item_segment(node: fx.Node, where: Tokens) -> Segment | None:
+    """One part of a split or chunk."""
+    whole, index = axes.first_operand(node), node.args[1]
+    if whole.target not in (
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+    ) or not isinstance(index, int):
+        return None
+    if axes.axis_argument(whole, 2, len(axes.shape_of(axes.first_operand(whole)))) != where.axis:
+        return None
+    parts = whole.meta["val"]
+    before = sum(part.shape[where.axis] for part in parts[: index % len(parts)])
+    return axes.first_operand(whole), replace(where, offset=where.offset + before)
+
+
+def _cat_segment(node: fx.Node, where: Tokens) -> Segment | None:
+    """Several streams in one sequence, of which the tokens lie in one."""
+    if axes.axis_argument(node, 1, len(axes.shape_of(node))) != where.axis:
+        return None
+    begin = 0
+    parts: Any = node.args[0]
+    for part in parts:
+        size = axes.shape_of(part)[where.axis]
+        if begin <= where.offset and where.offset + where.count <= begin + size:
+            return part, replace(where, offset=where.offset - begin)
+        begin += size
+    return None
+
+
+def _scatter_segment(node: fx.Node, where: Tokens) -> Segment | None:
+    """``x[:, start:end] = y``: the tokens lie in y, or in the part of x that stays."""
+    given: tuple[Any, ...] = tuple(node.args)
+    whole, part, dim, start, end, step = given + (0, None, None, 1)[len(given) - 2 :]
+    if (
+        not isinstance(whole, fx.Node)
+        or not isinstance(part, fx.Node)
+        or not isinstance(dim, int)
+        or step != 1
+    ):
+        return None
+    if dim % len(axes.shape_of(node)) != where.axis:
+        return None
+    size = axes.shape_of(node)[where.axis]
+    if not all(isinstance(bound, (int, type(None))) for bound in (start, end)):
+        return None
+    begin, stop, _ = slice(start, end).indices(size)
+    if begin <= where.offset and where.offset + where.count <= stop:
+        return part, replace(where, offset=where.offset - begin)
+    return (whole, where) if where.offset >= stop or where.offset + where.count <= begin else None
+
+
+_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+    }
+)
+
+# Operators that take tokens from a longer sequence or put them into one.
+_SEGMENTS: dict[Any, Callable[[fx.Node, Tokens], Segment | None]] = {
+    aten.slice.Tensor: _slice_segment,
+    aten.narrow.default: _narrow_segment,
+    operator.getitem: _item_segment,
+    aten.cat.default: _cat_segment,
+    aten.slice_scatter.default: _scatter_segment,
+}

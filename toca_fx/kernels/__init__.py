@@ -1,0 +1,1 @@
+"""Tensor mathematics: scores, rankings, column sums."""

@@ -1,0 +1,258 @@
+"""What an attention tells about its tokens (ToCa, section 3.2): s1 without an N x N map in memory,
+and s2.
+
+    influence  s1_j = sum_i c_ij                     how much token j is attended to; self- and joint attention
+    entropy    H_i = - sum_k c_ik ln(c_ik + 1e-7)    how undecided token i is about the text; cross-attention
+
+with the head-mean map c_ij = mean_h softmax(scale q_i . k_j). Both are normalised when tokens are
+chosen: L2 over the tokens of one stream, s2 as 1 + H. For s1 there are three ways, fastest first;
+all return the attention's output to rounding:
+
+    in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
+                the processor. Both products are those of the attention itself, so s1 costs a sum
+                over the block.
+    fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second product gives the columns;
+                on CUDA in one operator (``columns``).
+    recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
+                log-sum-exp computed beside it.
+
+With ``every`` above 1 the sum of s1 runs over the queries 0, ``every``, 2 ``every``, ... only: an
+estimate of a part of s1 which is the same for all tokens, and so, once normalised, of s1. The map
+of a cross-attention is small: it is computed, and the output from it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toca_fx.kernels.columns import attention_and_columns, column_sums, look_at, score_dtype, takes
+
+aten = torch.ops.aten
+
+_BLOCK_ELEMENTS = (
+    2**22
+)  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
+_MOST_BLOCKS = 16
+_MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
+
+
+def normalize(score: Tensor) -> Tensor:
+    """L2-normalise over tokens: [B, N] -> [B, N]."""
+    length: Tensor = torch.linalg.vector_norm(score, dim=-1, keepdim=True)
+    return score / length.clamp(min=1e-12)
+
+
+def of_segment(values: Tensor, start: int, count: int) -> Tensor:
+    """The scores of one stream's tokens out of those of all keys: [B, M] -> [B, count],
+    L2-normalised among themselves.
+    """
+    return normalize(values[:, start : start + count])
+
+
+def feature_norm(feature: Tensor) -> Tensor:
+    """Head-mean L2 norm of keys or values: [B, H, N, D] -> [B, N]."""
+    norm: Tensor = torch.linalg.vector_norm(feature.to(score_dtype(feature)), dim=-1).mean(dim=1)
+    return norm
+
+
+def map_influence(weights: Tensor, every: int = 1) -> Tensor:
+    """s1 of a map that is there, by every ``every``-th query: [B, H, N, M] -> [B, M]."""
+    return look_at(weights, every).to(score_dtype(weights)).mean(dim=1).sum(dim=1)
+
+
+def map_entropy(weights: Tensor, share: float) -> Tensor:
+    """H of a map that is there, scaled by ``share`` before the logarithm: [B, H, N, M] -> [B,
+    N].
+    """
+    return _entropy(weights.to(score_dtype(weights)).mean(dim=1), share)
+
+
+def _entropy(mean: Tensor, share: float) -> Tensor:
+    mean = mean * share if share != 1 else mean
+    return -(mean * (mean + 1e-7).log()).sum(dim=-1)
+
+
+def attention_and_entropy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    share: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and H of the N queries: ([B, H, N,
+    D], [B, N]).
+
+    ``share`` scales the map before the logarithm: 0.5 for a half of a guidance batch, whose two
+    halves' entropies then sum to that of the concatenated maps.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    groups = query.shape[1] // key.shape[1]
+    many = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > _MAP_ELEMENTS
+    if many or dropout_p or is_causal:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return output, entropy(query, key, factor, attn_mask, share)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = _softmax((query * factor) @ key.transpose(-1, -2), attn_mask)
+    # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
+    output = (weights.to(value.dtype) @ value).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, map_entropy(weights, share)
+
+
+def entropy(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, share: float = 1.0
+) -> Tensor:
+    """H [B, N] of a cross-attention, head by head: the memory of one head's map."""
+    total: Tensor | None = None
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    for head in range(heads):
+        own = slice(head, head + 1)
+        part = mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, own]
+        weights = _softmax(
+            (query[:, own] * scale) @ key[:, head // groups : head // groups + 1].transpose(-1, -2),
+            part,
+        )
+        total = weights if total is None else total + weights
+    if total is None:
+        raise ValueError("an attention without heads")
+    return _entropy(total.squeeze(1) / heads, share)
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    logits = logits.to(score_dtype(logits))
+    if mask is not None:
+        # A query that may attend to nothing gets zeros, as from the fused kernels; softmax would
+        # make it NaN.
+        logits = (
+            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        )
+        return logits.softmax(-1).masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return logits.softmax(-1)
+
+
+def attention_and_influence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    every: int = 1,
+    read: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not
+    normalised: ([B, H, N, D], [B, M]).
+
+    s1 is what every ``every``-th query adds to it. ``read`` [], a boolean on the CPU: whether
+    anybody will read s1. Where it is false, the operator for CUDA returns zeros in its place;
+    nothing else looks at it.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    plain = (
+        attn_mask is None
+        and not dropout_p
+        and not is_causal
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    )
+    if plain and query.device.type == "cpu":
+        if (
+            query.dtype in (torch.float32, torch.float64)
+            and (blocks := _blocks(query, key)) is not None
+        ):
+            return _in_blocks(query, key, value, factor, every, *blocks)
+        if query.shape[-1] == value.shape[-1]:
+            output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
+                query, key, value, scale=scale
+            )
+            return output, influence(query, key, factor, logsumexp, every=every)
+    if plain and takes(query, key, value):
+        output, columns = attention_and_columns(query, key, value, factor, every, read)
+        return output, columns.mean(dim=1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if is_causal:
+        attn_mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()
+    return output, influence(query, key, factor, None, attn_mask, every)
+
+
+def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
+    """How many samples, and queries of each, have a map that stays in the cache; None if those are
+    too many blocks to write out.
+
+    Whole maps as long as one fits: a product of few queries with all keys, for many samples, is
+    slow.
+    """
+    batch, heads, queries, _ = query.shape
+    of_query = max(1, heads * key.shape[2])
+    samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
+    rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
+    return (samples, rows) if -(batch // -samples) * -(queries // -rows) <= _MOST_BLOCKS else None
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, every: int, samples: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    outputs, columns = [], []
+    for q, k, v in zip(
+        *(torch.split(operand, samples) for operand in (query, key, value)), strict=True
+    ):
+        parts = [
+            _of_block(part * scale, k, v, every, -at * rows % every)
+            for at, part in enumerate(torch.split(q, rows, dim=2))
+        ]
+        outputs.append(torch.cat([output for output, _ in parts], dim=2))
+        columns.append(torch.stack([column for _, column in parts]).sum(0))
+    # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
+    output = torch.cat(outputs).transpose(1, 2).contiguous().transpose(1, 2)
+    return output, torch.cat(columns) / query.shape[1]
+
+
+def _of_block(
+    query: Tensor, key: Tensor, value: Tensor, every: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Output and columns [B, M] of a block of queries, of which ``first``, ``first`` + ``every``,
+    ... are looked at.
+    """
+    logits = query @ key.transpose(-1, -2)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    reciprocal = weights.sum(-1, keepdim=True).reciprocal()
+    looked = (
+        (weights, reciprocal)
+        if every == 1
+        else (weights[:, :, first::every], reciprocal[:, :, first::every])
+    )
+    return (weights @ value) * reciprocal, (looked[0] * looked[1]).sum(dim=(1, 2))
+
+
+def influence(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    logsumexp: Tensor | None = None,
+    mask: Tensor | None = None,
+    every: int = 1,
+) -> Tensor:
+    """s1 [B, M] by a second product, in chunks of the queries that are looked at: memory O(N). For
+    the arguments see ``column_sums``.
+    """
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., ::every, :]
+    if logsumexp is not None:
+        logsumexp = look_at(logsumexp, every)
+    return column_sums(look_at(query, every), key, scale, logsumexp, mask).mean(dim=1)

@@ -1,0 +1,1 @@
+"""Step graphs -> callables, and what they cost."""

@@ -1,0 +1,232 @@
+"""A step graph cut between its blocks, so that equal blocks are compiled once.
+
+    one graph of 28 blocks  ->  before, block, block, ..., block, after     three graphs to compile
+
+The pieces are found by the module paths of their nodes and told apart by what they compute, not by
+their names: a block whose attention is reused while the next one's is not is another block. Nothing
+but the residual stream and what the model hands from block to block crosses a cut.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.split_module import split_module
+
+from toca_fx.lower.cost import like
+from toca_fx.match.matcher import numbered_block
+
+aten = torch.ops.aten
+
+Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def compile_regions(
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    compiler: Compile,
+    mode: FakeTensorMode,
+) -> Callable[..., Any]:
+    """Compile ``module``, equal blocks once. ``examples`` are its inputs, fake tensors of ``mode``;
+    ``module`` is changed.
+
+    A graph without equal blocks is compiled whole.
+    """
+    pieces = cut(module)
+    kinds = _Survey(pieces, mode).kinds(examples)
+    if len(set(kinds.values())) == len(kinds):
+        return compiler(module, list(examples))
+    compiled: dict[_Kind, Callable[..., Any]] = {}
+    for name, kind in kinds.items():
+        if kind not in compiled:
+            compiled[kind] = compiler(kind.piece, list(kind.inputs))
+        delattr(pieces, name)
+        setattr(pieces, name, compiled[kind])
+    # What FX generates calls them in turn; Module.__call__ would only add to that.
+    run: Callable[..., Any] = pieces.forward
+    return run
+
+
+def cut(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` as a sequence of calls of submodules, one per block and one for what lies between
+    blocks; each returns a tuple.
+
+    The nodes of ``module`` are put into the order of the pieces.
+    """
+    region = assign(module.graph)
+    _hand_over_contiguous(module.graph, region)
+    body = sorted(region, key=region.__getitem__)
+    for before, after in itertools.pairwise(body):
+        before.append(after)
+    pieces = split_module(module, module, region.__getitem__, keep_original_order=True)
+    _return_tuples(pieces)
+    return pieces
+
+
+def _return_tuples(pieces: fx.GraphModule) -> None:
+    """Compilers want graphs that return tuples; what was split returns a single value as it is."""
+    for call in pieces.graph.find_nodes(op="call_module"):
+        piece: Any = pieces.get_submodule(call.target)
+        (end,) = piece.graph.find_nodes(op="output")
+        if not isinstance(end.args[0], tuple):
+            end.args = ((end.args[0],),)
+            piece.recompile()
+            with pieces.graph.inserting_after(call):
+                only = pieces.graph.call_function(operator.getitem, (call, 0))
+            call.replace_all_uses_with(
+                only, delete_user_cb=lambda user, only=only: user is not only
+            )
+    pieces.recompile()
+
+
+def assign(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The number of the piece that each node belongs to: 2 i + 1 for the i-th numbered block, even
+    ones for what lies around them.
+
+    No node comes before what it needs. Nodes that the rewriter added (they have no module stack) go
+    where they are used, and writes behind all that read the same memory.
+    """
+    blocks: dict[tuple[str, int], int] = {}
+    region: dict[fx.Node, int] = {}
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    for node in nodes:
+        given = max((region.get(operand, 0) for operand in node.all_input_nodes), default=0)
+        name, number = numbered_block(node.meta.get("path", ""))
+        if not _is_original(node) or node.target is operator.getitem:
+            region[node] = given
+        elif number is None:
+            region[node] = given + given % 2
+        else:
+            region[node] = max(given, 2 * blocks.setdefault((name, number), len(blocks)) + 1)
+    for node in reversed(nodes):
+        if not _is_original(node) and node.users:
+            region[node] = min(
+                (region[user] for user in node.users if user in region), default=region[node]
+            )
+    for node in nodes:
+        if node.target is operator.getitem:
+            region[node] = region[node.args[0]]
+        elif node.target is aten.copy_.default:
+            region[node] = max(
+                region[user]
+                for operand in node.all_input_nodes
+                for user in (operand, *operand.users)
+                if user in region
+            )
+    return region
+
+
+def _hand_over_contiguous(graph: fx.Graph, region: dict[fx.Node, int]) -> None:
+    """Patch embeddings hand the first block a transposed stream, and every other block gets it
+    straight: one block more to compile.
+    """
+    for node in [node for node in region if region[node] == 0]:
+        users, value = (
+            [user for user in node.users if region.get(user, 0) > 0],
+            node.meta.get("val"),
+        )
+        if users and isinstance(value, Tensor) and not value.is_contiguous() and _is_dense(value):
+            with graph.inserting_after(node):
+                straight = graph.call_function(aten.contiguous.default, (node,))
+            region[straight] = 0
+            node.replace_all_uses_with(straight, delete_user_cb=users.__contains__)
+
+
+def _is_dense(value: Tensor) -> bool:
+    return (
+        torch.empty_like(value).stride() == value.stride()
+    )  # what is expanded or cut out of something keeps no strides
+
+
+def signature(region: fx.GraphModule, inputs: Sequence[Any]) -> object:
+    """What a piece computes and on what; equal for pieces that can share one compiled graph."""
+    position = {node: at for at, node in enumerate(region.graph.nodes)}
+    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def of_size(size: Any) -> object:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            symbols.setdefault(symbol, sympy.Symbol(f"k{len(symbols)}", integer=True))
+        return expression.xreplace(symbols)
+
+    def of_input(value: Any) -> object:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        layout = (
+            *map(of_size, value.shape),
+            *map(of_size, value.stride()),
+            of_size(value.storage_offset()),
+        )
+        return layout, value.dtype, value.device, value.requires_grad
+
+    def of_arguments(node: fx.Node) -> str:
+        return repr(
+            fx.node.map_arg((node.args, node.kwargs), lambda operand: f"%{position[operand]}")
+        )
+
+    body = tuple(
+        (node.op, node.target, of_arguments(node))
+        for node in region.graph.nodes
+        if node.op != "placeholder"
+    )
+    return tuple(map(of_input, inputs)), body
+
+
+def _is_original(node: fx.Node) -> bool:
+    return "stack" in node.meta
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Pieces that are equal, by the first of them: what it is given and what it returns, fake
+    tensors.
+    """
+
+    piece: fx.GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
+class _Survey(fx.Interpreter):
+    """Runs one piece of each kind on fake tensors."""
+
+    def __init__(self, pieces: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(pieces)
+        self._mode = mode
+        self._known: dict[object, _Kind] = {}
+        self._kinds: dict[str, _Kind] = {}
+
+    def kinds(self, examples: Sequence[Any]) -> dict[str, _Kind]:
+        """The kind of each piece, in the order of their calls."""
+        # Python's decompositions know symbols; the C++ ones of torch 2.11 (matmul's, for one) make
+        # them numbers.
+        with self._mode, torch.no_grad(), enable_python_dispatcher():
+            self.run(*examples)
+        return self._kinds
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        piece: fx.GraphModule = self.fetch_attr(target)
+        sign = signature(piece, args)
+        first = self._known.get(sign)
+        # What is sized by symbols has other ones in every piece.
+        if first is not None and all(map(_is_static, first.outputs)):
+            outputs = tuple(like(self._mode, value) for value in first.outputs)
+        else:
+            outputs = super().call_module(target, args, kwargs)
+        self._kinds[target] = self._known.setdefault(sign, _Kind(piece, args, outputs))
+        return outputs
+
+
+def _is_static(value: Any) -> bool:
+    return isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)

@@ -1,0 +1,89 @@
+"""The compiler of the rewritten graphs: a backend of torch.compile, and the mode of inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from toca_fx.diagnostics import did_you_mean
+
+Compiler = str | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """``backend`` is "inductor", "aot_eager", "eager", any other torch.compile backend, or one
+    itself; ``mode`` is as in torch.compile.
+
+    Frozen, because Dynamo guards on backends being equal.
+
+    Raises:
+        TypeError: ``backend`` is neither a name nor a callable.
+        ValueError: there is no such backend or mode, or the backend has no modes.
+    """
+
+    backend: Compiler = "inductor"
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        self._function()
+        if self.mode is None:
+            return
+        if self.backend != "inductor":
+            raise ValueError(
+                f"mode={self.mode!r} is for the inner backend inductor; {self.backend} has no modes"
+            )
+        known = torch._inductor.list_mode_options()
+        if self.mode not in known:
+            raise ValueError(
+                f"unknown mode `{self.mode}`{did_you_mean(str(self.mode), known)}; known: {', '.join(known)}"
+            )
+
+    def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Compile ``module`` for ``inputs``, fake tensors."""
+        run: Callable[..., Any] = self._function()(
+            module, inputs, **({"config_patches": self._options} if self._options else {})
+        )
+        return run
+
+    @property
+    def records(self) -> bool | None:
+        """Whether steps are recorded as CUDA graphs on a GPU: what ``mode`` says, None if it says
+        nothing.
+        """
+        if self.backend != "inductor":
+            return False
+        return (
+            None
+            if self.mode is None
+            else bool(torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs"))
+        )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        # Whole steps are recorded, with the selection (see ``recording``), and not what inductor is
+        # given.
+        found = {} if self.mode is None else torch._inductor.list_mode_options(self.mode)
+        return {key: value for key, value in found.items() if key != "triton.cudagraphs"}
+
+    def _function(self) -> Callable[..., Any]:
+        if callable(self.backend):
+            return self.backend
+        if not isinstance(self.backend, str):
+            raise TypeError(
+                f"inner={self.backend!r}: expected the name of a torch.compile backend, or a callable"
+            )
+        try:
+            found: Callable[..., Any] = lookup_backend(self.backend)
+        except Exception as error:
+            known = torch.compiler.list_backends(exclude_tags=())
+            hint = did_you_mean(self.backend, known)
+            raise ValueError(
+                f"unknown inner backend `{self.backend}`{hint}; known: {', '.join(known)}"
+            ) from error
+        return found

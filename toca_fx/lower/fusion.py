@@ -1,0 +1,389 @@
+"""What inductor makes of a graph, by its rules and without it: which kernels run, and what of it
+they write to memory.
+
+    kernels     products, convolutions, attention, sorting, complex numbers, whatever is no ATen operator: operands and results are written
+    reductions  sums and means: results are written, operands are not
+    fused       everything else, norms and gathers among it: computed again by each reader and never written, unless a kernel takes it, it
+                is handed on, or it reads too much
+    views       share the memory of what they are a view of
+
+The rules are those of torch/_inductor (GraphLowering.run_node and StorageBox there), applied to the
+operators that its decompositions start from. Left out: kernels that are fused because they read the
+same, and concatenations that are written part by part.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# Overload packets of ATen, by name.
+_PRODUCTS = frozenset(
+    {
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "scaled_dot_product_attention",
+        "_weight_int8pack_mm",
+    }
+)
+_CONVOLUTIONS = frozenset(
+    {
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    }
+)
+_KERNELS = (
+    _PRODUCTS | _CONVOLUTIONS | {"sort", "argsort", "topk", "scatter", "index_put", "index_copy"}
+)
+_REDUCTIONS = frozenset(
+    {
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "argmax",
+        "argmin",
+        "logsumexp",
+        "var",
+        "std",
+        "linalg_vector_norm",
+        "linalg_norm",
+    }
+)
+_NORMS = frozenset(
+    {
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "group_norm",
+        "softmax",
+        "_softmax",
+        "log_softmax",
+    }
+)
+_TWICE = _NORMS | {"gelu", "silu"}  # they read their operand more than once
+# Where they copy, the result is in another order than what they read; where the latter are views,
+# it is in the same.
+_MOVING = frozenset(
+    {"cat", "stack", "index", "index_select", "clone", "contiguous", "reshape", "flatten"}
+)
+_STRAIGHT = frozenset(
+    {
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "detach",
+        "contiguous",
+        "to",
+    }
+)
+_OPS = {
+    "gelu": 12,
+    "layer_norm": 10,
+    "rms_norm": 8,
+    "softmax": 5,
+    "silu": 4,
+}  # of an inner loop; others count for _OPS_OF_ONE
+_OPS_OF_ONE = 2
+
+# config.realize_reads_threshold, realize_acc_reads_threshold, realize_opcount_threshold of
+# inductor.
+_READS_IF_REUSED, _MOST_READS, _MOST_OPS = 4, 8, 30
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory that a graph writes: ``nbytes`` if all tokens are fresh; those of site ``site`` are if
+    it is not None.
+
+    ``piece`` is the one that writes it, and ``end`` says that the graph returns it. Inputs have
+    ``piece`` -1 and take nothing.
+    """
+
+    name: str
+    nbytes: int
+    dtype: torch.dtype | None
+    piece: int
+    site: int | None = None
+    end: bool = False
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A kernel, what it reads and writes. The values of ``reads`` say whether it reads in the order
+    in which it writes.
+
+    ``fused`` kernels may write where they have read.
+    """
+
+    name: str
+    piece: int
+    reads: dict[Buffer, bool]
+    writes: list[Buffer]
+    fused: bool
+
+
+_Place = tuple[Buffer, Any]  # a buffer, and through which view it is read
+
+
+@dataclass(eq=False)
+class _Value:
+    """What a node computes, shared by all views of it: a buffer, or what it would be computed
+    from.
+    """
+
+    buffer: Buffer
+    reads: dict[_Place, bool] = field(default_factory=dict)
+    ops: int = 0
+    fused: bool = True
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class _View:
+    """A value as a node sees it: ``straight`` if in the order of memory, else through the view
+    ``key``.
+    """
+
+    value: _Value
+    straight: bool = True
+    key: Any = None
+
+    def reads(self) -> dict[_Place, bool]:
+        if self.value.written:
+            return {(self.value.buffer, self.key): self.straight}
+        if self.straight:
+            return self.value.reads
+        return {(buffer, (key, self.key)): False for buffer, key in self.value.reads}
+
+
+def kernels_of(
+    graph: fx.Graph, values: Mapping[str, Any], piece: Mapping[fx.Node, int]
+) -> list[Kernel]:
+    """The kernels of a step graph in the order of its nodes.
+
+    ``values`` are the (fake) values of the nodes by name if all tokens are fresh; ``piece`` numbers
+    the parts that are compiled one by one.
+    """
+    return _Lowering(graph, values, piece).run()
+
+
+class _Lowering:
+    """Goes over the nodes once."""
+
+    def __init__(
+        self, graph: fx.Graph, values: Mapping[str, Any], piece: Mapping[fx.Node, int]
+    ) -> None:
+        self._graph, self._values, self._piece = graph, values, piece
+        self._kernels: list[Kernel] = []
+        self._seen: dict[fx.Node, _View | list[_View | None]] = {}
+        self._sites: dict[fx.Node, int] = {}
+
+    def run(self) -> list[Kernel]:
+        for node in self._graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                if node.name.startswith("ranks_"):
+                    self._sites[node] = int(node.name.removeprefix("ranks_"))
+                self._seen[node] = _View(_Value(Buffer(node.name, 0, None, -1), written=True))
+            elif node.op == "output":
+                for view in self._operands(node):
+                    self._write(view.value)
+                    view.value.buffer.end = True
+            else:
+                self._visit(node)
+        return self._kernels
+
+    def _visit(self, node: fx.Node) -> None:
+        operands = self._operands(node)
+        for view in operands:  # what another piece computes comes from memory
+            if view.value.buffer.piece != self._piece[node]:
+                self._write(view.value)
+        if node.target is operator.getitem:
+            self._take(node)
+            return
+        value = self._values[node.name]
+        outputs = (
+            [value]
+            if isinstance(value, Tensor)
+            else list(value)
+            if isinstance(value, (tuple, list))
+            else []
+        )
+        if not any(isinstance(output, Tensor) for output in outputs):
+            return  # a number
+        name = _name(node)
+        if name not in ("index_put", "scatter", "copy_"):
+            self._sites.update(
+                (node, self._sites[operand])
+                for operand in node.all_input_nodes
+                if operand in self._sites
+            )
+        if name == "copy_":
+            self._copy(node)
+        elif name == "index_put" and operands[0].value.buffer.piece < 0:
+            # A cache that is updated in place.
+            self._launch(node, _joined(operands[1:]), [])
+            self._seen[node] = operands[0]
+        elif operands and self._is_view(node, name, outputs[0], operands[0]):
+            self._look(node, name, operands[0], isinstance(value, Tensor))
+        elif name in _KERNELS or not name or self._is_foreign(node, name, outputs):
+            for view in operands:
+                self._write(view.value)
+            made = [
+                self._buffer(node, output) if isinstance(output, Tensor) else None
+                for output in outputs
+            ]
+            self._launch(
+                node,
+                dict.fromkeys(_joined(operands), False),
+                [buffer for buffer in made if buffer],
+                fused=False,
+            )
+            views = [
+                None if buffer is None else _View(_Value(buffer, written=True)) for buffer in made
+            ]
+            self._seen[node] = views[0] if isinstance(value, Tensor) and views[0] else views
+        else:
+            self._fuse(node, name, outputs[0], operands)
+
+    def _take(self, node: fx.Node) -> None:
+        """One of the values that a node computes, or that it is cut into."""
+        whole, at = self._seen.get(node.all_input_nodes[0]), node.args[1]
+        part = whole[at] if isinstance(whole, list) and isinstance(at, int) else whole
+        if isinstance(part, _View):
+            self._seen[node] = (
+                part
+                if isinstance(whole, list)
+                else _View(part.value, straight=False, key=node.name)
+            )
+
+    def _operands(self, node: fx.Node) -> list[_View]:
+        found = (self._seen.get(operand) for operand in node.all_input_nodes)
+        return [view for view in found if isinstance(view, _View)]
+
+    def _buffer(self, node: fx.Node, output: Tensor) -> Buffer:
+        return Buffer(
+            node.name,
+            output.numel() * output.element_size(),
+            output.dtype,
+            self._piece[node],
+            self._sites.get(node),
+        )
+
+    def _launch(
+        self, node: fx.Node, reads: dict[_Place, bool], writes: list[Buffer], *, fused: bool = True
+    ) -> None:
+        self._kernels.append(Kernel(node.name, self._piece[node], _by_buffer(reads), writes, fused))
+
+    def _write(self, value: _Value) -> None:
+        """Materialise a value."""
+        if not value.written:
+            buffer = value.buffer
+            self._kernels.append(
+                Kernel(buffer.name, buffer.piece, _by_buffer(value.reads), [buffer], value.fused)
+            )
+            value.written, value.reads, value.ops = True, {}, 0
+
+    def _copy(self, node: fx.Node) -> None:
+        """A cache is written, by what computes the value if nothing else does."""
+        target, source = (self._seen[operand] for operand in node.all_input_nodes[:2])
+        self._seen[node] = target
+        if (
+            isinstance(target, _View)
+            and isinstance(source, _View)
+            and target.value is not source.value
+        ):
+            self._launch(node, source.reads(), [])
+
+    def _is_view(self, node: fx.Node, name: str, output: Tensor, first: _View) -> bool:
+        if name in _KERNELS:
+            return False
+        (given, *_) = node.all_input_nodes
+        whole = self._values[given.name]
+        storages = {
+            x.untyped_storage()._cdata
+            for x in ([whole] if isinstance(whole, Tensor) else whole)
+            if isinstance(x, Tensor)
+        }
+        # On a GPU attention leaves heads next to channels in memory, and so they are joined without
+        # a copy.
+        joins = name in ("reshape", "flatten", "contiguous") and first.value.buffer.name.startswith(
+            "scaled_dot_product_attention"
+        )
+        return output.untyped_storage()._cdata in storages or joins
+
+    def _look(self, node: fx.Node, name: str, operand: _View, is_one: bool) -> None:
+        straight = operand.straight and is_one and name in _STRAIGHT
+        self._seen[node] = _View(operand.value, straight, operand.key if straight else node.name)
+        self._write_if_reused(node, operand.value, 0)
+
+    def _is_foreign(self, node: fx.Node, name: str, outputs: Iterable[Any]) -> bool:
+        operands = (self._values[operand.name] for operand in node.all_input_nodes)
+        is_complex = any(
+            isinstance(value, Tensor) and value.is_complex() for value in (*outputs, *operands)
+        )
+        foreign = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
+        return is_complex or foreign or name.startswith(("_scaled_dot_product", "_fft"))
+
+    def _fuse(self, node: fx.Node, name: str, output: Tensor, operands: list[_View]) -> None:
+        reads = _joined(operands)
+        if name in _MOVING:
+            reads = dict.fromkeys(reads, False)
+        ops = _OPS.get(name, _OPS_OF_ONE) + sum(view.value.ops for view in operands)
+        value = _Value(self._buffer(node, output), reads, ops, fused=name not in _REDUCTIONS)
+        self._seen[node] = _View(value)
+        if name in _REDUCTIONS:
+            self._write(value)
+        else:
+            self._write_if_reused(node, value, 2 if name in _NORMS else 0)  # mean and variance
+
+    def _write_if_reused(self, node: fx.Node, value: _Value, more_reads: int) -> None:
+        """Materialise what is used more than once if it reads a lot, and what reads too much in any
+        case.
+        """
+        reads = len(value.reads) + more_reads
+        users = sum(2 if _name(user) in _TWICE else 1 for user in node.users)
+        if not value.written and users:
+            most = _READS_IF_REUSED if users > 1 else _MOST_READS
+            if reads > most or value.ops > _MOST_OPS:
+                self._write(value)
+
+
+def _name(node: fx.Node) -> str:
+    """The operator of a node without its overload; "" if it is none."""
+    return (
+        node.target._overloadpacket.__name__
+        if isinstance(node.target, torch._ops.OpOverload)
+        else ""
+    )
+
+
+def _joined(operands: Iterable[_View]) -> dict[_Place, bool]:
+    found: dict[_Place, bool] = {}
+    for view in operands:
+        found |= view.reads()
+    return found
+
+
+def _by_buffer(reads: Mapping[_Place, bool]) -> dict[Buffer, bool]:
+    found: dict[Buffer, bool] = {}
+    for (buffer, _), straight in reads.items():
+        found[buffer] = found.get(buffer, True) and straight
+    return found

@@ -1,0 +1,112 @@
+"""Where the hoisted values of a generation lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from toca_fx.rewrite.hoist import Hoisted
+
+_ALIGNMENT = 64  # bytes; compilers take for granted that inputs are aligned
+_NEVER = -2  # no row of a table
+
+
+class HoistedValues:
+    """Tensors for all hoisted values, always the same ones, so that a recorded step finds them.
+
+    ``tensors`` are the inputs of the step graphs (see ``buffers``). Those of the timed values are
+    views of one row per dtype, so that one copy out of ``tables``, [T + 1, width] for T known
+    timesteps, brings all of them; the last row of a table is NaN.
+    """
+
+    def __init__(self, hoisted: Hoisted, values: Mapping[str, Tensor], steps: int) -> None:
+        """``values`` are (fake) tensors like the values, by name; ``steps`` is T, 0 if no timesteps
+        are known.
+        """
+        made = {
+            name: torch.empty(
+                values[name].shape, dtype=values[name].dtype, device=values[name].device
+            )
+            for name in hoisted.conditions
+        }
+        self.conditions = list(made.values())
+        widths: dict[torch.dtype, int] = {}
+        places: dict[str, tuple[torch.dtype, int]] = {}
+        for name in hoisted.timed:
+            dtype, numel = values[name].dtype, values[name].numel()
+            places[name] = (dtype, widths.get(dtype, 0))
+            of_line = _ALIGNMENT // dtype.itemsize
+            widths[dtype] = places[name][1] + -(numel // -of_line) * of_line
+        device = values[hoisted.timed[0]].device if hoisted.timed else None
+        self._rows = {
+            dtype: torch.zeros(width, dtype=dtype, device=device) for dtype, width in widths.items()
+        }
+        self.tables = {
+            dtype: torch.empty(steps + 1 if steps else 0, width, dtype=dtype, device=device)
+            for dtype, width in widths.items()
+        }
+        self._places = places
+        for name, (dtype, start) in places.items():
+            made[name] = self._rows[dtype][start : start + values[name].numel()].view(
+                values[name].shape
+            )
+        self.tensors = {f"hoisted:{name}": tensor for name, tensor in made.items()}
+        self._timed = [made[name] for name in hoisted.timed]
+        # The timesteps [T], the row of the last call, and whether a call was at no listed one, or
+        # at that of the call before.
+        self.timesteps = torch.zeros(steps, dtype=torch.float32, device=device)
+        self.row = torch.full((), _NEVER, device=device)
+        self.doubts = torch.zeros(2, dtype=torch.bool, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(
+            tensor.nbytes
+            for tensor in (*self.conditions, *self._rows.values(), *self.tables.values())
+        )
+
+    def clear(self) -> None:
+        """Begin a generation."""
+        self.row.fill_(_NEVER)
+        self.doubts.zero_()
+
+    def put(self, found: Sequence[Tensor]) -> None:
+        """The timed values of the present step."""
+        torch._foreach_copy_(self._timed, list(found))
+
+    def fill(self, found: Sequence[Tensor]) -> None:
+        """The timed values at all timesteps, [T, ...] each."""
+        for (dtype, start), values in zip(self._places.values(), found, strict=True):
+            self.tables[dtype][:-1, start : start + values[0].numel()].copy_(values.flatten(1))
+        for table in self.tables.values():
+            table[-1].fill_(torch.nan if table.is_floating_point() else 0)
+
+    def take(self, row: int) -> None:
+        """Bring the timed values of a known timestep."""
+        for dtype, table in self.tables.items():
+            self._rows[dtype].copy_(table[row])
+
+    def look_up(self, timestep: Tensor) -> None:
+        """Bring the timed values of a listed timestep without waiting for the device; NaN if it is
+        not listed.
+        """
+        apart = distance(timestep.reshape(1, -1), self.timesteps[:, None]).amax(dim=1)
+        lost = apart.amin() > 0
+        row = apart.argmin().masked_fill(
+            lost, len(apart)
+        )  # a number in torch.where would be copied to the device, and waited for
+        self.doubts.logical_or_(torch.stack([lost, row == self.row]))
+        self.row.copy_(row)
+        for dtype, table in self.tables.items():
+            torch.index_select(table, 0, row[None], out=self._rows[dtype][None])
+
+
+def distance(timestep: Tensor, listed: Tensor) -> Tensor:
+    """How far apart they are, beyond the rounding of the timestep's type: bfloat16(t) / 1000 is not
+    bfloat16(t / 1000).
+    """
+    rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+    return (timestep.to(listed) - listed).abs() - rounding * listed.abs()

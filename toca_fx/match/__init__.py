@@ -1,0 +1,1 @@
+"""Graph -> sites and near misses."""

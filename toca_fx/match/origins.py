@@ -1,0 +1,277 @@
+"""Where the operands of an attention come from: which streams it reads, and which of its rows, keys
+and values belong to one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from toca_fx.graph import axes, tokenwise
+from toca_fx.graph.ops import aten, is_constant, linear_input
+from toca_fx.graph.stream import Flow, passages, root
+from toca_fx.graph.tokenwise import Tokens
+from toca_fx.match.anchors import Attention
+
+# Of one tensor in another shape or dtype; parts of it are something else.
+_RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.contiguous.default,
+        aten.to.dtype,
+    }
+)
+
+
+def attention_kind(attention: Attention) -> str | None:
+    """Which kind of site it is: "self_attention", "cross_attention" or "joint_attention"; None if
+    query or key has no projection.
+    """
+    query, key = (list(_source_linears(node)) for node in (attention.query, attention.key))
+    if query and is_constant(attention.key):
+        return "cross_attention"  # to something learnt
+    if not query or not key:
+        return None
+    query_inputs, key_inputs = (
+        {projected(linear) for linear in linears} for linears in (query, key)
+    )
+    if query_inputs != key_inputs:
+        return "cross_attention"
+    return "self_attention" if len(query_inputs) == 1 else "joint_attention"
+
+
+def _source_linears(value: object) -> Iterator[fx.Node]:
+    """The nearest linears upstream of a query or key: through views, norms, rotary embeddings and
+    scaling.
+    """
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen or is_constant(node):
+            continue
+        seen.add(node)
+        if linear_input(node) is not None:
+            yield node
+        else:
+            pending.extend(node.all_input_nodes)
+
+
+def projected(linear: fx.Node) -> fx.Node | None:
+    """What a projection reads; of a low-rank pair (LoRA), what the first of the two reads."""
+    source = linear_input(linear)
+    while source is not None and (earlier := linear_input(root(source))) is not None:
+        source = earlier
+    while source is not None and source.target in _RESHAPES and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    return source
+
+
+def segment_of(
+    attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
+) -> int | None:
+    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens,
+    channels]; None if they are others.
+
+    Operands have four axes, or three, with the heads of a sample side by side in the first.
+    """
+    batch, count, _ = shape
+    heads = axes.shape_of(attention.output)
+    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
+    tokens = _followed(attention, output, Tokens(batch, count), flow)
+    if tokens is None or tokens.axis != queries:
+        return None
+    if len(heads) == 4:
+        # An axis of one position cannot be followed, nor does it have to be.
+        samples = (
+            _followed(attention, output, Tokens(count, batch, batch_axis=1, axis=0), flow)
+            if batch > 1
+            else replace(tokens, axis=0)
+        )
+        return (
+            tokens.offset
+            if samples is not None and samples.axis == 0 and heads[0] == batch
+            else None
+        )
+    # Without an axis of heads only a map that is there can be read.
+    return (
+        tokens.offset
+        if len(heads) == 3 and attention.weights is not None and _samples_first(attention, batch)
+        else None
+    )
+
+
+def is_sequence_first(
+    attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
+) -> bool:
+    """Whether an attention takes ``output`` for [tokens, batch, channels]: queries lie along its
+    first axis, samples along its second.
+    """
+    rows, columns, _ = shape
+    queries = len(axes.shape_of(attention.output)) - 2 if attention.layout == "bhnd" else 1
+    first = _followed(attention, output, Tokens(columns, rows, batch_axis=1, axis=0), flow)
+    second = _followed(attention, output, Tokens(rows, columns), flow)
+    return first is not None and second is not None and (first.axis, second.axis) == (queries, 0)
+
+
+def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) -> Tokens | None:
+    """Where the positions at ``where`` of ``output`` lie in an attention's result; None if they
+    cannot be followed there.
+    """
+    ends: set[Tokens] = set()
+    pending, seen = [(output, where)], set()
+    while pending:
+        node, there = pending.pop()
+        if (node, there) in seen:
+            continue
+        seen.add((node, there))
+        if node is attention.output:
+            ends.add(there)
+            continue
+        moved = tokenwise.segment(node, there)
+        if moved is not None:
+            pending.append(moved)
+            continue
+        carried = axes.operands(node, there.axis)
+        if carried is None:
+            return None
+        pending += [
+            (operand, replace(there, axis=axis))
+            for operand, axis in carried.items()
+            if flow.reaches(attention.output, operand)
+        ]
+    return next(iter(ends)) if len(ends) == 1 else None
+
+
+def _samples_first(attention: Attention, batch: int) -> bool:
+    """Whether the first axis [batch * heads] of an attention's result has the heads of a sample
+    side by side.
+    """
+    shapes = [list(getattr(user.meta.get("val"), "shape", ())) for user in attention.output.users]
+    return any(len(shape) == 4 and shape[0] == batch for shape in shapes)
+
+
+def same_tokens(attention: Attention, shape: tuple[int, int, int], segment: int) -> bool:
+    """Whether key i and query i, from ``segment`` on, come from the same token of what the
+    projections read.
+    """
+    rank = len(axes.shape_of(attention.output))
+    queries = rank - 2 if attention.layout == "bhnd" else 1
+    batch, count, _ = shape
+    # A key that is multiplied explicitly is transposed.
+    keys = rank - 1 if attention.weights is not None else queries
+    query, key = (
+        _read(operand, Tokens(batch, count, axis=axis, offset=segment))
+        for operand, axis in ((attention.query, queries), (attention.key, keys))
+    )
+    return bool(query & key)
+
+
+def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int]]:
+    """What the projections behind a query or key read, and axis and offset of the tokens in it."""
+    found: set[tuple[fx.Node | None, int, int]] = set()
+    pending, seen = [(operand, where)], set()
+    while pending:
+        node, there = pending.pop()
+        if (node, there) in seen or is_constant(node):
+            continue
+        seen.add((node, there))
+        moved = tokenwise.segment(node, there)
+        carried = axes.operands(node, there.axis) or {}
+        if linear_input(node) is not None:
+            found |= {
+                (unshaped(source), axis, there.offset)
+                for source, axis in carried.items()
+                if not is_constant(source)
+            }
+        elif moved is not None:
+            pending.append(moved)
+        elif node.target is aten.cat.default and not carried:
+            pending += _parts(node, there)
+        else:
+            pending += [(source, replace(there, axis=axis)) for source, axis in carried.items()]
+    return found
+
+
+def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
+    """The parts of a concatenation along the tokens, and which of the tokens at ``where`` each of
+    them has.
+    """
+    begin = 0
+    parts: Any = node.args[0]
+    for part in parts:
+        end = begin + axes.shape_of(part)[where.axis]
+        first, last = max(begin, where.offset), min(end, where.offset + where.count)
+        if first < last:
+            yield part, replace(where, offset=first - begin, count=last - first)
+        begin = end
+
+
+def unshaped(node: fx.Node | None) -> fx.Node | None:
+    """What a node is in another dtype."""
+    while (
+        node is not None
+        and node.target in (aten.to.dtype, aten.contiguous.default)
+        and isinstance(node.args[0], fx.Node)
+    ):
+        node = node.args[0]
+    return node
+
+
+def projections_of(
+    attention: Attention, shape: tuple[int, int, int], segment: int, flow: Flow
+) -> tuple[str, ...]:
+    """Keys and values of one stream, [batch, tokens, ...], as early as they are apart from queries;
+    empty if they cannot be followed.
+
+    Where no such node is apart from queries (one projection split along an axis in front of the
+    tokens), queries are remembered, too.
+    """
+    batch, count, _ = shape
+    axis = 2 if attention.layout == "bhnd" else 1
+    names: dict[str, None] = {}
+    for operand in (attention.key, attention.value):
+        if len(axes.shape_of(operand)) != 4 or attention.weights is not None:
+            return ()
+        region = _upstream(operand, Tokens(batch, count, axis=axis, offset=segment))
+        whole = [
+            node
+            for node, where in region.items()
+            if where == Tokens(batch, count) and axes.shape_of(node)[:2] == (batch, count)
+        ]
+        ways = [node for node in passages(list(region)) if node in whole]
+        apart = [node for node in ways if not flow.reaches(node, attention.query)]
+        if not ways:
+            return ()
+        names[(apart or ways)[0].name] = None
+    return tuple(names)
+
+
+def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
+    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order,
+    and where in each; tensors only.
+    """
+    found: dict[fx.Node, Tokens] = {}
+    pending = [(start, where)]
+    while pending:
+        node, there = pending.pop()
+        if node in found:
+            continue
+        found[node] = there
+        source = linear_input(node)
+        if source is not None and linear_input(root(source)) is None:
+            continue
+        moved = tokenwise.segment(node, there)
+        if moved is not None:
+            pending.append(moved)
+        else:
+            pending += (tokenwise.operands(node, there) or {}).items()
+    return {
+        node: found[node]
+        for node in start.graph.nodes
+        if node in found and hasattr(node.meta.get("val"), "shape")
+    }

@@ -1,0 +1,1 @@
+"""Sites x policy x steps -> what each site does on each step. Without torch."""

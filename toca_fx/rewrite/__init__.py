@@ -1,0 +1,1 @@
+"""Plan -> step graphs: passes over one draft."""

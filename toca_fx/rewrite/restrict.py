@@ -1,0 +1,171 @@
+"""Copies of a graph's nodes that work on the fresh tokens only.
+
+``x[rows]`` is taken as far up as ``tokenwise`` proves that operators act per token, at best from
+the residual stream itself, above norm and modulation. Restricted values keep their rank and their
+batch axis, with K in the place of N, so that every other operand still broadcasts. Axes are
+followed operator by operator: a size alone proves nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from toca_fx.graph import axes, tokenwise
+from toca_fx.graph.axes import shape_of
+from toca_fx.graph.tokenwise import Tokens
+
+aten = torch.ops.aten
+
+
+class Restriction:
+    """Restricts nodes to the fresh tokens of one site.
+
+    ``rows`` [B, K] index the flattened [B * N] tokens of the site's ``batch`` samples and ``count``
+    tokens. Nodes in ``needed`` are computed whole in any case: they are gathered from, not computed
+    again. New nodes go in front of ``before``, which may move downstream from call to call.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, rows: fx.Node, needed: set[fx.Node], device: torch.device
+    ) -> None:
+        self._graph, self._rows, self._needed, self._device = graph, rows, needed, device
+        self.before = rows
+        self._done: dict[tuple[fx.Node, Tokens], fx.Node | None] = {}
+        self._rows_in: dict[Tokens, fx.Node] = {}
+        self.created: list[fx.Node] = []
+        self.gathered: list[fx.Node] = []
+
+    def __call__(self, node: fx.Node, where: Tokens) -> fx.Node | None:
+        """``node`` restricted to the tokens at ``where``; None for a list of tensors that cannot
+        be, so that its user has to be.
+        """
+        key = (node, where)
+        if key not in self._done:
+            restricted = None if node in self._needed else self._recompute(node, where)
+            if restricted is None and isinstance(node.meta.get("val"), Tensor):
+                restricted = self._gather(node, where)
+            self._done[key] = restricted
+        return self._done[key]
+
+    def _recompute(self, node: fx.Node, where: Tokens) -> fx.Node | None:
+        moved = tokenwise.segment(node, where)
+        if moved is not None:
+            source, there = moved
+            return self(source, there) if _has_samples(source, there) else None
+        operands = tokenwise.operands(node, where)
+        if operands is None:
+            return None
+        replaced: dict[fx.Node, fx.Node] = {}
+        for operand, there in operands.items():
+            if there.batch_axis is None:
+                restricted: fx.Node | None = self._gather_shared(
+                    operand, there, where, rank=len(shape_of(node))
+                )
+            else:
+                restricted = self(operand, there)
+            if restricted is None:
+                return None
+            replaced[operand] = restricted
+        with self._graph.inserting_before(self.before):
+            copied = self._graph.node_copy(node, lambda operand: replaced.get(operand, operand))
+            if axes.has_sizes(node):
+                count = self._graph.call_function(aten.sym_size.int, (self._rows, 1))
+                copied.prepend(count)
+                if where.flat:
+                    count = self._graph.call_function(operator.mul, (count, where.batch))
+                    copied.prepend(count)
+                copied.args = (
+                    copied.args[0],
+                    axes.resized(node, where.axis, count),
+                    *copied.args[2:],
+                )
+        copied.meta.pop("stack", None)  # it belongs to the site now, wherever the original stands
+        self.created.append(copied)
+        return copied
+
+    def _gather(self, node: fx.Node, where: Tokens) -> fx.Node:
+        """Take the fresh tokens of every sample out of a whole tensor."""
+        if where.batch_axis is None:
+            raise AssertionError(f"{node} is shared by the samples")
+        shape = shape_of(node)
+        self.gathered.append(node)
+        with self._graph.inserting_before(self.before):
+            if where.flat:
+                flat_rows = self._graph.call_function(aten.flatten.using_ints, (self._rows,))
+                return self._graph.call_function(
+                    aten.index.Tensor, (node, [*[None] * where.axis, flat_rows])
+                )
+            front = _to_front(len(shape), where.batch_axis, where.axis)
+            whole = self._permute(node, front)
+            sizes = [shape[where.batch_axis] * shape[where.axis], *(shape[i] for i in front[2:])]
+            flat = self._graph.call_function(aten.reshape.default, (whole, sizes))
+            taken = self._graph.call_function(
+                aten.index.Tensor, (flat, [self._in_longer(where, shape[where.axis])])
+            )
+            return self._permute(taken, _inverse(front))
+
+    def _gather_shared(self, node: fx.Node, there: Tokens, where: Tokens, rank: int) -> fx.Node:
+        """Take the fresh tokens out of a tensor that all samples share, such as a table of
+        positions.
+
+        Its user broadcasts it to ``rank`` axes; the result has them all, with the samples along the
+        user's batch axis.
+        """
+        shape = shape_of(node)
+        padded = [1] * (rank - len(shape)) + list(shape)
+        if where.batch_axis is None:
+            raise AssertionError(f"{node} is read by something that all samples share")
+        front = _to_front(rank, where.batch_axis, where.axis)
+        self.gathered.append(node)
+        with self._graph.inserting_before(self.before):
+            whole = self._permute(
+                self._graph.call_function(aten.reshape.default, (node, padded)), front
+            )
+            table = self._graph.call_function(aten.select.int, (whole, 0, 0))
+            tokens = self._graph.call_function(aten.remainder.Scalar, (self._rows, there.count))
+            if there.offset:
+                tokens = self._graph.call_function(aten.add.Tensor, (tokens, there.offset))
+            taken = self._graph.call_function(aten.index.Tensor, (table, [tokens]))
+            return self._permute(taken, _inverse(front))
+
+    def _in_longer(self, where: Tokens, length: int) -> fx.Node:
+        """``rows`` as indices into [B * length], where each sample's tokens begin at the offset."""
+        if length == where.count:
+            return self._rows
+        key = Tokens(where.batch, length, offset=where.offset)
+        if key not in self._rows_in:
+            shift: Any = where.offset
+            if where.batch > 1:
+                first = self._graph.call_function(
+                    aten.arange.default, (where.batch,), {"device": self._device}
+                )
+                column = self._graph.call_function(aten.unsqueeze.default, (first, 1))
+                shift = self._graph.call_function(aten.mul.Tensor, (column, length - where.count))
+                if where.offset:
+                    shift = self._graph.call_function(aten.add.Tensor, (shift, where.offset))
+            self._rows_in[key] = self._graph.call_function(aten.add.Tensor, (self._rows, shift))
+        return self._rows_in[key]
+
+    def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return (
+            node
+            if order == sorted(order)
+            else self._graph.call_function(aten.permute.default, (node, order))
+        )
+
+
+def _has_samples(node: fx.Node, where: Tokens) -> bool:
+    return where.batch_axis is not None and shape_of(node)[where.batch_axis] == where.batch
+
+
+def _to_front(rank: int, *axes: int) -> list[int]:
+    """The order of axes that puts ``axes`` first."""
+    return [*axes, *(axis for axis in range(rank) if axis not in axes)]
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

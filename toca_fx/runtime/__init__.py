@@ -1,0 +1,1 @@
+"""Who is called, on which step, with which memory."""

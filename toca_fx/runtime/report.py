@@ -1,0 +1,161 @@
+"""What a generation did and what it saved: data, and a readable table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toca_fx.plan.plan import StepPlan
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a step came to the device: "recorded" (one launch of a CUDA graph) or "queued" kernel by
+    kernel, and why that ("" on a CPU).
+    """
+
+    how: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One model call. ``index`` is s of the policy, ``plan`` what the call did.
+
+    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose
+    tokens (0 for a recorded step: it is part of the recording). ``hoisted_flops`` is what the call
+    spent beside its step graph, on values that do not depend on the latents.
+    """
+
+    index: int
+    kind: str
+    branch: str
+    seconds: float
+    selection_seconds: float
+    plan: StepPlan
+    hoisted_flops: int
+    launch: Launch = Launch("queued", "")
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """A site of the model and the tokens per sample it computed on each call."""
+
+    path: str
+    kind: str
+    layer: int
+    tokens: int
+    computed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Made by ``session.report()``. ``step_flops`` are those of the step graph of each call.
+
+    ``flops_uncached`` is what as many calls of the uncached model cost. ``cache_bytes`` are those
+    of caches, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
+    """
+
+    steps: tuple[StepRecord, ...]
+    sites: tuple[SiteRecord, ...]
+    step_flops: tuple[int, ...]
+    flops_uncached: int
+    cache_bytes: int
+    hoisted_bytes: int
+    compiled_graphs: int
+    warnings: tuple[str, ...]
+
+    @property
+    def flops_done(self) -> int:
+        """FLOPs of all calls, hoisted values included."""
+        return sum(self.step_flops) + sum(step.hoisted_flops for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all calls."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def selection_seconds(self) -> float:
+        """Wall time spent choosing tokens, part of ``seconds``."""
+        return sum(step.selection_seconds for step in self.steps)
+
+    @property
+    def flops_ratio(self) -> float:
+        """Uncached FLOPs over done FLOPs: the factor by which work fell."""
+        return self.flops_uncached / self.flops_done if self.flops_done else 1.0
+
+    @property
+    def launches(self) -> dict[str, dict[str, int]]:
+        """For each kind of step, how many were recorded, and how many were queued for which reason;
+        empty on a CPU.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for step in self.steps:
+            if step.launch.how == "recorded" or step.launch.reason:
+                says = ": ".join(filter(None, (step.launch.how, step.launch.reason)))
+                counts = found.setdefault(step.kind, {})
+                counts[says] = counts.get(says, 0) + 1
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "steps": [
+                {"index": s.index, "kind": s.kind, "branch": s.branch, "seconds": s.seconds}
+                for s in self.steps
+            ],
+            "sites": [
+                {
+                    "path": s.path,
+                    "kind": s.kind,
+                    "layer": s.layer,
+                    "tokens": s.tokens,
+                    "computed": list(s.computed),
+                }
+                for s in self.sites
+            ],
+            "flops": {"done": self.flops_done, "uncached": self.flops_uncached},
+            "cache_bytes": self.cache_bytes,
+            "hoisted_bytes": self.hoisted_bytes,
+            "seconds": self.seconds,
+            "selection_seconds": self.selection_seconds,
+            "compiled_graphs": self.compiled_graphs,
+            "launches": self.launches,
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        kinds = Counter(step.kind for step in self.steps)
+        lines = [
+            f"{len(self.steps)} steps: "
+            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
+            f"time       {self.seconds:.2f} s, of which {self.selection_seconds:.3f} s selecting tokens",
+            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
+            f"graphs     {self.compiled_graphs} compiled",
+        ]
+        for kind, counts in self.launches.items():
+            lines.append(
+                f"launches   {kind}: "
+                + "; ".join(f"{count} {says}" for says, count in counts.items())
+            )
+        lines += _site_table(self.sites)
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _site_table(sites: Sequence[SiteRecord]) -> list[str]:
+    """One line per kind of site: how many, and which share of their tokens was computed."""
+    if not sites:
+        return ["no sites: the model ran uncached"]
+    lines = [f"{'site':<18}{'count':>6}{'tokens':>8}{'computed':>10}"]
+    for kind in dict.fromkeys(site.kind for site in sites):
+        members = [site for site in sites if site.kind == kind]
+        possible = sum(site.tokens * len(site.computed) for site in members)
+        share = sum(sum(site.computed) for site in members) / possible if possible else 0.0
+        tokens = "/".join(str(count) for count in dict.fromkeys(site.tokens for site in members))
+        lines.append(f"{kind:<18}{len(members):>6}{tokens:>8}{share:>10.1%}")
+    return lines

@@ -1,0 +1,53 @@
+"""All that a generation keeps from step to step, always at the same addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from toca_fx.lower.cuda_graphs import Recordings
+from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.runtime.selector import Selector
+
+
+@dataclass(eq=False)
+class Storage:
+    """Caches and scores (``buffers``), hoisted values, staleness counters, and the recordings made
+    on them.
+
+    Storages of one ``key`` can stand in for each other. ``recordings`` is None where steps are
+    queued, and ``reason`` says why ("" on a CPU, which knows no difference). ``mark`` is the end of
+    the last generation on it.
+    """
+
+    key: tuple[int, int]
+    buffers: Mapping[str, Tensor]
+    hoisted: HoistedValues
+    selector: Selector
+    recordings: Recordings | None = None
+    reason: str = ""
+    mark: Any = None
+
+    def __post_init__(self) -> None:
+        self.tensors = {**self.buffers, **self.hoisted.tensors}
+
+    def clear(self) -> None:
+        """Make it as good as new: a full step, which comes first, writes the caches."""
+        for name, buffer in self.buffers.items():
+            if not name.startswith(("cache:", "keys:")):
+                buffer.zero_()
+        self.hoisted.clear()
+        self.selector.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of caches, scores and counters."""
+        return sum(buffer.nbytes for buffer in self.buffers.values()) + self.selector.nbytes()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of those and of hoisted values."""
+        return self.nbytes + self.hoisted.nbytes
