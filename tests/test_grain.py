@@ -25,7 +25,8 @@ from tests.helpers import (
 from toca_fx.examples import build, examples
 from toca_fx.graph.ops import aten
 from toca_fx.lower.cost import Analysis
-from toca_fx.match.matcher import Matches, match
+from toca_fx.match.matcher import match
+from toca_fx.match.sites import Matches
 from toca_fx.plan import buffers
 from toca_fx.plan.plan import Plan, make_plan
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from tests.helpers import KINDS, capture, capture_tiny
 from toca_fx.capture.aten import to_aten
-from toca_fx.match.matcher import Matches, match
+from toca_fx.match.matcher import match
+from toca_fx.match.sites import Matches
 
 WIDTH, HEADS = 16, 2
 

@@ -12,7 +12,7 @@ import pytest
 from tests import reference
 from tests.helpers import make_policy
 from toca_fx import PolicyError
-from toca_fx.match.matcher import Matches, NearMiss, Site
+from toca_fx.match.sites import Matches, NearMiss, Site
 from toca_fx.plan.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
 from toca_fx.policy.types import Action, Interval, Ratio, Scores, SitePolicy, Window
 

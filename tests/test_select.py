@@ -13,7 +13,7 @@ from tests.helpers import chosen_rows, make_policy
 from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
 from toca_fx.kernels.influence import normalize
-from toca_fx.match.matcher import Matches, Site
+from toca_fx.match.sites import Matches, Site
 from toca_fx.plan.plan import Plan, StepPlan, make_plan
 from toca_fx.policy.types import Policy
 from toca_fx.runtime.selector import Selector, ranked, spatial_bonus, token_grid

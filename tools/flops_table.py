@@ -39,7 +39,8 @@ from toca_fx.capture import aten as trace
 from toca_fx.examples import PRESETS, build
 from toca_fx.lower.cost import aspect_of
 from toca_fx.lower.flops import count_flops
-from toca_fx.match.matcher import Matches, Site, match
+from toca_fx.match.matcher import match
+from toca_fx.match.sites import Matches, Site
 from toca_fx.plan import buffers
 from toca_fx.plan.plan import Modes, Plan, StepPlan, make_plan
 from toca_fx.policy.types import Hoisting

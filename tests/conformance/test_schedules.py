@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 
-from toca_fx.match.matcher import Matches, Site
+from toca_fx.match.sites import Matches, Site
 from toca_fx.plan.plan import Plan, make_plan
 from toca_fx.policy import load_policy
 

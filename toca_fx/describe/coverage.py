@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from toca_fx.graph.modules import numbered_block
 from toca_fx.graph.stream import Flow
 from toca_fx.lower.flops import count_flops
 from toca_fx.match.anchors import attention_at
-from toca_fx.match.matcher import Matches, numbered_block
+from toca_fx.match.sites import Matches
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from toca_fx.capture.dynamo import capture
 from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
 from toca_fx.lower import memory
 from toca_fx.lower.cost import Analysis
-from toca_fx.match.matcher import NearMiss
+from toca_fx.match.sites import NearMiss
 from toca_fx.plan.plan import Plan
 from toca_fx.policy import Policy, PolicySource, load_policy
 

@@ -22,8 +22,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.split_module import split_module
 
+from toca_fx.graph.modules import numbered_block
 from toca_fx.lower.cost import like
-from toca_fx.match.matcher import numbered_block
 
 aten = torch.ops.aten
 

@@ -18,12 +18,13 @@ attention's what it hands to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from toca_fx.graph import axes
+from toca_fx.graph.modules import common_path, numbered_block
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
     activations,
@@ -44,60 +45,7 @@ from toca_fx.match.origins import (
     segment_of,
     unshaped,
 )
-
-
-@dataclass(frozen=True)
-class Site:
-    """One matched module. Nodes are named, not referenced, so that a site is plain data.
-
-    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the
-    attention's result, or the first linear of an MLP. ``segment`` tells of an attention that the
-    rows of its map are, from that row on, the tokens of the output; None, if they are others
-    (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or
-    joint attention that tells how much this site's tokens are attended to, and of the
-    cross-attention in which they are the queries. ``projections`` are the keys and values of an
-    attention as nodes [batch, tokens, width]. ``residual`` is the add that joins the output, gated,
-    to the ``stream``. ``follows`` is the site of the block that changed the stream last, if nothing
-    but this site reads the state between them, or that ends in the same add; and if neither add
-    joins anything to the stream that is no site.
-    """
-
-    kind: str
-    path: str
-    layer: int
-    block: str
-    output: str
-    anchor: str
-    shape: tuple[int, int, int]
-    influence: int | None = None
-    entropy: int | None = None
-    segment: int | None = None
-    projections: tuple[str, ...] = ()
-    residual: str = ""
-    stream: str = ""
-    follows: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the cached output."""
-        return self.shape[1]
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    """Something that looks like a site and is none, and why."""
-
-    kind: str
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Matches:
-    """All sites of a graph in execution order, and what came close."""
-
-    sites: tuple[Site, ...]
-    misses: tuple[NearMiss, ...]
+from toca_fx.match.sites import Matches, NearMiss, Site
 
 
 def match(graph: fx.Graph) -> Matches:
@@ -194,7 +142,7 @@ class _Matcher:
             self.found.append(_Found(replace(site, segment=segment, projections=projections), add))
 
     def _mlp(self, mlp: _Mlp) -> None:
-        path = _common_path([*mlp.first, *mlp.last])
+        path = common_path([*mlp.first, *mlp.last])
         if numbered_block(path)[1] is None or not self.flow.reads_a_stream(mlp.first[0]):
             return  # embedders of timesteps and conditions are linear-activation-linear, too
         inputs = {projected(linear) for linear in mlp.first}
@@ -351,7 +299,7 @@ class _Matcher:
                 continue
             region = self.flow.between(self.flow.read_by(branch, stream) or root(stream), branch)
             heavy = [node for node in region if node.op == "call_function" and not is_cheap(node)]
-            place = _common_path(heavy) or path
+            place = common_path(heavy) or path
             explained = any(other == place or other.startswith(f"{place}.") for other in known)
             if not explained and not any(attention_at(node) for node in region):
                 products = sorted({str(node.target) for node in heavy})
@@ -444,30 +392,3 @@ class _Matcher:
 
     def _miss(self, kind: str, path: str, reason: str) -> None:
         self.misses.append(NearMiss(kind, path, reason))
-
-
-def _common_path(nodes: Iterable[fx.Node]) -> str:
-    """The innermost module that all ``nodes`` lie in."""
-    common: tuple[str, ...] | None = None
-    for node in nodes:
-        stack = node.meta.get("stack", ())
-        if common is None:
-            common = stack
-        else:
-            length = next(
-                (i for i, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b),
-                min(len(common), len(stack)),
-            )
-            common = common[:length]
-    return common[-1] if common else ""
-
-
-def numbered_block(path: str) -> tuple[str, int | None]:
-    """``transformer_blocks.3.ff`` -> ("transformer_blocks", 3): the outermost numbered module
-    list.
-    """
-    parts = path.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit() and position:
-            return ".".join(parts[:position]), int(part)
-    return "", None

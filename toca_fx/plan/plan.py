@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from toca_fx.diagnostics import PolicyError, Problem
-from toca_fx.match.matcher import Matches, Site
+from toca_fx.match.sites import Matches, Site
 from toca_fx.policy import Interval, Policy, Ratio, Rule, Scores, SitePolicy
 
 Modes = tuple[str, ...]

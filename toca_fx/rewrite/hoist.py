@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.graph.ops import RELAYOUTS, aten, is_activation, is_cheap
-from toca_fx.match.matcher import Site
+from toca_fx.match.sites import Site
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""What matching found in a graph, as plain data: sites and near misses.
+
+Nothing here imports torch, so that plans can be made and drawn without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matched module. Nodes are named, not referenced, so that a site is plain data.
+
+    ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the
+    attention's result, or the first linear of an MLP. ``segment`` tells of an attention that the
+    rows of its map are, from that row on, the tokens of the output; None, if they are others
+    (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or
+    joint attention that tells how much this site's tokens are attended to, and of the
+    cross-attention in which they are the queries. ``projections`` are the keys and values of an
+    attention as nodes [batch, tokens, width]. ``residual`` is the add that joins the output, gated,
+    to the ``stream``. ``follows`` is the site of the block that changed the stream last, if nothing
+    but this site reads the state between them, or that ends in the same add; and if neither add
+    joins anything to the stream that is no site.
+    """
+
+    kind: str
+    path: str
+    layer: int
+    block: str
+    output: str
+    anchor: str
+    shape: tuple[int, int, int]
+    influence: int | None = None
+    entropy: int | None = None
+    segment: int | None = None
+    projections: tuple[str, ...] = ()
+    residual: str = ""
+    stream: str = ""
+    follows: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the cached output."""
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looks like a site and is none, and why."""
+
+    kind: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matches:
+    """All sites of a graph in execution order, and what came close."""
+
+    sites: tuple[Site, ...]
+    misses: tuple[NearMiss, ...]
