@@ -1,7 +1,7 @@
-"""Cut the reference vectors down to what tests/conformance needs (at most 14 MB for the four cases
+"""Cut the reference vectors down to what tests/system/conformance needs (at most 14 MB for the four cases
 together).
 
-python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/conformance]
+python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/system/conformance]
 
 GOLDEN_FOLDER holds a folder per case, with the outputs of the authors' ToCa code on a small random
 model of the real depth. Kept are: the weights, equal tensors once (diffusers repeats DiT's timestep
@@ -107,7 +107,7 @@ CASES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the trimmed cases; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description="Trim the reference vectors for tests/conformance."
+        description="Trim the reference vectors for tests/system/conformance."
     )
     parser.add_argument(
         "golden",
@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parent.parent / "tests" / "conformance"
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / "tests" / "system" / "conformance",
     )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.cases) - set(CASES):

@@ -24,7 +24,7 @@ def _tiles(keys: int, rows: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"KEYS": keys, "ROWS": rows}, num_warps=warps, num_stages=stages)
 
 
-# tests/test_columns.py compiles them and looks at instructions, registers and shared memory.
+# tests/system/kernels/test_columns.py compiles them and looks at instructions, registers and shared memory.
 _WIDE = [
     _tiles(256, 64, 8, 3),
     _tiles(128, 64, 8, 3),

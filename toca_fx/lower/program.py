@@ -224,8 +224,8 @@ class CompiledStep(CountedStep):
         self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._holds: dict[tuple[int, ...], bool] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
-        # (some steps compute no token at all) is shown by tests/test_inductor.py, not by the
-        # compiler.
+        # (some steps compute no token at all) is shown by tests/system/lower/test_inductor.py, not
+        # by the compiler.
         self._run = self._compile(self._examples(self._symbol))
         self._conditions = [guard.expr for guard in self._shapes.guards]
         if self._conditions:

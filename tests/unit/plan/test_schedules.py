@@ -21,6 +21,7 @@ from toca_fx.match.sites import Matches, Site
 from toca_fx.plan.plan import Plan, make_plan
 from toca_fx.policy import load_policy
 
+VECTORS = Path(__file__).resolve().parents[2] / "system" / "conformance"
 LAYERS = 28
 DOUBLE, SINGLE = 19, 38
 
@@ -285,7 +286,7 @@ def _in_streams(site: Site) -> str:
 def test_counts_are_those_of_the_vectors(
     case: str, policy: str, sites: Matches, kinds: tuple[str, ...], name: Callable[[Site], str]
 ) -> None:
-    facts = json.loads((Path(__file__).parent / f"{case}.json").read_text(encoding="utf-8"))
+    facts = json.loads((VECTORS / f"{case}.json").read_text(encoding="utf-8"))
     planned = _planned(make_plan(sites, load_policy(f"reference/{policy}")))
     assert {name(site): planned[site.path] for site in sites.sites if site.kind in kinds} == facts[
         "K"

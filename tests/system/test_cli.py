@@ -12,7 +12,7 @@ import pytest
 
 from toca_fx.cli import main
 
-POLICIES = Path(__file__).parent / "policies"
+POLICIES = Path(__file__).resolve().parents[1] / "policies"
 VALID = sorted(map(str, (POLICIES / "valid").glob("*.yaml")))
 INVALID = sorted(map(str, (POLICIES / "invalid").glob("*.yaml")))
 WARNINGS = sorted(map(str, (POLICIES / "warnings").glob("*.yaml")))

@@ -26,7 +26,7 @@ from tests.helpers import (
 )
 
 aten = torch.ops.aten
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 TOLERANCE = 1e-10
 
 

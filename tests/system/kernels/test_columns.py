@@ -35,7 +35,7 @@ from toca_fx.lower.cost import Analysis
 from toca_fx.lower.flops import columns_flops, count_flops
 from toca_fx.rewrite.step import rewrite
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 aten = torch.ops.aten
 OPERATOR = torch.ops.toca_fx.attention_and_columns.default
 

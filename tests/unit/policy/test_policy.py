@@ -35,8 +35,8 @@ from toca_fx.policy.parse import parse_text
 from toca_fx.policy.scalar import read_plain
 from toca_fx.policy.schema import load_schema
 
-ROOT = Path(__file__).resolve().parent.parent
-POLICIES = Path(__file__).parent / "policies"
+ROOT = Path(__file__).resolve().parents[3]
+POLICIES = ROOT / "tests" / "policies"
 VALID = sorted((POLICIES / "valid").glob("*.yaml"))
 FAULTY = sorted([*(POLICIES / "invalid").glob("*.yaml"), *(POLICIES / "warnings").glob("*.yaml")])
 

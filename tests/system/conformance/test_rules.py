@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import toca_fx
-from tests.conformance.cases import CASES, Case, load_case
+from tests.system.conformance.cases import CASES, Case, load_case
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
 from toca_fx.policy.types import Guidance, Policy

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 POLICY = {"scores": {"value_norm": 1.0}}
 TOLERANCE = 1e-4  # sinusoids of timesteps near 1000 are in single precision and lose three digits
 
