@@ -61,8 +61,9 @@ struct MadeUpGuard final : NoOpDeviceGuardImpl<DeviceType::CUDA> {
 C10_REGISTER_GUARD_IMPL(CUDA, MadeUpGuard);
 }
 namespace at::native {
-static int64_t choose(const Tensor& query, const Tensor&, const Tensor&, const std::optional<Tensor>& mask, double, bool,
-                      std::optional<double>, bool) {
+static int64_t choose(const Tensor& query, const Tensor&, const Tensor&,
+                      const std::optional<Tensor>& mask, double, bool, std::optional<double>,
+                      bool) {
   bool half = query.scalar_type() == kHalf || query.scalar_type() == kBFloat16;
   return half && !mask.has_value() ? 3 : 2;
 }

@@ -237,7 +237,7 @@ class STDiT3Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden) / hidden**0.5)
 
     def attend(self, x: Tensor, frames: int, rotation: Rotation | None) -> Tensor:
-        """Along time where there is a rotation, else within each frame: [B, T * S, C] -> the same."""
+        """Attention along time where there is a rotation, else within each frame; [B, T * S, C]."""
         batch, _, channels = x.shape
         if rotation is None:
             return self.attn(x.reshape(batch * frames, -1, channels)).reshape(x.shape)
@@ -374,7 +374,9 @@ class STDiT3(nn.Module):
         width: Tensor,
         **_: Any,
     ) -> Tensor:
-        """Latents x [B, C, T, H, W] and text y [B, 1, L, channels] -> [B, out_channels, T, H, W] in float32.
+        """Latents x [B, C, T, H, W] and text y [B, 1, L, channels] -> [B, out_channels, T, H, W].
+
+        The result is in float32.
 
         mask [n, L] is nonzero where there is text, x_mask [B, T] false in the frames that are given
         (timestep 0 for them). fps, height and width (of the video in pixels) are [n]; n divides B,

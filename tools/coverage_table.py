@@ -1,7 +1,9 @@
 """The README's table of diffusers transformers: what toca_fx finds in each, tiny and with random
 weights.
 
-python -m tools.coverage_table [CLASS ...]     prints the rows; with no class it renews the table in README.md
+python -m tools.coverage_table [CLASS ...]
+
+prints the rows; with no class it renews the table in README.md.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ KINDS = ("self_attention", "cross_attention", "joint_attention")
 
 # Classes that Dynamo cannot capture in one graph (fullgraph=True), as of diffusers 0.42 and torch
 # 2.13.
-_SIZES = "not captured: a tensor's values decide on shapes (boolean indexing, nonzero or split by mask sums)"
+_SIZES = (
+    "not captured: a tensor's values decide on shapes "
+    "(boolean indexing, nonzero or split by mask sums)"
+)
 _BRANCH = "not captured: a tensor's values decide on the way through the code"
 REFUSED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "not captured: builds its masks with torch.vmap",

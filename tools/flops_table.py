@@ -403,8 +403,9 @@ def rows(name: str, *, whole: bool = False) -> list[Row]:
 
 
 _HEAD = (
-    "| model | policy | sites | uncached TFLOPs: step, run | full step | partial step | done: TFLOPs, ratio | of it scoring "
-    "| as published | published | difference | cache MiB |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | policy | sites | uncached TFLOPs: step, run | full step | partial step "
+    "| done: TFLOPs, ratio | of it scoring | as published | published | difference | cache MiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -432,20 +433,25 @@ _INTRODUCTION = """\
 
 # FLOPs of the reference policies at real size
 
-Counted on the device "meta" by the formulas of `torch.utils.flop_counter` (2 per multiply-add; matrix products, convolutions and
-attention). Shares of steps are of an uncached step; *cache* is all that a generation keeps.
+Counted on the device "meta" by the formulas of `torch.utils.flop_counter` (2 per multiply-add;
+matrix products, convolutions and attention). Shares of steps are of an uncached step; *cache* is
+all that a generation keeps.
 """
 
 _NOTES = """
-*done*: everything in our step graphs, scoring included. On a GPU, s1 takes a second product of queries and keys on full steps; on a
-CPU, maps of moderate size need none. *as published*: the work of the authors' code, counted as they do:
+*done*: everything in our step graphs, scoring included. On a GPU, s1 takes a second product of
+queries and keys on full steps; on a CPU, maps of moderate size need none. *as published*: the work
+of the authors' code, counted as they do:
 
 - no scoring: their attention materialises the map, and the scores are read from it
-- captions: keys and values, and their projections, are computed on every step that reads them; we compute them once
-- FLUX: on partial steps the attention's output projections of the double blocks run again on all tokens
+- captions: keys and values, and their projections, are computed on every step that reads them; we
+  compute them once
+- FLUX: on partial steps the attention's output projections of the double blocks run again on all
+  tokens
 
-Text: PixArt-alpha with 27 unpadded tokens; Open-Sora packs captions without padding, and has as many here. DiT and PixArt-alpha
-are in float32, FLUX and Open-Sora in bfloat16, which matters for the cache only.
+Text: PixArt-alpha with 27 unpadded tokens; Open-Sora packs captions without padding, and has as
+many here. DiT and PixArt-alpha are in float32, FLUX and Open-Sora in bfloat16, which matters for
+the cache only.
 """
 
 

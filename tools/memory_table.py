@@ -60,7 +60,8 @@ def main() -> None:
             found.peak_bytes + found.told_bytes,
         )
         rows.append(
-            f"| toca_fx | {kept_as} | {found.cache_bytes / 2**20:,.0f} | {share:.0%} | {peak / 2**20:,.0f} |"
+            f"| toca_fx | {kept_as} | {found.cache_bytes / 2**20:,.0f} "
+            f"| {share:.0%} | {peak / 2**20:,.0f} |"
         )
     title = f"# Caches of FLUX.1-dev at 1024 px, {tokens} tokens, one image, policy `{POLICY}`"
     text = "\n".join(

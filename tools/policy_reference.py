@@ -29,21 +29,23 @@ _INTRODUCTION = """\
 
 # Policies
 
-A policy says what is computed and what is reused on each step of the sampling loop. To write one, copy
-`default-image.yaml` or `default-video.yaml` and change three numbers; `toca-fx validate FILE` reports everything that is
-wrong with it, with line and column. Editors that understand the modeline on the first line (yaml-language-server) complete
-the keys and show these descriptions.
+A policy says what is computed and what is reused on each step of the sampling loop. To write one,
+copy `default-image.yaml` or `default-video.yaml` and change three numbers; `toca-fx validate FILE`
+reports everything that is wrong with it, with line and column. Editors that understand the modeline
+on the first line (yaml-language-server) complete the keys and show these descriptions.
 
 - `*.yaml`: what we recommend; loaded by name, as in `toca_fx.compile(model, "dit-xl-2")`
-- `reference/*.yaml`: the authors' runs to the digit, for comparison; loaded as `"reference/dit-xl-2-ddim50"`
+- `reference/*.yaml`: the authors' runs to the digit, for comparison; loaded as
+  `"reference/dit-xl-2-ddim50"`
 """
 
 _YAML_NOTES = """\
 ## YAML
 
-A policy is one document of plain data, at most 128 KiB. Unknown and duplicate keys are errors, and so is what YAML 1.1 and
-1.2 read differently: `1e-3` (write `0.001` or `1.0e-3`), `on`, `off`, `yes`, `no` (put them in quotes), `010`, `0x10`,
-`1_000`, `1:30`. Anchors, aliases, merge keys and tags are refused.
+A policy is one document of plain data, at most 128 KiB. Unknown and duplicate keys are errors, and
+so is what YAML 1.1 and 1.2 read differently: `1e-3` (write `0.001` or `1.0e-3`), `on`, `off`,
+`yes`, `no` (put them in quotes), `010`, `0x10`, `1_000`, `1:30`. Anchors, aliases, merge keys and
+tags are refused.
 """
 
 

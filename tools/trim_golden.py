@@ -1,5 +1,5 @@
-"""Cut the reference vectors down to what tests/system/conformance needs (at most 14 MB for the four cases
-together).
+"""Cut the reference vectors down to what tests/system/conformance needs (at most 14 MB for the
+four cases together).
 
 python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/system/conformance]
 
@@ -72,7 +72,8 @@ CASES = {
         channel_axis=2,
         modes="layers",
         read_modes=letters_of_layers,
-        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255; shared_weights: equal weights, once",
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255; "
+        "shared_weights: equal weights, once",
         layers=("layer_00", "layer_01", "layer_13", "layer_27"),
     ),
     "pixart_dpm20": Cut(
@@ -81,7 +82,8 @@ CASES = {
         channel_axis=2,
         modes="layers",
         read_modes=letters_of_layers,
-        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, row 0 (row 1 is equal)",
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, "
+        "row 0 (row 1 is equal)",
         rows=1,
     ),
     "opensora_rflow30": Cut(
@@ -90,7 +92,8 @@ CASES = {
         channel_axis=2,
         modes="modules",
         read_modes=letters_of_modules,
-        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, row 0 (row 1 is equal)",
+        trimmed="outputs: the first in_channels channels; fresh.*: uint8, padded with 255, "
+        "row 0 (row 1 is equal)",
         rows=1,
     ),
     "flux_t4": Cut(

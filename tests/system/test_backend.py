@@ -225,7 +225,8 @@ def test_torch_compile_does_the_same(kind: str, policy: str, tmp_path: Path) -> 
     model, inputs = tiny(kind, layers=2), make_inputs(6)
     file = tmp_path / "policy.yaml"
     file.write_text(
-        "version: 1\nname: x\nsampler: {steps: 6}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n",
+        "version: 1\nname: x\nsampler: {steps: 6}\n"
+        "N: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n",
         encoding="utf-8",
     )
     source: Any = {

@@ -121,7 +121,10 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
 
 
 def test_validate_does_not_import_torch() -> None:
-    code = "import sys; from toca_fx.cli import main; main(['validate', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from toca_fx.cli import main; "
+        "main(['validate', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code, VALID[0]], capture_output=True, check=False
@@ -235,7 +238,8 @@ def test_explain_unknown_names(factory: str, capsys: pytest.CaptureFixture[str])
         (["no.such.module:make"], "there is no module `no.such.module`"),
         (
             [f"{factory}:nothing"],
-            "expected the function to return (module, mapping of keyword arguments), got (Model, int)",
+            "expected the function to return (module, mapping of keyword arguments), "
+            "got (Model, int)",
         ),
         ([f"{factory}:make", "--policy", "defalt-image"], "did you mean `default-image`?"),
     ):
@@ -257,7 +261,10 @@ def test_explain_problems(factory: str, tmp_path: Path, capsys: pytest.CaptureFi
     )
     assert ":7:1: duplicate key `R`" in capsys.readouterr().err
     file = tmp_path / "policy.yaml"
-    text = "version: 1\nname: x\nsampler: {steps: 4}\nN: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n"
+    text = (
+        "version: 1\nname: x\nsampler: {steps: 4}\n"
+        "N: {base: 2}\nR: {base: 0.5}\nscores: {staleness: 1}\n"
+    )
     file.write_text(f"{text}rules:\n  - {{path: nowhere, module: compute}}\n", encoding="utf-8")
     assert main(["explain", f"{factory}:make", "--policy", str(file)]) == 1
     assert f"{file}:8:5: the rule matches none of the 2 sites" in capsys.readouterr().err

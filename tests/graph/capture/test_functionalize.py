@@ -443,8 +443,9 @@ def test_the_refusal_says_what_where_why_and_what_to_do() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         traced(Outer(lambda x, y: y.mul_(2)))
     assert str(caught.value) == (
-        "the model writes to a tensor in place (aten.mul_.Tensor, in module inner) and the caller sees that memory; "
-        "write it without the trailing underscore, or exclude the module from compilation"
+        "the model writes to a tensor in place (aten.mul_.Tensor, in module inner) and the caller "
+        "sees that memory; write it without the trailing underscore, "
+        "or exclude the module from compilation"
     )
 
 
@@ -510,8 +511,10 @@ REFUSED: dict[Callable[..., Outputs], str] = {
     to_a_buffer: r"aten.fill_.Tensor.* the caller sees that memory",
     random_numbers: r"aten.normal_.default.* it has no counterpart that returns a new tensor",
     to_an_out_argument: r"aten.mul.out.* it has no counterpart that returns a new tensor",
-    to_a_diagonal: r"aten.mul_.Tensor.* it goes through aten.diagonal.default, which cannot be followed",
-    to_memory_by_its_strides: r"aten.zero_.default.* it goes through aten.as_strided.default, which cannot be followed",
+    to_a_diagonal: r"aten.mul_.Tensor.* through aten.diagonal.default, which cannot be followed",
+    to_memory_by_its_strides: (
+        r"aten.zero_.default.* it goes through aten.as_strided.default, which cannot be followed"
+    ),
     to_one_of_two_halves: r"aten.mul_.Tensor.* it is also read as getitem_1",
     to_several_tensors: r"aten._foreach_mul_.Scalar.* what it writes to is no tensor of the graph",
     behind_the_graphs_back: r"aten.copy_.default",

@@ -210,8 +210,10 @@ def test_rows_of_a_block_list_are_joined() -> None:
     page = str(explain_tiny(policy=make_policy(R={"base": 0.5, "layer_weight": 0.5}))).splitlines()
     rows = [line for line in page if line.startswith("transformer_blocks.")]
     assert rows == [
-        "transformer_blocks.0-2.attn1  self_attention   64 tokens  full on 4, reused on 8 of 12 steps",
-        "transformer_blocks.0-2.ff     mlp              64 tokens  full on 4, 16 to 48 of 64 tokens on 8 of 12 steps",
+        "transformer_blocks.0-2.attn1  self_attention   64 tokens  "
+        "full on 4, reused on 8 of 12 steps",
+        "transformer_blocks.0-2.ff     mlp              64 tokens  "
+        "full on 4, 16 to 48 of 64 tokens on 8 of 12 steps",
     ]
     assert (
         page[page.index(rows[1]) + 1].strip()

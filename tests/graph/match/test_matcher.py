@@ -219,7 +219,10 @@ def test_gates_that_read_different_inputs() -> None:
 
 def test_two_linears_without_an_activation_are_no_mlp() -> None:
     found = matches_of(Blocks(Residual(nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)))))
-    reason = "no softmax attention and no linear-activation-linear in it, but aten.layer_norm.default, aten.linear.default"
+    reason = (
+        "no softmax attention and no linear-activation-linear in it, "
+        "but aten.layer_norm.default, aten.linear.default"
+    )
     assert found.sites == ()
     assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [
         ("module", "layers.0", reason)

@@ -456,9 +456,9 @@ def test_every_model_can_be_made_in_place_in_half_precision(device: str) -> None
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "sdxl"]) == 2
     assert (
-        "unknown case `sdxl`; there are dit-xl-2, dit-xl-2-512, pixart-alpha, pixart-alpha-1024, latte, flux-dev, flux-dev-1024, wan-1.3b"
-        in capsys.readouterr().err
-    )
+        "unknown case `sdxl`; there are dit-xl-2, dit-xl-2-512, pixart-alpha, pixart-alpha-1024, "
+        "latte, flux-dev, flux-dev-1024, wan-1.3b"
+    ) in capsys.readouterr().err
 
 
 def test_an_unknown_mode_or_number_of_blocks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import toca_fx
-from tests.system.conformance.cases import CASES, HERE, Case, load_case
 from tests.helpers import record_choices
+from tests.system.conformance.cases import CASES, HERE, Case, load_case
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime.session import Generation, Session
 

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import toca_fx
-from tests.system.conformance.cases import CASES, Case, load_case
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
+from tests.system.conformance.cases import CASES, Case, load_case
 from toca_fx.policy.types import Guidance, Policy
 from toca_fx.runtime.session import Session
 

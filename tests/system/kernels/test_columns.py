@@ -52,11 +52,15 @@ for (batch, heads, queries, keys, width), dtype, layout, every, config in json.l
     torch.manual_seed(0)
     shapes = [(batch, heads, queries, width), (batch, heads, keys, width)]
     if layout == "bnhd":  # as a projection leaves it
-        query, key = (torch.randn(b, n, h, d, dtype=getattr(torch, dtype)).transpose(1, 2) for b, h, n, d in shapes)
+        query, key = (
+            torch.randn(b, n, h, d, dtype=getattr(torch, dtype)).transpose(1, 2)
+            for b, h, n, d in shapes
+        )
     else:
         query, key = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in shapes)
     logits = query.double() @ key.double().transpose(2, 3) * 0.3
-    total = torch.nn.functional.pad(logits.logsumexp(3).float(), (0, 5))[..., :queries]  # as from the efficient kernel
+    # as from the efficient kernel
+    total = torch.nn.functional.pad(logits.logsumexp(3).float(), (0, 5))[..., :queries]
     sums = torch.full((batch, heads, keys), torch.nan)
     config = columns_triton._tuned.configs[config]
     columns_triton.launch(look_at(query, every), key, look_at(total, every), sums, 0.3, config)

@@ -169,8 +169,9 @@ def test_other_timesteps_than_announced_are_computed_in_the_call() -> None:
     assert close(ours, run(model, calls, OFF)[0])
     assert [flops > 0 for flops in spent(report)] == [True, False, True, True, False, False]
     assert report.warnings == (
-        "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
-        "computed in the call; give the values of the model's timestep argument, call by call",
+        "the model is called at another timestep than session(timesteps=...) gives for the call, "
+        "so that its modulations are computed in the call; "
+        "give the values of the model's timestep argument, call by call",
     )
 
 

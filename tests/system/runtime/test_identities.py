@@ -98,11 +98,13 @@ _SCRIPT = """
 import json, sys, torch, toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 torch.set_num_threads(1)
-fast = toca_fx.compile(tiny("original", layers=2).double(), make_policy(spatial={"bonus": 0.5}), inner="eager")
+model, policy = tiny("original", layers=2).double(), make_policy(spatial={"bonus": 0.5})
+fast = toca_fx.compile(model, policy, inner="eager")
 result = {}
 for seed in json.loads(sys.argv[1]):
     with toca_fx.session():
-        result[seed] = [output.flatten()[::97].tolist() for output in run_all(fast, make_inputs(seed=seed, dtype=torch.float64))]
+        outputs = run_all(fast, make_inputs(seed=seed, dtype=torch.float64))
+    result[seed] = [output.flatten()[::97].tolist() for output in outputs]
 print(json.dumps(result))
 """
 

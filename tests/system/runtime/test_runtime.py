@@ -553,7 +553,8 @@ def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
     with toca_fx.session(num_steps=20) as run:
         run_all(fast, make_inputs(20))
     assert run.report().warnings == (
-        "policy `test` was tuned for 12 steps and runs 20: its slopes and windows are stretched over them",
+        "policy `test` was tuned for 12 steps and runs 20: "
+        "its slopes and windows are stretched over them",
     )
     with toca_fx.session(num_steps=12) as run:
         run_all(fast, make_inputs(12))
@@ -680,8 +681,12 @@ def test_the_report_as_data(model: nn.Module) -> None:
         f"transformer_blocks.{layer}.{name}" for layer in range(2) for name in ("attn1", "ff")
     ]
     assert sites["transformer_blocks.1.attn1"] == {
-        "path": "transformer_blocks.1.attn1", "kind": "self_attention", "layer": 1, "tokens": 64, "computed": [64, 0, 0] * 4
-    }  # fmt: skip
+        "path": "transformer_blocks.1.attn1",
+        "kind": "self_attention",
+        "layer": 1,
+        "tokens": 64,
+        "computed": [64, 0, 0] * 4,
+    }
     assert sites["transformer_blocks.0.ff"]["computed"] == [64, 32, 32] * 4
     assert 0 < data["flops"]["done"] < data["flops"]["uncached"]
     assert 0 < data["selection_seconds"] < data["seconds"]

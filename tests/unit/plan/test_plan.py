@@ -334,7 +334,8 @@ def test_scores_that_nothing_judges_by_count_as_zero_with_a_warning(score: str, 
     scored = [site.path for site in sites if site.kind == "mlp"]
     (warning,) = make_plan(Matches(sites, ()), make_policy(scores={score: 1.0})).warnings
     assert warning.startswith(
-        f"no {what} of the same block and tokens judges `{scored[0]}` (and {len(scored) - 1} more sites): the score {score}"
+        f"no {what} of the same block and tokens judges `{scored[0]}` "
+        f"(and {len(scored) - 1} more sites): the score {score}"
     )
     assert (
         make_plan(

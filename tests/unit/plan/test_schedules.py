@@ -259,7 +259,8 @@ def _in_layers(site: Site) -> str:
 
 
 def _in_branches(site: Site) -> str:
-    return f"{site.path.partition('_')[0]}_{site.layer:02d}.{'mlp' if site.kind == 'mlp' else 'cross-attn'}"
+    branch, module = site.path.partition("_")[0], "mlp" if site.kind == "mlp" else "cross-attn"
+    return f"{branch}_{site.layer:02d}.{module}"
 
 
 def _in_streams(site: Site) -> str:

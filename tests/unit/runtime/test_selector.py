@@ -251,7 +251,8 @@ def test_tokens_that_form_no_grid_have_no_spatial_bonus() -> None:
     policy = make_policy(spatial={"bonus": 0.4})
     with pytest.raises(
         PolicyError,
-        match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; switch the bonus off for it by a rule",
+        match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; "
+        r"switch the bonus off for it by a rule",
     ):
         selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
     policy = make_policy(spatial={"bonus": 0.4}, rules=[{"match": "mlp", "spatial": "off"}])
