@@ -1,21 +1,22 @@
-"""Operator by operator: along which axes an output is made position by position, and where those
-lie in the operands.
+"""Rules of operators: along which axes an output is made position by position, and where those lie
+in the operands.
+
+A rule takes a node and an axis of its output, and returns the operands that carry the axis with the
+axis in each; None if positions along it are mixed. Which operator goes by which rule says the table
+in ``graph.ops``.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-aten = torch.ops.aten
-
 Axes = dict[fx.Node, int]
-Rule = Callable[[fx.Node, int], "Axes | None"]
+Rule = Callable[[fx.Node, int], Axes | None]
 
 
 def shape_of(node: fx.Node) -> torch.Size:
@@ -24,33 +25,6 @@ def shape_of(node: fx.Node) -> torch.Size:
     if not isinstance(value, Tensor):
         raise TypeError(f"{node} returns {type(value).__name__}, not a tensor")
     return value.shape
-
-
-def operands(node: fx.Node, axis: int) -> Axes | None:
-    """Operands that carry one axis of the output, with the axis in each; None if positions along it
-    are mixed.
-    """
-    rule = RULES.get(node.target)
-    if rule is None and is_pointwise(node):
-        rule = _pointwise
-    return rule(node, axis) if rule is not None else None
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether every element of the output depends on the broadcast elements at its position
-    only.
-    """
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _POINTWISE
-
-
-def has_sizes(node: fx.Node) -> bool:
-    """Whether the operator spells out its output's sizes, the number of tokens among them."""
-    return node.target in (
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.expand.default,
-    )
 
 
 def resized(node: fx.Node, axis: int, count: Any) -> list[Any]:
@@ -66,7 +40,23 @@ def tensors(node: fx.Node) -> list[fx.Node]:
     ]
 
 
-def _pointwise(node: fx.Node, axis: int) -> Axes | None:
+def first_operand(node: fx.Node) -> fx.Node:
+    """The first argument, which has to be a node."""
+    first = node.args[0]
+    if not isinstance(first, fx.Node):
+        raise TypeError(f"{node}: the first argument is {first!r}, not a node")
+    return first
+
+
+def axis_argument(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
+    """An axis argument, counted from the front; it is given by position or as ``dim``."""
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    if not isinstance(dim, int):
+        raise TypeError(f"{node}: the axis is {dim!r}, not an integer")
+    return dim % rank
+
+
+def pointwise(node: fx.Node, axis: int) -> Axes | None:
     """Broadcasting aligns axes from the right; an operand of size 1 there serves every token as it
     is.
     """
@@ -80,23 +70,18 @@ def _pointwise(node: fx.Node, axis: int) -> Axes | None:
     return carried or None
 
 
-def first_operand(node: fx.Node) -> fx.Node:
-    """The first argument, which has to be a node."""
-    first = node.args[0]
-    if not isinstance(first, fx.Node):
-        raise TypeError(f"{node}: the first argument is {first!r}, not a node")
-    return first
-
-
-def _linear(node: fx.Node, axis: int) -> Axes | None:
+def all_but_last(node: fx.Node, axis: int) -> Axes | None:
+    """What makes the last axis, the channels: a linear layer, complex numbers as pairs."""
     return {first_operand(node): axis} if axis != len(shape_of(node)) - 1 else None
 
 
-def _mm(node: fx.Node, axis: int) -> Axes | None:
+def mm(node: fx.Node, axis: int) -> Axes | None:
+    """Rows of the left operand, times one matrix."""
     return {first_operand(node): axis} if axis == 0 else None
 
 
-def _addmm(node: fx.Node, axis: int) -> Axes | None:
+def addmm(node: fx.Node, axis: int) -> Axes | None:
+    """Rows of the left operand, times one matrix, plus one row for all of them."""
     bias, rows, _ = node.args
     if (
         axis != 0
@@ -107,7 +92,7 @@ def _addmm(node: fx.Node, axis: int) -> Axes | None:
     return {rows: 0}
 
 
-def _matmul(node: fx.Node, axis: int) -> Axes | None:
+def matmul(node: fx.Node, axis: int) -> Axes | None:
     """Rows of the left operand; axes in front of the matrices are shared by both."""
     left, right = node.args[:2]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
@@ -125,7 +110,7 @@ def _matmul(node: fx.Node, axis: int) -> Axes | None:
     } or None
 
 
-def _attention(node: fx.Node, axis: int) -> Axes | None:
+def attention(node: fx.Node, axis: int) -> Axes | None:
     """Queries are independent of each other; samples and heads are those of all operands."""
     read = [operand for operand in node.args[:3] if isinstance(operand, fx.Node)]
     if len(read) != 3:
@@ -144,7 +129,7 @@ def _attention(node: fx.Node, axis: int) -> Axes | None:
     return axes
 
 
-def _convolution(node: fx.Node, axis: int) -> Axes | None:
+def convolution(node: fx.Node, axis: int) -> Axes | None:
     """With a kernel of one position a convolution is a linear layer on channels that come
     second.
     """
@@ -162,29 +147,18 @@ def _convolution(node: fx.Node, axis: int) -> Axes | None:
     )
 
 
-def _layer_norm(node: fx.Node, axis: int) -> Axes | None:
+def layer_norm(node: fx.Node, axis: int) -> Axes | None:
+    """Norms over the last axes, as many as the argument has sizes."""
     normalized: Any = node.args[1]
     return {first_operand(node): axis} if axis < len(shape_of(node)) - len(normalized) else None
 
 
-def _same_axis(node: fx.Node, axis: int) -> Axes | None:
+def same_axis(node: fx.Node, axis: int) -> Axes | None:
+    """Axes stay where they are."""
     return {first_operand(node): axis}
 
 
-def _pairs(node: fx.Node, axis: int) -> Axes | None:
-    """Complex numbers as pairs along a new last axis."""
-    return {first_operand(node): axis} if axis != len(shape_of(node)) - 1 else None
-
-
-def axis_argument(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
-    """An axis argument, counted from the front; it is given by position or as ``dim``."""
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    if not isinstance(dim, int):
-        raise TypeError(f"{node}: the axis is {dim!r}, not an integer")
-    return dim % rank
-
-
-def _along_dim(position: int, default: int) -> Rule:
+def along_dim(position: int, default: int) -> Rule:
     """Operators that act along one axis (softmax, chunk, ...): per token if that axis is not the
     token axis.
     """
@@ -198,29 +172,29 @@ def _along_dim(position: int, default: int) -> Rule:
     return rule
 
 
-def _reduction(node: fx.Node, axis: int) -> Axes | None:
-    """Sums, means and norms over other axes."""
-    rank = len(shape_of(first_operand(node)))
-    position = 2 if node.target is aten.linalg_vector_norm.default else 1
-    dims: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
-    if dims is None:
-        return None
-    reduced = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
-    kept = (
-        node.args[position + 1]
-        if len(node.args) > position + 1
-        else node.kwargs.get("keepdim", False)
-    )
-    left = list(range(rank)) if kept else [at for at in range(rank) if at not in reduced]
-    return {first_operand(node): left[axis]} if left[axis] not in reduced else None
+def reduction(position: int) -> Rule:
+    """Sums, means and norms over other axes: those of the argument at ``position``, in front of
+    ``keepdim``.
+    """
+
+    def rule(node: fx.Node, axis: int) -> Axes | None:
+        rank = len(shape_of(first_operand(node)))
+        dims: Any
+        dims, keepdim = (
+            node.args[at] if len(node.args) > at else node.kwargs.get(name)
+            for at, name in ((position, "dim"), (position + 1, "keepdim"))
+        )
+        if dims is None:
+            return None
+        reduced = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
+        left = [at for at in range(rank) if keepdim or at not in reduced]
+        return {first_operand(node): left[axis]} if left[axis] not in reduced else None
+
+    return rule
 
 
-def _unbind(node: fx.Node, axis: int) -> Axes | None:
-    removed = axis_argument(node, 1, len(shape_of(first_operand(node))))
-    return {first_operand(node): axis + (axis >= removed)}
-
-
-def _cat(node: fx.Node, axis: int) -> Axes | None:
+def cat(node: fx.Node, axis: int) -> Axes | None:
+    """Parts side by side along another axis."""
     return (
         dict.fromkeys(node.all_input_nodes, axis)
         if axis_argument(node, 1, len(shape_of(node))) != axis
@@ -228,45 +202,60 @@ def _cat(node: fx.Node, axis: int) -> Axes | None:
     )
 
 
-def _stack(node: fx.Node, axis: int) -> Axes | None:
+def stack(node: fx.Node, axis: int) -> Axes | None:
+    """Parts side by side along an axis of their own."""
     added = axis_argument(node, 1, len(shape_of(node)))
     return dict.fromkeys(node.all_input_nodes, axis - (axis > added)) if axis != added else None
 
 
-def _repeat(node: fx.Node, axis: int) -> Axes | None:
+def repeat(node: fx.Node, axis: int) -> Axes | None:
     """Copies side by side along other axes."""
     repeats: Any = node.args[1]
     source = axis - len(repeats) + len(shape_of(first_operand(node)))
     return {first_operand(node): source} if repeats[axis] == 1 and source >= 0 else None
 
 
-def _transpose(node: fx.Node, axis: int) -> Axes | None:
+def transpose(node: fx.Node, axis: int) -> Axes | None:
+    """Two axes change places."""
     rank = len(shape_of(node))
     a, b = axis_argument(node, 1, rank), axis_argument(node, 2, rank)
     return {first_operand(node): {a: b, b: a}.get(axis, axis)}
 
 
-def _matrix_transpose(node: fx.Node, axis: int) -> Axes | None:
+def matrix_transpose(node: fx.Node, axis: int) -> Axes | None:
+    """The last two axes change places."""
     rank = len(shape_of(node))
     return {first_operand(node): {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)}
 
 
-def _permute(node: fx.Node, axis: int) -> Axes | None:
+def movedim(node: fx.Node, axis: int) -> Axes | None:
+    """One axis goes elsewhere, the others keep their order."""
+    rank = len(shape_of(node))
+    source, destination = axis_argument(node, 1, rank), axis_argument(node, 2, rank)
+    order = [at for at in range(rank) if at != source]
+    order.insert(destination, source)
+    return {first_operand(node): order[axis]}
+
+
+def permute(node: fx.Node, axis: int) -> Axes | None:
+    """Axes in the order of the argument."""
     order: Any = node.args[1]
     return {first_operand(node): order[axis] % len(order)}
 
 
-def _unsqueeze(node: fx.Node, axis: int) -> Axes | None:
+def unsqueeze(node: fx.Node, axis: int) -> Axes | None:
+    """A new axis of one position."""
     added = axis_argument(node, 1, len(shape_of(node)))
     return None if axis == added else {first_operand(node): axis - (axis > added)}
 
 
-def _select(node: fx.Node, axis: int) -> Axes | None:
+def select(node: fx.Node, axis: int) -> Axes | None:
+    """One position of an axis, or each by itself: the axis is gone."""
     removed = axis_argument(node, 1, len(shape_of(first_operand(node))))
     return {first_operand(node): axis + (axis >= removed)}
 
 
-def view_axis(node: fx.Node, axis: int) -> Axes | None:
+def view(node: fx.Node, axis: int) -> Axes | None:
     """A view keeps the token axis if an input axis has the same size and the same number of
     elements before it.
     """
@@ -278,7 +267,8 @@ def view_axis(node: fx.Node, axis: int) -> Axes | None:
     return None
 
 
-def _expand(node: fx.Node, axis: int) -> Axes | None:
+def expand(node: fx.Node, axis: int) -> Axes | None:
+    """Axes of one position are broadcast; the others stay as they are."""
     source = shape_of(first_operand(node))
     aligned = axis - len(shape_of(node)) + len(source)
     return (
@@ -288,79 +278,28 @@ def _expand(node: fx.Node, axis: int) -> Axes | None:
     )
 
 
-def _slice_scatter(node: fx.Node, axis: int) -> Axes | None:
+def slice_scatter(node: fx.Node, axis: int) -> Axes | None:
+    """A part written over some positions along another axis."""
+    written = _written(node)
+    if written is None or written[2] == axis:
+        return None
+    whole, part, _ = written
+    return {whole: axis, part: axis}
+
+
+def select_scatter(node: fx.Node, axis: int) -> Axes | None:
+    """A part without the axis along which it is written over one position."""
+    written = _written(node)
+    if written is None or written[2] == axis:
+        return None
+    whole, part, dim = written
+    return {whole: axis, part: axis - (axis > dim)}
+
+
+def _written(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """Of a scatter: what is written over, what with, and along which axis."""
     whole, part = node.args[:2]
     dim = node.args[2] if len(node.args) > 2 else 0
-    rank = len(shape_of(node))
-    if (
-        not isinstance(whole, fx.Node)
-        or not isinstance(part, fx.Node)
-        or not isinstance(dim, int)
-        or dim % rank == axis
-    ):
+    if not isinstance(whole, fx.Node) or not isinstance(part, fx.Node) or not isinstance(dim, int):
         return None
-    if node.target is aten.slice_scatter.default:
-        return {whole: axis, part: axis}
-    return {whole: axis, part: axis - (axis > dim % rank)}
-
-
-_POINTWISE = frozenset({operator.add, operator.mul, operator.sub, operator.truediv})
-RULES: dict[Any, Rule] = {
-    aten.linear.default: _linear,
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten._weight_int8pack_mm.default: _mm,
-    aten._weight_int4pack_mm.default: _mm,
-    aten.matmul.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.conv3d.default: _convolution,
-    aten.scaled_dot_product_attention.default: _attention,
-    aten.layer_norm.default: _layer_norm,
-    aten.rms_norm.default: _layer_norm,
-    aten.dropout.default: _same_axis,
-    aten.to.dtype: _same_axis,
-    aten.to.dtype_layout: _same_axis,
-    aten.to.device: _same_axis,
-    aten._to_copy.default: _same_axis,
-    aten.type_as.default: _same_axis,
-    aten.clone.default: _same_axis,
-    aten.contiguous.default: _same_axis,
-    aten.alias.default: _same_axis,
-    aten.detach.default: _same_axis,
-    aten.view_as_complex.default: _same_axis,
-    aten.view_as_real.default: _pairs,
-    aten.softmax.int: _along_dim(1, -1),
-    aten._softmax.default: _along_dim(1, -1),
-    aten.glu.default: _along_dim(1, -1),
-    aten.mean.dim: _reduction,
-    aten.sum.dim_IntList: _reduction,
-    aten.amax.default: _reduction,
-    aten.linalg_vector_norm.default: _reduction,
-    aten.chunk.default: _along_dim(2, 0),
-    aten.split.Tensor: _along_dim(2, 0),
-    aten.split_with_sizes.default: _along_dim(2, 0),
-    aten.unbind.int: _unbind,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _slice_scatter,
-    aten.slice.Tensor: _along_dim(1, 0),
-    aten.narrow.default: _along_dim(1, 0),
-    aten.repeat.default: _repeat,
-    aten.repeat_interleave.self_int: _along_dim(2, 0),
-    operator.getitem: _same_axis,
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.transpose.int: _transpose,
-    aten.mT.default: _matrix_transpose,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: view_axis,
-    aten.select.int: _select,
-    aten.view.default: view_axis,
-    aten.reshape.default: view_axis,
-    aten._unsafe_view.default: view_axis,
-    aten.flatten.using_ints: view_axis,
-    aten.unflatten.int: view_axis,
-    aten.expand.default: _expand,
-}
+    return whole, part, dim % len(shape_of(node))

@@ -1,83 +1,200 @@
-"""Families of operators in pre-dispatch ATen, and what can be told of a node by them."""
+"""The operators of pre-dispatch ATen that are known, and what can be told of a node by them.
+
+``OPS`` has one row per operator: the rule for its axes, and the families that it belongs to. An
+operator that the table lacks mixes all axes and belongs to no family, unless torch tags it as
+pointwise. Where one rule or family is wrong, results are wrong: tests/unit/graph/test_axes.py tries
+every rule on numbers.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Flag, auto
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph.axes import is_pointwise
+from toca_fx.graph import axes
+from toca_fx.graph.axes import Axes, Rule
 
 aten = torch.ops.aten
 
-ADDS = frozenset({aten.add.Tensor, operator.add})
+
+class Family(Flag):
+    """What operators have in common. The first five have one operand, and nothing is computed."""
+
+    NONE = 0
+    SAME = auto()  # the tensor as it is, perhaps copied or in another dtype
+    RESHAPE = auto()  # other axes, the elements in the same row-major order
+    PERMUTE = auto()  # the axes in another order
+    EXPAND = auto()  # more positions, all alike
+    PART = auto()  # some of the positions, or a list of parts
+    REGROUP = auto()  # axes may be joined or split
+    SIZED = auto()  # the second argument spells out the sizes of the output
+    SPLIT = auto()  # a list of parts along the axis that is the third argument
+    LINEAR = auto()  # a linear layer, whatever its weight depends on
+    PRODUCT = auto()  # products of two tensors, axes in front of the matrices shared
+    MM = auto()  # products of two matrices: a linear layer if the second is a weight
+    CONVOLUTION = auto()
+    ATTENTION = auto()
+    SOFTMAX = auto()
+    NORM = auto()
+    REDUCTION = auto()
+    ADD = auto()
+    LINEAR_POINTWISE = auto()  # what a linear layer could absorb
+    ACTIVATION = auto()  # what it could not, beyond the pointwise functions
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row of the table: how axes of the output lie in the operands (None: all are mixed), and the
+    families.
+    """
+
+    axis_rule: Rule | None
+    families: Family = Family.NONE
+
+
+_REGROUPED = Op(axes.view, Family.RESHAPE | Family.REGROUP)
+_VIEW = Op(axes.view, Family.RESHAPE | Family.REGROUP | Family.SIZED)
+_SAME = Op(axes.same_axis, Family.SAME)
+_SPLIT = Op(axes.along_dim(2, 0), Family.PART | Family.SPLIT)
+_PACKED = Op(axes.mm, Family.LINEAR)
+_CONVOLUTION = Op(axes.convolution, Family.CONVOLUTION)
+_ADD = Op(axes.pointwise, Family.ADD | Family.LINEAR_POINTWISE)
+_ABSORBED = Op(axes.pointwise, Family.LINEAR_POINTWISE)
+
+OPS: Mapping[Any, Op] = {
+    aten.view.default: _VIEW,
+    aten.reshape.default: _VIEW,
+    aten._unsafe_view.default: _VIEW,
+    aten.flatten.using_ints: _REGROUPED,
+    aten.unflatten.int: _REGROUPED,
+    aten.squeeze.dim: Op(axes.view, Family.RESHAPE),
+    aten.squeeze.default: Op(axes.view, Family.RESHAPE),
+    aten.unsqueeze.default: Op(axes.unsqueeze, Family.RESHAPE),
+    aten.transpose.int: Op(axes.transpose, Family.PERMUTE),
+    aten.swapaxes.default: Op(axes.transpose, Family.PERMUTE),
+    aten.mT.default: Op(axes.matrix_transpose, Family.PERMUTE),
+    aten.permute.default: Op(axes.permute, Family.PERMUTE),
+    aten.movedim.int: Op(axes.movedim, Family.PERMUTE),
+    aten.expand.default: Op(axes.expand, Family.EXPAND | Family.SIZED),
+    aten.contiguous.default: _SAME,
+    aten.clone.default: _SAME,
+    aten.alias.default: _SAME,
+    aten.detach.default: _SAME,
+    aten.to.dtype: _SAME,
+    aten.to.dtype_layout: _SAME,
+    aten.to.device: _SAME,
+    aten._to_copy.default: _SAME,
+    aten.type_as.default: _SAME,
+    aten.dropout.default: _SAME,
+    aten.slice.Tensor: Op(axes.along_dim(1, 0), Family.PART),
+    aten.narrow.default: Op(axes.along_dim(1, 0), Family.PART),
+    aten.select.int: Op(axes.select, Family.PART),
+    aten.unbind.int: Op(axes.select, Family.PART),
+    aten.chunk.default: _SPLIT,
+    aten.split.Tensor: _SPLIT,
+    aten.split_with_sizes.default: _SPLIT,
+    operator.getitem: Op(axes.same_axis, Family.PART),
+    aten.view_as_complex.default: Op(axes.same_axis),
+    aten.view_as_real.default: Op(axes.all_but_last),
+    aten.repeat.default: Op(axes.repeat),
+    aten.repeat_interleave.self_int: Op(axes.along_dim(2, 0)),
+    aten.cat.default: Op(axes.cat),
+    aten.stack.default: Op(axes.stack),
+    aten.slice_scatter.default: Op(axes.slice_scatter),
+    aten.select_scatter.default: Op(axes.select_scatter),
+    aten.linear.default: Op(axes.all_but_last, Family.LINEAR),
+    aten._weight_int8pack_mm.default: _PACKED,
+    aten._weight_int4pack_mm.default: _PACKED,
+    aten.addmm.default: Op(axes.addmm, Family.LINEAR),
+    aten.mm.default: Op(axes.mm, Family.MM),
+    aten.matmul.default: Op(axes.matmul, Family.MM | Family.PRODUCT),
+    aten.bmm.default: Op(axes.matmul, Family.PRODUCT),
+    aten.baddbmm.default: Op(None, Family.PRODUCT),
+    aten.conv1d.default: _CONVOLUTION,
+    aten.conv2d.default: _CONVOLUTION,
+    aten.conv3d.default: _CONVOLUTION,
+    aten.scaled_dot_product_attention.default: Op(axes.attention, Family.ATTENTION),
+    aten.softmax.int: Op(axes.along_dim(1, -1), Family.SOFTMAX),
+    aten._softmax.default: Op(axes.along_dim(1, -1), Family.SOFTMAX),
+    aten.layer_norm.default: Op(axes.layer_norm, Family.NORM),
+    aten.rms_norm.default: Op(axes.layer_norm, Family.NORM),
+    aten.mean.dim: Op(axes.reduction(1), Family.REDUCTION),
+    aten.sum.dim_IntList: Op(axes.reduction(1), Family.REDUCTION),
+    aten.amax.default: Op(axes.reduction(1), Family.REDUCTION),
+    aten.linalg_vector_norm.default: Op(axes.reduction(2), Family.REDUCTION),
+    aten.glu.default: Op(axes.along_dim(1, -1), Family.ACTIVATION),
+    aten.add.Tensor: _ADD,
+    operator.add: _ADD,
+    aten.add.Scalar: _ABSORBED,
+    aten.sub.Tensor: _ABSORBED,
+    aten.sub.Scalar: _ABSORBED,
+    operator.sub: _ABSORBED,
+    aten.mul.Tensor: _ABSORBED,
+    aten.mul.Scalar: _ABSORBED,
+    operator.mul: _ABSORBED,
+    aten.div.Tensor: _ABSORBED,
+    aten.div.Scalar: _ABSORBED,
+    operator.truediv: _ABSORBED,
+    aten.neg.default: _ABSORBED,
+    aten.clamp.default: _ABSORBED,
+    aten.where.self: _ABSORBED,
+}
+
+
+def _members(families: Family) -> frozenset[Any]:
+    """The operators of any of ``families``."""
+    return frozenset(target for target, row in OPS.items() if row.families & families)
+
+
 # One operand in, the same numbers out.
-RELAYOUTS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.transpose.int,
-        aten.mT.default,
-        aten.permute.default,
-        aten.squeeze.dim,
-        aten.squeeze.default,
-        aten.unsqueeze.default,
-        aten.expand.default,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.to.dtype,
-        aten.to.dtype_layout,
-        aten.to.device,
-        aten._to_copy.default,
-        aten.type_as.default,
-        aten.dropout.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.narrow.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        operator.getitem,
-    }
-)
-LINEAR_POINTWISE = frozenset(
-    {
-        *ADDS,
-        aten.add.Scalar,
-        aten.sub.Tensor,
-        aten.sub.Scalar,
-        aten.mul.Tensor,
-        aten.mul.Scalar,
-        aten.div.Tensor,
-        aten.div.Scalar,
-        aten.neg.default,
-        aten.clamp.default,
-        aten.where.self,
-        operator.mul,
-        operator.sub,
-        operator.truediv,
-    }
-)
-PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
-PACKED = frozenset({aten._weight_int8pack_mm.default, aten._weight_int4pack_mm.default})
-CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+RELAYOUTS = _members(Family.SAME | Family.RESHAPE | Family.PERMUTE | Family.EXPAND | Family.PART)
+SAME = _members(Family.SAME)
+RESHAPES = _members(Family.RESHAPE)
+PERMUTES = _members(Family.PERMUTE)
+REGROUPS = _members(Family.REGROUP)
+SIZED = _members(Family.SIZED)
+SPLITS = _members(Family.SPLIT)
+LINEARS = _members(Family.LINEAR)
+MMS = _members(Family.MM)
+PRODUCTS = _members(Family.PRODUCT)
+CONVOLUTIONS = _members(Family.CONVOLUTION)
+ATTENTIONS = _members(Family.ATTENTION)
+SOFTMAXES = _members(Family.SOFTMAX)
+NORMS = _members(Family.NORM)
+REDUCTIONS = _members(Family.REDUCTION)
+ADDS = _members(Family.ADD)
+LINEAR_POINTWISE = _members(Family.LINEAR_POINTWISE)
+ACTIVATIONS = _members(Family.ACTIVATION)
+
+
+def operands(node: fx.Node, axis: int) -> Axes | None:
+    """The operands that carry one axis of the output, with the axis in each; None if positions
+    along it are mixed.
+    """
+    rule = axis_rule(node)
+    return rule(node, axis) if rule is not None else None
+
+
+def axis_rule(node: fx.Node) -> Rule | None:
+    """The rule of a node's operator; None if it has none."""
+    row = OPS.get(node.target)
+    if row is not None:
+        return row.axis_rule
+    return axes.pointwise if is_pointwise(node) else None
 
 
 def linear_input(node: fx.Node) -> fx.Node | None:
     """What a linear layer reads; None if ``node`` is no linear layer."""
     source: Any = None
-    if node.target is aten.linear.default or node.target in PACKED:
-        source = node.args[0]
-    elif node.target in (aten.mm.default, aten.matmul.default):
+    if node.target in LINEARS:
+        source = node.args[1 if node.target is aten.addmm.default else 0]
+    elif node.target in MMS:
         weight = node.args[1]
         if (
             isinstance(weight, fx.Node)
@@ -85,8 +202,6 @@ def linear_input(node: fx.Node) -> fx.Node | None:
             and len(weight.meta["val"].shape) == 2
         ):
             source = node.args[0]
-    elif node.target is aten.addmm.default:
-        source = node.args[1]
     elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
         weight = node.args[1]
         if isinstance(weight, fx.Node) and all(size == 1 for size in weight.meta["val"].shape[2:]):
@@ -99,14 +214,27 @@ def is_constant(value: object) -> bool:
     return not isinstance(value, fx.Node) or bool(value.meta.get("constant"))
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether every element of the output depends on the broadcast elements at its position
+    only.
+    """
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _is_row_pointwise(node)
+
+
+def _is_row_pointwise(node: fx.Node) -> bool:
+    """The same of what has no tags: operators of Python."""
+    row = OPS.get(node.target)
+    return row is not None and row.axis_rule is axes.pointwise
+
+
 def is_cheap(node: fx.Node) -> bool:
     """Whether a node only moves numbers or combines them position by position."""
     return node.target in RELAYOUTS or is_pointwise(node)
 
 
 def is_activation(node: fx.Node) -> bool:
-    """Whether a node is a pointwise function that no linear layer could absorb."""
-    return (
+    """Whether a node is a function that no linear layer could absorb: pointwise, or gated."""
+    return node.target in ACTIVATIONS or (
         is_pointwise(node) and node.target not in LINEAR_POINTWISE and node.target not in RELAYOUTS
     )
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx
 
-from toca_fx.graph import axes
-from toca_fx.graph.axes import aten
+from toca_fx.graph import axes, ops
+from toca_fx.graph.ops import REGROUPS, SPLITS, aten
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def operands(node: fx.Node, where: Tokens) -> Operands | None:
     """
     if node.op != "call_function":
         return None
-    if node.target in _VIEWS and (where.flat or _is_flat_source(node, where)):
+    if node.target in REGROUPS and (where.flat or _is_flat_source(node, where)):
         return _view_samples(node, where) if node.target is not aten.unflatten.int else None
-    by_token = axes.operands(node, where.axis)
+    by_token = ops.operands(node, where.axis)
     if (
         by_token is None
         or where.batch_axis is None
@@ -85,14 +85,12 @@ def segment(node: fx.Node, where: Tokens) -> Segment | None:
 
 
 def _batch_operands(node: fx.Node, axis: int, batch: int) -> axes.Axes | None:
-    """Like ``axes.operands`` for the batch axis, except that a batch of one counts and that
+    """Like ``ops.operands`` for the batch axis, except that a batch of one counts and that
     operands may lack it.
     """
-    rule = axes.RULES.get(node.target)
-    if rule is not None:
-        return rule(node, axis)
-    if not axes.is_pointwise(node):
-        return None
+    rule = ops.axis_rule(node)
+    if rule is not axes.pointwise:
+        return rule(node, axis) if rule is not None else None
     rank = len(axes.shape_of(node))
     aligned = {operand: axis - rank + len(axes.shape_of(operand)) for operand in axes.tensors(node)}
     return {
@@ -115,9 +113,7 @@ def _is_flat_source(node: fx.Node, where: Tokens) -> bool:
     """Whether a view splits one axis of its input into samples and tokens."""
     if where.batch_axis is None or where.axis != where.batch_axis + 1 or where.offset:
         return False
-    return (
-        axes.view_axis(node, where.batch_axis) is None or axes.view_axis(node, where.axis) is None
-    )
+    return axes.view(node, where.batch_axis) is None or axes.view(node, where.axis) is None
 
 
 def _view_samples(node: fx.Node, where: Tokens) -> Operands | None:
@@ -174,11 +170,7 @@ def _narrow_segment(node: fx.Node, where: Tokens) -> Segment | None:
 def _item_segment(node: fx.Node, where: Tokens) -> Segment | None:
     """One part of a split or chunk."""
     whole, index = axes.first_operand(node), node.args[1]
-    if whole.target not in (
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-    ) or not isinstance(index, int):
+    if whole.target not in SPLITS or not isinstance(index, int):
         return None
     if axes.axis_argument(whole, 2, len(axes.shape_of(axes.first_operand(whole)))) != where.axis:
         return None
@@ -223,17 +215,8 @@ def _scatter_segment(node: fx.Node, where: Tokens) -> Segment | None:
     return (whole, where) if where.offset >= stop or where.offset + where.count <= begin else None
 
 
-_VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-    }
-)
-
-# Operators that take tokens from a longer sequence or put them into one.
+# Operators that take tokens from a longer sequence or put them into one. Not in the table of
+# ``ops``, which knows of axes only: these rules are about tokens.
 _SEGMENTS: dict[Any, Callable[[fx.Node, Tokens], Segment | None]] = {
     aten.slice.Tensor: _slice_segment,
     aten.narrow.default: _narrow_segment,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from toca_fx.graph import axes
+from toca_fx.graph import ops
 from toca_fx.graph.modules import common_path, numbered_block
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
@@ -156,8 +156,8 @@ class _Matcher:
                 output = self._module_output(mlp.last, self.flow.residuals[add][1], set())
                 if (
                     mlp.last[0].target in CONVOLUTIONS
-                    and axes.operands(output, 1) is None
-                    and axes.operands(mlp.last[0], 1) is None
+                    and ops.operands(output, 1) is None
+                    and ops.operands(mlp.last[0], 1) is None
                 ):
                     shape = tuple(getattr(output.meta["val"], "shape", ()))
                     if shape == tuple(mlp.last[0].meta["val"].shape):

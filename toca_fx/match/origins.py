@@ -10,22 +10,14 @@ from typing import Any
 
 from torch import fx
 
-from toca_fx.graph import axes, tokenwise
-from toca_fx.graph.ops import aten, is_constant, linear_input
+from toca_fx.graph import axes, ops, tokenwise
+from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, linear_input
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.anchors import Attention
 
 # Of one tensor in another shape or dtype; parts of it are something else.
-_RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.contiguous.default,
-        aten.to.dtype,
-    }
-)
+_RESHAPED = RESHAPES | SAME
 
 
 def attention_kind(attention: Attention) -> str | None:
@@ -66,7 +58,7 @@ def projected(linear: fx.Node) -> fx.Node | None:
     source = linear_input(linear)
     while source is not None and (earlier := linear_input(root(source))) is not None:
         source = earlier
-    while source is not None and source.target in _RESHAPES and isinstance(source.args[0], fx.Node):
+    while source is not None and source.target in _RESHAPED and isinstance(source.args[0], fx.Node):
         source = source.args[0]
     return source
 
@@ -136,7 +128,7 @@ def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) 
         if moved is not None:
             pending.append(moved)
             continue
-        carried = axes.operands(node, there.axis)
+        carried = ops.operands(node, there.axis)
         if carried is None:
             return None
         pending += [
@@ -181,7 +173,7 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int
             continue
         seen.add((node, there))
         moved = tokenwise.segment(node, there)
-        carried = axes.operands(node, there.axis) or {}
+        carried = ops.operands(node, there.axis) or {}
         if linear_input(node) is not None:
             found |= {
                 (unshaped(source), axis, there.offset)
@@ -213,11 +205,7 @@ def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
 
 def unshaped(node: fx.Node | None) -> fx.Node | None:
     """What a node is in another dtype."""
-    while (
-        node is not None
-        and node.target in (aten.to.dtype, aten.contiguous.default)
-        and isinstance(node.args[0], fx.Node)
-    ):
+    while node is not None and node.target in SAME and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 

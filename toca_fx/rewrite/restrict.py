@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from toca_fx.graph import axes, tokenwise
 from toca_fx.graph.axes import shape_of
+from toca_fx.graph.ops import SIZED
 from toca_fx.graph.tokenwise import Tokens
 
 aten = torch.ops.aten
@@ -72,7 +73,7 @@ class Restriction:
             replaced[operand] = restricted
         with self._graph.inserting_before(self.before):
             copied = self._graph.node_copy(node, lambda operand: replaced.get(operand, operand))
-            if axes.has_sizes(node):
+            if node.target in SIZED:
                 count = self._graph.call_function(aten.sym_size.int, (self._rows, 1))
                 copied.prepend(count)
                 if where.flat:

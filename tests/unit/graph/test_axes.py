@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph import axes
+from toca_fx.graph import axes, ops
 
 aten = torch.ops.aten
 
@@ -103,6 +103,9 @@ CASES = [
     Case("transpose", X, op(aten.transpose.int, 1, 2), (0, 1, 2)),
     Case("transpose, negative", ((2, 6, 4, 3),), op(aten.transpose.int, -3, -1), (0, 1, 2, 3)),
     Case("permute", ((2, 6, 3, 5, 4),), op(aten.permute.default, [2, 0, 3, 1, 4]), (0, 1, 2, 3, 4)),
+    Case("swapaxes", ((2, 6, 4, 3),), op(aten.swapaxes.default, -3, -1), (0, 1, 2, 3)),
+    Case("movedim, forward", ((2, 6, 3, 5, 4),), op(aten.movedim.int, 1, -1), (0, 1, 2, 3, 4)),
+    Case("movedim, back", ((2, 6, 3, 5, 4),), op(aten.movedim.int, 3, 1), (0, 1, 2, 3, 4)),
     Case("permute, negative", X, op(aten.permute.default, [-1, 0, -2]), (0, 1, 2)),
     Case("unsqueeze, first", X, op(aten.unsqueeze.default, 0), (1, 2, 3)),
     Case("unsqueeze, middle", X, op(aten.unsqueeze.default, 2), (0, 1, 3)),
@@ -216,6 +219,7 @@ CASES = [
     Case("stack, last", ((2, 6, 4), (2, 6, 4)), joined(aten.stack.default, -1), (0, 1, 2)),
     Case("mT", X, op(aten.mT.default), (0, 1, 2)),
     Case("squeeze", ((2, 1, 6),), op(aten.squeeze.dim, 1), (0, 1)),
+    Case("squeeze, every axis of one", ((1, 2, 1, 6),), op(aten.squeeze.default), (0, 1)),
     Case("flatten", ((2, 6, 2, 2),), op(aten.flatten.using_ints, 2), (0, 1)),
     Case("unflatten", X, op(aten.unflatten.int, 2, [2, 2]), (0, 1)),
     Case("unsafe view", X, op(aten._unsafe_view.default, [2, 6, 2, 2]), (0, 1)),
@@ -256,15 +260,15 @@ class Evaluator:
         """
         if node.op == "placeholder":
             return node.meta["val"].index_select(axis, kept)
-        operands = axes.operands(node, axis)
+        operands = ops.operands(node, axis)
         assert operands is not None
         values = {
             operand: self.restricted(operand, operand_axis, kept)
             for operand, operand_axis in operands.items()
         }
         args, kwargs = node.args, node.kwargs
-        if axes.has_sizes(node):
-            args = (args[0], axes.resized(node, axis, len(kept)), *args[2:])  # type: ignore[arg-type]
+        if node.target in ops.SIZED:
+            args = (args[0], axes.resized(node, axis, len(kept)), *args[2:])
         args, kwargs = fx.map_arg(
             (args, kwargs), lambda operand: values.get(operand, operand.meta["val"])
         )
@@ -275,7 +279,7 @@ def provable(node: fx.Node, axis: int) -> bool:
     """Whether the rules lead from ``axis`` of ``node`` to the inputs."""
     if node.op == "placeholder":
         return True
-    operands = axes.operands(node, axis)
+    operands = ops.operands(node, axis)
     return operands is not None and all(provable(*operand) for operand in operands.items())
 
 
@@ -301,22 +305,23 @@ def test_the_table_is_covered() -> None:
         case.build(evaluator.call, *evaluator.inputs)
         tried |= {node.target for node in evaluator.graph.nodes}
     # One rule serves both packed products; that with 4 bits runs on accelerators only.
-    assert set(axes.RULES) - tried == {aten._weight_int4pack_mm.default}
-    assert (
-        axes.RULES[aten._weight_int4pack_mm.default] is axes.RULES[aten._weight_int8pack_mm.default]
-    )
+    ruled = {
+        target for target, row in ops.OPS.items() if row.axis_rule not in (None, axes.pointwise)
+    }
+    assert ruled - tried == {aten._weight_int4pack_mm.default}
+    assert ops.OPS[aten._weight_int4pack_mm.default] is ops.OPS[aten._weight_int8pack_mm.default]
 
 
 def test_a_placeholder_has_no_operands() -> None:
-    assert axes.operands(Evaluator(X).inputs[0], 1) is None
+    assert ops.operands(Evaluator(X).inputs[0], 1) is None
 
 
 def test_an_operand_shared_by_every_token_is_left_as_it_is() -> None:
     evaluator = Evaluator(((2, 6, 4), (2, 1, 4), (4,)))
     x, shift, scale = evaluator.inputs
-    assert axes.operands(evaluator.call(aten.add.Tensor, x, shift), 1) == {x: 1}
-    assert axes.operands(evaluator.call(aten.mul.Tensor, scale, x), 1) == {x: 1}
-    assert axes.operands(evaluator.call(aten.add.Tensor, x, shift), 0) == {x: 0, shift: 0}
+    assert ops.operands(evaluator.call(aten.add.Tensor, x, shift), 1) == {x: 1}
+    assert ops.operands(evaluator.call(aten.mul.Tensor, scale, x), 1) == {x: 1}
+    assert ops.operands(evaluator.call(aten.add.Tensor, x, shift), 0) == {x: 0, shift: 0}
 
 
 def test_a_list_has_no_shape() -> None:
