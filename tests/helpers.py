@@ -130,8 +130,8 @@ def run_all(model: nn.Module, inputs: Iterable[Call]) -> list[Tensor]:
 
 
 def programs(run: Session) -> list[Program]:
-    """The programs that a session has run, in order of appearance (from its private records)."""
-    return list(dict.fromkeys(program for program, _ in run._records))
+    """The programs that a session has run, in order of appearance."""
+    return list(run.programs)
 
 
 def chosen_rows(given: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -174,11 +174,10 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
 
 def picked_tokens(run: Session) -> Chosen:
     """The tokens that partial sites computed in the last call of the only model, per sample,
-    ascending (from private records).
+    ascending.
     """
-    (track,) = run._tracks.values()
-    (generation,) = track.generations.values()
-    plan, modes = generation.plan, generation.plan.steps[generation.position - 1].modes
+    (generation,) = run.generations
+    plan, modes = generation.plan, generation.plan.steps[generation.progress.position - 1].modes
     picked = {
         site.path: generation.storage.buffers[f"picked:{i}"]
         for i, site in enumerate(plan.sites)

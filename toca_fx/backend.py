@@ -20,7 +20,7 @@ from toca_fx.diagnostics import did_you_mean
 from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.program import Program, picker
 from toca_fx.policy import Policy, PolicySource, load_policy, shipped_policies
-from toca_fx.runtime.session import Lane, current_session
+from toca_fx.runtime.session import ModelKey, current_session
 
 log = logging.getLogger(__name__)
 
@@ -174,18 +174,18 @@ class Dispatcher:
                         "step to step (a timestep?) has to be passed as a tensor, or nothing is ever cached",
                         _MANY_PROGRAMS,
                     )
-        return current_session().call(self._lane(inputs), program, inputs, self._timestep)
+        return current_session().call(self._model_key(inputs), program, inputs, self._timestep)
 
-    def _lane(self, inputs: Sequence[Any]) -> Lane:
+    def _model_key(self, inputs: Sequence[Any]) -> ModelKey:
         """Dynamo shares code between models of one class, so which model it is shows at the call
         only.
         """
         parameters = self._parameters(inputs)
         owner = parameters[0] if parameters else _no_parameters
-        if owner not in _lanes:
-            _lanes[owner] = {}
+        if owner not in _model_keys:
+            _model_keys[owner] = {}
         # Models may share some parameters, an embedder say.
-        return _lanes[owner].setdefault((self._place, tuple(map(id, parameters))), Lane())
+        return _model_keys[owner].setdefault((self._place, tuple(map(id, parameters))), ModelKey())
 
 
 def default_policy(model_class: str, inputs: Sequence[Any]) -> Policy:
@@ -232,7 +232,7 @@ def call_inputs(captured: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-# By a model's first parameter: lanes go when the model goes. Parameters compare by identity here,
+# By a model's first parameter: keys go when the model goes. Parameters compare by identity here,
 # not by value.
-_lanes: MutableMapping[Tensor, dict[object, Lane]] = WeakIdKeyDictionary()
+_model_keys: MutableMapping[Tensor, dict[object, ModelKey]] = WeakIdKeyDictionary()
 _no_parameters = torch.empty(0)

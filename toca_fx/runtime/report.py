@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toca_fx.lower.program import Program
 from toca_fx.plan.plan import StepPlan
 
 
@@ -132,9 +133,12 @@ class Report:
         lines = [
             f"{len(self.steps)} steps: "
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
-            f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
-            f"time       {self.seconds:.2f} s, of which {self.selection_seconds:.3f} s selecting tokens",
-            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and {self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
+            f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached "
+            f"({self.flops_ratio:.2f}x fewer)",
+            f"time       {self.seconds:.2f} s, of which {self.selection_seconds:.3f} s selecting "
+            "tokens",
+            f"caches     {self.cache_bytes / 2**20:.1f} MiB, and "
+            f"{self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             f"graphs     {self.compiled_graphs} compiled",
         ]
         for kind, counts in self.launches.items():
@@ -145,6 +149,39 @@ class Report:
         lines += _site_table(self.sites)
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def make_report(
+    calls: Sequence[tuple[Program, StepRecord]],
+    num_steps: int | None,
+    cache_bytes: int,
+    hoisted_bytes: int,
+    warnings: Sequence[str],
+) -> Report:
+    """The report on ``calls``, each with the program that ran it, of generations planned for
+    ``num_steps`` (None: the policy's own count).
+    """
+    programs = list(dict.fromkeys(program for program, _ in calls))
+    return Report(
+        steps=tuple(record for _, record in calls),
+        sites=tuple(
+            SiteRecord(
+                site.path,
+                site.kind,
+                site.layer,
+                site.tokens,
+                tuple(record.plan.fresh[i] for other, record in calls if other is program),
+            )
+            for program in programs
+            for i, site in enumerate(program.matches.sites)
+        ),
+        step_flops=tuple(program.step_flops(num_steps, record.plan) for program, record in calls),
+        flops_uncached=sum(program.uncached_flops for program, _ in calls),
+        cache_bytes=cache_bytes,
+        hoisted_bytes=hoisted_bytes,
+        compiled_graphs=sum(program.compiled_graphs for program in programs),
+        warnings=tuple(warnings),
+    )
 
 
 def _site_table(sites: Sequence[SiteRecord]) -> list[str]:

@@ -13,7 +13,7 @@ import toca_fx
 from tests.helpers import record_choices
 from tests.system.conformance.cases import CASES, HERE, Case, load_case
 from toca_fx.plan.plan import Plan
-from toca_fx.runtime.session import Generation, Session
+from toca_fx.runtime.generation import Generation
 
 TOLERANCE = 2e-5  # max abs; one wrong rule gives 0.4 or more, one flipped token 4e-2
 NEAR_TIES = 2  # selections of a run that may have two neighbours in the other order
@@ -22,13 +22,6 @@ NEAR_TIES = 2  # selections of a run that may have two neighbours in the other o
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return load_case(request.param)
-
-
-def generations(run: Session) -> list[Generation]:
-    """The generations that are alive in an open session (from its private records)."""
-    return [
-        generation for track in run._tracks.values() for generation in track.generations.values()
-    ]
 
 
 def test_the_vectors_stay_small() -> None:
@@ -68,7 +61,7 @@ def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Te
         for call in range(case.steps):
             record.clear()
             error = (case.run(fast, call, **extra) - case.expected(call)).abs().max().item()
-            (generation,) = generations(run)
+            (generation,) = run.generations
             ordered = dict(pair for _, choices in record for pair in choices.items())
             picked = _picked(generation, call)
             for key in case.keys:

@@ -322,16 +322,10 @@ class Tiny:
 
 
 def picked(run: Session) -> dict[str, list[set[int]]]:
-    """Of each module that computed some of its tokens in the last call, per sample which (from
-    private records).
-    """
-    (generation,) = (
-        generation for track in run._tracks.values() for generation in track.generations.values()
-    )
-    plan = generation.plan
-    choosing = [
-        at for at, mode in enumerate(plan.steps[generation.position - 1].modes) if mode == "partial"
-    ]
+    """Of each module that computed some of its tokens in the last call, per sample which."""
+    (generation,) = run.generations
+    plan, last = generation.plan, generation.progress.position - 1
+    choosing = [at for at, mode in enumerate(plan.steps[last].modes) if mode == "partial"]
     return {
         plan.sites[at].path: [
             set(row.nonzero().flatten().tolist())

@@ -20,7 +20,7 @@ from toca_fx.examples import UNSUPPORTED, build, examples, prediction, vary
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.program import Program
 from toca_fx.policy.types import Policy
-from toca_fx.runtime.session import Lane, Session
+from toca_fx.runtime.session import ModelKey, Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 
 STEPS = 3
@@ -32,9 +32,9 @@ TOKENWISE = make_policy(sampler={"steps": STEPS}, N={"base": 3}, R={"base": 0.5}
 
 
 def _generation(program: Program, steps: list[list[Any]]) -> list[Tensor]:
-    run, lane = Session(STEPS), Lane()
+    run, key = Session(STEPS), ModelKey()
     with torch.no_grad():
-        return [run.call(lane, program, inputs, None)[0].clone() for inputs in steps]
+        return [run.call(key, program, inputs, None)[0].clone() for inputs in steps]
 
 
 def test_enough_classes_are_supported() -> None:

@@ -168,8 +168,8 @@ def run(
         for call in given:
             outputs.append(fast(**call).clone())
             (program,) = programs(session)
-            (track,) = session._tracks.values()
-            buffers = track.generations[""].storage.buffers
+            (generation,) = session.generations
+            buffers = generation.storage.buffers
             sites = program.matches.sites
             picked.append(
                 {

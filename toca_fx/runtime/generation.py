@@ -1,0 +1,112 @@
+"""A generation: one sampling run of one model and one guidance branch, which does step by step
+what the clock decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_fx.lower.program import CompiledStep, Program
+from toca_fx.plan.plan import StepPlan
+from toca_fx.runtime.clock import Decision, Progress
+from toca_fx.runtime.conditioning import Conditioning
+from toca_fx.runtime.report import Launch, StepRecord
+
+_SCORES_READ = {
+    read: torch.tensor(read) for read in (False, True)
+}  # a step graph is given one of them
+
+
+class Generation:
+    """Plan, storage, conditioning and progress of one sampling run, for one ``program``.
+
+    Caches belong to it, so nothing survives into the next one. ``num_steps`` None are the policy's
+    steps; ``position`` is the first step that it runs. ``timesteps`` [T] are those of all its
+    calls, where they are known, ``timestep_at`` the position of the timestep among the inputs;
+    ``warn`` takes what the user has to know.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        num_steps: int | None,
+        position: int,
+        timesteps: Tensor | None,
+        timestep_at: int | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.program = program
+        self.plan = program.plan(num_steps)
+        self.progress = Progress(len(self.plan.steps), position)
+        self.storage = program.lend(self.plan, 0 if timesteps is None else len(timesteps))
+        self.conditioning = Conditioning(
+            program, self.storage.hoisted, timesteps, timestep_at, warn
+        )
+
+    def close(self) -> None:
+        """Give the storage back; nothing can be run any more."""
+        self.conditioning.close()
+        self.program.take_back(self.storage)
+
+    def run(
+        self, decision: Decision, timestep: float | None, inputs: Sequence[Any], branch: str
+    ) -> tuple[Any, StepRecord]:
+        """Run one step, at ``timestep`` (None: not read); the model's outputs and the record.
+
+        If it fails, the caches count as lost.
+        """
+        began = time.perf_counter()
+        position = decision.position
+        step = self.plan.full_step(position) if decision.full else self.plan.steps[position]
+        self.progress = replace(self.progress, ambiguous=decision.ambiguous, caches_lost=True)
+        compiled = self.program.step(self.plan, step.modes)
+        hoisted_flops = self.conditioning.prepare(inputs, position)
+        outputs, launch, selection_seconds = self._launch(compiled, step, inputs)
+        self.progress = self.progress.advance(timestep)
+        seconds = time.perf_counter() - began
+        return outputs, StepRecord(
+            step.index, step.kind, branch, seconds, selection_seconds, step, hoisted_flops, launch
+        )
+
+    def _launch(
+        self, compiled: CompiledStep, step: StepPlan, inputs: Sequence[Any]
+    ) -> tuple[Any, Launch, float]:
+        """Bring the ``compiled`` step to the device, recorded where that is possible: the model's
+        outputs, how it was done, and the seconds that selecting tokens took.
+        """
+        position = self.progress.position
+        selection_seconds = 0.0
+
+        def body(inputs: Sequence[Any]) -> Any:
+            """All that the device does in a step. What differs between two steps of one ``key`` is
+            in tensors.
+            """
+            nonlocal selection_seconds
+            selector, selects = self.storage.selector, time.perf_counter()
+            given = selector.select(step) if step.kind != "full" else {}
+            selection_seconds = time.perf_counter() - selects
+            self.conditioning.bring(inputs, position)
+            outputs = compiled(
+                inputs, {**self.storage.tensors, **given, "read": _SCORES_READ[step.read]}
+            )
+            if step.kind == "full":
+                selector.full()
+            else:
+                selector.advance()
+            return outputs
+
+        recordings, reason = self.storage.recordings, self.storage.reason
+        if recordings is None:
+            outputs = body(inputs)
+            return outputs, Launch("queued", reason), selection_seconds
+        key = (step.modes, step.fresh, step.read, self.conditioning.listed)
+        outputs, reason = recordings.run(
+            (step.modes, step.read, self.conditioning.listed), key, body, inputs
+        )
+        return outputs, Launch("queued" if reason else "recorded", reason), selection_seconds
