@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.models import SmallModel
 from tests.walks import Part, walk
-from toca_fx.policy.types import Interval, Policy, SitePolicy
+from toca_fx.policy import Interval, Policy, SitePolicy
 
 Choice = Mapping[str, Sequence[Sequence[int]]]  # site path -> per sample the chosen tokens
 Measures = dict[str, Tensor]  # name in the policy's ``scores`` -> [B, N]

@@ -1,5 +1,5 @@
-"""Policies: how they are found, loaded and checked. The dataclasses are in `policy/types.py` and
-are re-exported here.
+"""Policies: how they are found, loaded and checked. The dataclasses, which declare every key of
+the format, are re-exported here.
 """
 
 from __future__ import annotations
@@ -13,30 +13,24 @@ from typing import TypeAlias
 from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
 from toca_fx.policy.check import check
 from toca_fx.policy.document import Document, from_mapping
+from toca_fx.policy.interval import Interval, Window
+from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
-from toca_fx.policy.types import (
-    MODULE_TYPES,
-    Action,
-    Guidance,
-    Interval,
-    Policy,
-    Ratio,
-    Rule,
-    Sampler,
-    Scores,
-    SitePolicy,
-    Spatial,
-    Window,
-)
+from toca_fx.policy.selection import Ratio, Scores, Spatial, score_names
+from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
+from toca_fx.policy.types import Policy, Rule, SitePolicy
 
 __all__ = [
     "MODULE_TYPES",
     "Action",
+    "Cache",
     "Guidance",
+    "Hoisting",
     "Interval",
     "Policy",
     "PolicySource",
     "Ratio",
+    "Recording",
     "Rule",
     "Sampler",
     "Scores",
@@ -44,6 +38,7 @@ __all__ = [
     "Spatial",
     "Window",
     "load_policy",
+    "score_names",
     "shipped_policies",
     "validate_file",
 ]
@@ -64,7 +59,7 @@ def load_policy(source: PolicySource) -> Policy:
     if isinstance(source, Policy):
         return source
     if isinstance(source, Mapping):
-        policy, problems = check(from_mapping(source))
+        policy, problems = check(from_mapping(source), Policy)
     elif not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"policy={source!r}: expected a shipped name, a path, a mapping or a Policy"
@@ -101,9 +96,9 @@ def shipped_policies() -> dict[str, Path]:
 def _check_file(file: str | os.PathLike[str]) -> tuple[Policy, list[Problem]]:
     document = parse_text(read_text(file), os.fspath(file))
     if document.complete:
-        return check(document)
+        return check(document, Policy)
     # Half a file says little about the rest: only what was found in it is reported.
-    policy, _ = check(Document(document.file, {}))
+    policy, _ = check(Document(document.file, {}), Policy)
     return policy, document.problems
 
 

@@ -3,147 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from toca_fx.policy.types import (
-    MODULE_TYPES,
-    Action,
-    Cache,
-    Guidance,
-    Hoisting,
-    Interval,
-    Policy,
-    Ratio,
-    Recording,
-    Rule,
-    Sampler,
-    Scores,
-    Spatial,
-    Window,
+from toca_fx.policy.keys import (
+    Declared,
+    is_mapping,
+    item_type,
+    keys_of,
+    rule_keys,
+    stand_ins,
 )
+from toca_fx.policy.modules import Action
+from toca_fx.policy.types import Policy, Rule
 
 Data = Mapping[str, Any]
-
-_SECTIONS = ("N", "R", "scores", "spatial", "cache")  # what a rule merges key by key
-_FALLBACK_STEPS = 50  # stands in while the problems of a policy without a step count are collected
+P = TypeVar("P", bound=Policy)
 
 
-def build(data: Data, source: str, place_of_rule: Callable[[int], str]) -> Policy:
+def build(data: Data, source: str, place_of_rule: Callable[[int], str], policy: type[P]) -> P:
     """Build a policy; a required part that is missing (and reported elsewhere) gets a harmless
     stand-in.
     """
-    sampler = Sampler(**{"steps": _FALLBACK_STEPS, **_section("sampler", data)})
-    return Policy(
-        name=data.get("name", ""),
-        description=data.get("description", ""),
-        model=tuple(data.get("model", ())),
-        sampler=sampler,
-        guidance=Guidance(**data.get("guidance", {})),
-        N=Interval(**{**_base_from_list(data, sampler.steps), **_section("N", data)}),
-        R=Ratio(**{"base": 0.0, **_section("R", data)}),
-        modules=_modules(data.get("modules", {})),
-        scores=Scores(**_section("scores", data)),
-        spatial=Spatial(**{"bonus": 0.0, **_section("spatial", data)})
-        if "spatial" in data
-        else None,
-        cache=Cache(**data.get("cache", {})),
-        hoisting=Hoisting(**{key: int(value) for key, value in data.get("hoisting", {}).items()}),
-        recording=Recording(
-            **{key: int(value) for key, value in data.get("recording", {}).items()}
-        ),
-        seed=int(data.get("seed", 0)),
-        rules=tuple(
-            _rule(rule, place_of_rule(index)) for index, rule in enumerate(data.get("rules", ()))
-        ),
-        source=source,
+    rules = data.get("rules", ())
+    given = {**stand_ins(policy), **_read_keys(policy, {**data, "rules": ()})}
+    listed = given["N"].full_steps
+    if listed and "base" not in data["N"]:
+        # The mean interval is the base that the staleness score divides by.
+        mean = max(1, round(given["sampler"].steps / len(listed)))
+        given["N"] = replace(given["N"], base=mean)
+    given["rules"] = tuple(
+        _rule(rule, place_of_rule(index), policy) for index, rule in enumerate(rules)
     )
+    return policy(**given, source=source)
 
 
-def _base_from_list(data: Data, steps: int) -> dict[str, int]:
-    """With `full_steps` and no `base`, the mean interval is the base that the staleness score
-    divides by.
-    """
-    listed = data.get("N", {}).get("full_steps")
-    return {"base": max(1, round(steps / len(listed)))} if listed else {}
+def _read_keys(declaring: type, data: Data) -> dict[str, Any]:
+    """The values of the keys that are given, by field."""
+    return {
+        declared.field: _read(declared, data[declared.name])
+        for declared in keys_of(declaring)
+        if declared.name in data
+    }
 
 
-def _section(name: str, data: Data) -> dict[str, Any]:
-    return {key: _leaf(f"{name}.{key}", value) for key, value in data.get(name, {}).items()}
+def _read(declared: Declared, value: Any) -> Any:
+    if declared.key.form:
+        return tuple(vars(_read_whole(declared.key.form, value)).items())
+    if item_type(declared):
+        return _read_list(item_type(declared), value)
+    return _read_value(declared.type, value)
 
 
-def _leaf(key: str, value: Any) -> Any:
-    convert = _CONVERT.get(key)
-    return convert(value) if convert else value
+def _read_list(item: Any, values: list[Any]) -> tuple[Any, ...]:
+    if not is_mapping(item):
+        return tuple(_read_value(item, value) for value in values)
+    required = {declared.name for declared in keys_of(item) if declared.required}
+    complete = (value for value in values if required <= value.keys())
+    return tuple(_read_value(item, value) for value in complete)
 
 
-def _windows(values: list[Data]) -> tuple[Window, ...]:
-    complete = (value for value in values if {"from", "to", "interval"} <= value.keys())
-    return tuple(
-        Window(float(value["from"]), float(value["to"]), int(value["interval"]))
-        for value in complete
-    )
+def _read_value(kind: Any, value: Any) -> Any:
+    """A value in the form of its field's type."""
+    if kind is Action:
+        return _action(value)
+    if is_mapping(kind):
+        return _read_whole(kind, value)
+    # JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
+    return kind(value) if kind in (int, float) else value
 
 
-def _steps(values: list[Any]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
-# JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
-_CONVERT: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(
-        ("sampler.steps", "N.base", "N.first", "N.last", "R.layer_span", "R.multiple"), int
-    ),
-    **dict.fromkeys(("scores.staleness_over", "spatial.grid"), int),
-    **dict.fromkeys(
-        ("N.drift", "R.base", "R.step_weight", "R.layer_weight", "spatial.bonus"), float
-    ),
-    **{
-        f"scores.{name}": float
-        for name in (
-            "self_attention",
-            "cross_attention",
-            "staleness",
-            "value_norm",
-            "key_norm",
-            "random",
-            "queries",
-        )
-    },
-    "N.windows": _windows,
-    "N.full_steps": _steps,
-    "N.extra_full_steps": _steps,
-}
-
-
-def _modules(given: Data) -> tuple[tuple[str, Action], ...]:
-    usual = {kind: Action("partial") if kind == "mlp" else Action("reuse") for kind in MODULE_TYPES}
-    return tuple({**usual, **{kind: _action(value) for kind, value in given.items()}}.items())
+def _read_whole(declaring: type[Any], data: Data) -> Any:
+    return declaring(**{**stand_ins(declaring), **_read_keys(declaring, data)})
 
 
 def _action(value: Any) -> Action:
     if isinstance(value, Mapping):
-        return Action("partial", float(value.get("weight", 1.0)))
+        return Action("partial", **_read_keys(Action, value))
     return Action("compute" if value == "compute" else "reuse")
 
 
-def parse_layers(value: str | int) -> tuple[int, int]:
+def _layers(value: str | int) -> tuple[int, int]:
     """`5`, "5" or "0-3" as an inclusive range."""
     first, _, last = str(int(value) if isinstance(value, (int, float)) else value).partition("-")
     return int(first), int(last or first)
 
 
-def _rule(data: Data, position: str) -> Rule:
-    layers = parse_layers(data["layers"]) if "layers" in data else None
-    return Rule(data.get("match"), data.get("path"), layers, tuple(_overrides(data)), position)
+def _rule(data: Data, position: str, policy: type[Policy]) -> Rule:
+    layers = _layers(data["layers"]) if "layers" in data else None
+    overrides = tuple(_overrides(data, policy))
+    return Rule(data.get("match"), data.get("path"), layers, overrides, position)
 
 
-def _overrides(data: Data) -> Iterator[tuple[str, object]]:
+def _overrides(data: Data, policy: type[Policy]) -> Iterator[tuple[str, object]]:
     if "module" in data:
         yield "module", _action(data["module"])
-    if data.get("spatial") == "off":
-        yield "spatial", None
-    for section in _SECTIONS:
-        if isinstance(data.get(section), Mapping):
-            yield from (
-                (f"{section}.{key}", value) for key, value in _section(section, data).items()
-            )
+    for field, section in rule_keys(policy).sections.items():
+        value = data.get(section.name)
+        if value == "off":
+            yield field, None
+        elif isinstance(value, Mapping):
+            read = _read_keys(section.type, value)
+            yield from ((f"{field}.{leaf}", item) for leaf, item in read.items())

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 from toca_fx.diagnostics import Problem
 from toca_fx.policy.build import build
 from toca_fx.policy.document import Document, Path
-from toca_fx.policy.rules import Note, check_rules, reads_scores
-from toca_fx.policy.schema import check_schema
-from toca_fx.policy.types import Interval, Policy, Window
+from toca_fx.policy.interval import Interval, Window
+from toca_fx.policy.keys import keys_of, rule_keys
+from toca_fx.policy.rules import Note, check_rules, sets_weight
+from toca_fx.policy.types import Policy
+from toca_fx.policy.violations import check_schema
 
-_REPLACED = ("base", "drift", "phase", "windows")  # what `N.full_steps` takes the place of
+P = TypeVar("P", bound=Policy)
 
 
-def check(document: Document) -> tuple[Policy, list[Problem]]:
+def check(document: Document, kind: type[P]) -> tuple[P, list[Problem]]:
     """The policy in a document and every problem of it, in file order. The policy is usable only
     without errors.
     """
-    problems, data, faulty = check_schema(document)
-    policy = build(data, document.file, lambda index: document.place(("rules", index)))
+    problems, data, faulty = check_schema(document, kind)
+    policy = build(data, document.file, lambda index: document.place(("rules", index)), kind)
     notes = [
         *_check_sampler(policy, data),
         *_check_intervals(policy, data),
+        *_check_replaced(policy, data),
+        *_check_served(policy, data),
         *_check_choices(policy, data),
     ]
     notes += check_rules(policy, _faulty_rules(faulty))
@@ -47,7 +51,10 @@ def _faulty_rules(faulty: set[Path]) -> set[int]:
 def _check_sampler(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     guidance = policy.guidance
     if guidance.selection == "shared" and guidance.layout != "batched":
-        message = "`shared` needs `layout: batched`: only the two halves of one batch can share a selection"
+        message = (
+            "`shared` needs `layout: batched`: only the two halves of one batch can share a "
+            "selection"
+        )
         yield Note(("guidance", "selection"), message)
     every_step = policy.N.first + policy.N.last >= policy.sampler.steps > 1
     if every_step and "steps" in data.get("sampler", {}):
@@ -59,13 +66,7 @@ def _check_sampler(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
 def _check_intervals(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     """The N of the policy and of each rule."""
     known = "steps" in data.get("sampler", {})
-    places: list[tuple[Path, dict[str, Any]]] = [(("N",), data.get("N", {}))]
-    places += [
-        (("rules", index, "N"), rule["N"])
-        for index, rule in enumerate(data.get("rules", ()))
-        if "N" in rule
-    ]
-    for path, given in places:
+    for path, given in _places("N", data):
         yield from _check_windows(path, given, policy.sampler.steps if known else None)
         yield from _check_step_lists(path, given, policy.sampler.steps if known else None)
     if data.get("N") and _always_full(policy.N):
@@ -74,6 +75,14 @@ def _check_intervals(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
             "an interval of 1 makes every step full: nothing is ever reused",
             "warning",
         )
+
+
+def _places(section: str, data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Where the mapping of a section stands: in the policy, and in each rule that overrides it."""
+    yield (section,), data.get(section, {})
+    for index, rule in enumerate(data.get("rules", ())):
+        if isinstance(rule.get(section), dict):
+            yield ("rules", index, section), rule[section]
 
 
 def _always_full(interval: Interval) -> bool:
@@ -116,33 +125,42 @@ def _check_step_lists(path: Path, given: dict[str, Any], steps: int | None) -> I
             elif step in seen:
                 yield Note(place, f"step {step} is listed twice", "warning")
             seen.add(step)
-    if "full_steps" in given:
-        for key in _REPLACED:
-            if key in given:
-                yield Note(
-                    (*path, key),
-                    f"`{key}` is ignored: `full_steps` takes its place",
-                    "warning",
-                    key=True,
-                )
+
+
+def _check_replaced(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
+    """Keys whose place another one takes, in the policy or in one rule."""
+    for section in rule_keys(type(policy)).sections.values():
+        for path, given in _places(section.name, data):
+            for declared in keys_of(section.type):
+                other = declared.key.replaced_by
+                if declared.name in given and other in given:
+                    message = f"`{declared.name}` is ignored: `{other}` takes its place"
+                    yield Note((*path, declared.name), message, "warning", key=True)
+
+
+def _check_served(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
+    """Keys that say how a score is found which has no weight anywhere."""
+    weights = policy.scores.weights.keys()
+    set_by_rules = {leaf for rule in policy.rules for leaf, _ in rule.overrides}
+    for declared in keys_of(type(policy.scores)):
+        served = declared.key.serves
+        judged = served in weights or f"scores.{served}" in set_by_rules
+        if served and declared.name in data.get("scores", {}) and not judged:
+            message = (
+                f"`{declared.name}` has no effect: it says how `{served}` is found, "
+                "whose weight is 0"
+            )
+            yield Note(("scores", declared.name), message, "warning", key=True)
 
 
 def _check_choices(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
-    scores = policy.scores
-    judged = scores.self_attention or any(
-        "scores.self_attention" in dict(rule.overrides) for rule in policy.rules
-    )
-    if "queries" in data.get("scores", {}) and not judged:
-        message = (
-            "`queries` has no effect: it says how `self_attention` is found, whose weight is 0"
-        )
-        yield Note(("scores", "queries"), message, "warning", key=True)
+    keys, scores = rule_keys(type(policy)), policy.scores
     selecting = [kind for kind, action in policy.modules if action.mode == "partial"]
     if (
         scores.weights
         or not selecting
         or not 0 < policy.R.base < 1
-        or any(map(reads_scores, policy.rules))
+        or any(sets_weight(rule, keys) for rule in policy.rules)
     ):
         return
     where: Path = ("scores",) if "scores" in data else ()

@@ -187,7 +187,8 @@ class _Composer:
         elif anchor is not None:
             self._report(
                 position,
-                f"the anchor {quote('&' + str(anchor))} is not supported: write each value where it is used",
+                f"the anchor {quote('&' + str(anchor))} is not supported: "
+                "write each value where it is used",
             )
         if tag is not None:
             self._report(position, f"the tag {quote(tag)} is refused: a policy is plain data")

@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 from toca_fx.diagnostics import Severity
 from toca_fx.policy.document import Path
-from toca_fx.policy.types import MODULE_TYPES, Action, Policy, Rule, SitePolicy
-
-_REPLACED_BY_FULL_STEPS = {"N.base", "N.drift", "N.phase", "N.windows"}
-_SPATIAL = {"spatial.bonus", "spatial.grid"}
-_NO_SCORES = {"scores.queries", "scores.staleness_over"}
+from toca_fx.policy.keys import RuleKeys, rule_keys
+from toca_fx.policy.modules import MODULE_TYPES, Action
+from toca_fx.policy.types import Policy, Rule, SitePolicy
 
 
 class Note(NamedTuple):
@@ -32,24 +30,28 @@ class Note(NamedTuple):
 
 def check_rules(policy: Policy, faulty: set[int]) -> Iterator[Note]:
     """Look through the rules, leaving out the `faulty` ones, which were only read in part."""
+    keys = rule_keys(type(policy))
     rules = {index: rule for index, rule in enumerate(policy.rules) if index not in faulty}
     for index, rule in rules.items():
         later = [other for number, other in rules.items() if number > index]
         earlier = [other for number, other in rules.items() if number < index]
-        in_vain = _empty_range(index, rule) or _replaced(index, rule, later)
+        in_vain = _empty_range(index, rule) or _replaced(index, rule, later, keys)
         if in_vain:
             yield in_vain
-        elif _changes_nothing(policy, rule, earlier):
+        elif _changes_nothing(policy, rule, earlier, keys):
             yield Note(
                 ("rules", index), "the rule changes nothing: what it sets holds already", "warning"
             )
         else:
-            yield from _without_effect(policy, index, rule, list(rules.values()))
+            yield from _sections_without_effect(policy, index, rule, list(rules.values()))
+            yield from _leaves_without_effect(policy, index, rule, list(rules.values()))
 
 
-def reads_scores(rule: Rule) -> bool:
-    """Whether a rule sets any score."""
-    return any(key.startswith("scores.") and key not in _NO_SCORES for key, _ in rule.overrides)
+def sets_weight(rule: Rule, keys: RuleKeys) -> bool:
+    """Whether a rule sets the weight of a score."""
+    return any(
+        leaf in keys.leaves and keys.leaves[leaf].key.is_weight for leaf, _ in rule.overrides
+    )
 
 
 def _empty_range(index: int, rule: Rule) -> Note | None:
@@ -62,24 +64,23 @@ def _empty_range(index: int, rule: Rule) -> Note | None:
     )
 
 
-def _leaves(rule: Rule) -> set[str]:
-    """The leaf keys that a rule decides."""
-    leaves: set[str] = set()
-    for key, _ in rule.overrides:
-        leaves |= _SPATIAL if key == "spatial" else {key}
-    return leaves
+def _leaves(rule: Rule, keys: RuleKeys) -> set[str]:
+    """The leaves that a rule decides: all of a section that it switches off."""
+    decided = (keys.members.get(name, {name}) for name, _ in rule.overrides)
+    return set[str]().union(*decided)
 
 
-def _decides(rule: Rule) -> set[str]:
-    """The leaf keys whose earlier values no longer matter once this rule has been applied."""
-    return _leaves(rule) | (_REPLACED_BY_FULL_STEPS if "N.full_steps" in _leaves(rule) else set())
+def _decides(rule: Rule, keys: RuleKeys) -> set[str]:
+    """The leaves whose earlier values no longer matter once this rule has been applied."""
+    leaves = _leaves(rule, keys)
+    return leaves.union(*(keys.replaced.get(leaf, ()) for leaf in leaves))
 
 
-def _replaced(index: int, rule: Rule, later: list[Rule]) -> Note | None:
-    left, by = _leaves(rule), list[Rule]()
+def _replaced(index: int, rule: Rule, later: list[Rule], keys: RuleKeys) -> Note | None:
+    left, by = _leaves(rule, keys), list[Rule]()
     for other in later:
-        if _covers(other, rule) and left & _decides(other):
-            left = left - _decides(other)
+        if _covers(other, rule) and left & _decides(other, keys):
+            left = left - _decides(other, keys)
             by.append(other)
     if left:
         return None
@@ -131,9 +132,11 @@ def _may_overlap(one: Rule, other: Rule) -> bool:
     return not literal or one.path == other.path
 
 
-def _changes_nothing(policy: Policy, rule: Rule, earlier: list[Rule]) -> bool:
-    touched = {key for other in earlier if _may_overlap(other, rule) for key in _decides(other)}
-    if touched & _leaves(rule):
+def _changes_nothing(policy: Policy, rule: Rule, earlier: list[Rule], keys: RuleKeys) -> bool:
+    touched = {
+        key for other in earlier if _may_overlap(other, rule) for key in _decides(other, keys)
+    }
+    if touched & _leaves(rule, keys):
         return False
     sites = [_before_rules(policy, kind) for kind in _kinds(rule)]
     return all(rule.apply(site) == site for site in sites)
@@ -163,36 +166,50 @@ def _modes(policy: Policy, rule: Rule, rules: list[Rule]) -> set[str]:
     return modes
 
 
-def _without_effect(policy: Policy, index: int, rule: Rule, rules: list[Rule]) -> Iterator[Note]:
+def _sections_without_effect(
+    policy: Policy, index: int, rule: Rule, rules: list[Rule]
+) -> Iterator[Note]:
     modes = _modes(policy, rule, rules)
-    sections = dict.fromkeys(key.partition(".")[0] for key, _ in rule.overrides)
-    for section in sections:
-        path = ("rules", index, section)
-        if section in ("R", "scores", "spatial") and "partial" not in modes:
-            fate = "reused whole" if modes == {"reuse"} else "reused whole or computed in full"
-            fate = "computed in full" if modes == {"compute"} else fate
-            yield Note(
-                path,
-                f"`{section}` has no effect: the modules that this rule matches are {fate}",
-                "warning",
-                key=True,
-            )
-        if section in ("N", "cache") and modes == {"compute"}:
-            message = f"`{section}` has no effect: the modules that this rule matches are computed on every step"
-            yield Note(path, message, "warning", key=True)
-    leaves = _leaves(rule)
-    if policy.N.full_steps is not None and "N.full_steps" not in leaves:
-        for leaf in sorted(leaves & _REPLACED_BY_FULL_STEPS):
-            name = leaf.partition(".")[2]
-            message = f"`{name}` has no effect: the policy's `N.full_steps` takes its place"
-            yield Note(("rules", index, "N", name), message, "warning", key=True)
-    has_bonus = policy.spatial is not None or any(
-        "spatial.bonus" in dict(other.overrides) and _may_overlap(other, rule) for other in rules
+    sections = rule_keys(type(policy)).sections
+    for field in dict.fromkeys(key.partition(".")[0] for key, _ in rule.overrides):
+        override = sections[field].key.override if field in sections else None
+        if override and not modes & {*override.modes}:
+            name = sections[field].name
+            fate = _fate(modes, override.modes)
+            message = f"`{name}` has no effect: the modules that this rule matches are {fate}"
+            yield Note(("rules", index, name), message, "warning", key=True)
+
+
+def _fate(modes: set[str], needed: tuple[str, ...]) -> str:
+    """What happens to modules instead of what an override needs."""
+    if modes != {"compute"}:
+        return "reused whole" if modes == {"reuse"} else "reused whole or computed in full"
+    return "computed on every step" if "reuse" in needed else "computed in full"
+
+
+def _leaves_without_effect(
+    policy: Policy, index: int, rule: Rule, rules: list[Rule]
+) -> Iterator[Note]:
+    keys = rule_keys(type(policy))
+    leaves = _leaves(rule, keys)
+    for by, replaced in keys.replaced.items():
+        section, _, name = by.partition(".")
+        if by in leaves or getattr(getattr(policy, section), name) is None:
+            continue
+        for leaf in sorted(leaves & replaced):
+            name = keys.leaves[leaf].name
+            message = f"`{name}` has no effect: the policy's `{by}` takes its place"
+            yield Note(("rules", index, section, name), message, "warning", key=True)
+    for leaf, _ in rule.overrides:
+        section, declared = leaf.partition(".")[0], keys.leaves.get(leaf)
+        served = declared.key.serves if declared else ""
+        if declared and served and not _may_be_set(policy, f"{section}.{served}", rule, rules):
+            message = f"a `{declared.name}` without a `{served}` has no effect"
+            yield Note(("rules", index, section), message, "warning", key=True)
+
+
+def _may_be_set(policy: Policy, leaf: str, rule: Rule, rules: list[Rule]) -> bool:
+    """Whether a leaf has a value where a rule applies; only a section that is off has none."""
+    return getattr(policy, leaf.partition(".")[0]) is not None or any(
+        leaf in dict(other.overrides) and _may_overlap(other, rule) for other in rules
     )
-    if "spatial.grid" in dict(rule.overrides) and not has_bonus:
-        yield Note(
-            ("rules", index, "spatial"),
-            "a `grid` without a `bonus` has no effect",
-            "warning",
-            key=True,
-        )

@@ -88,7 +88,8 @@ def _trap(text: str) -> str | None:
         meaning = "false" if switch.group(1) else "true"
         return f'YAML 1.1 reads {shown} as {meaning}: write "{text}" in quotes if the word is meant'
     if exponent := _EXPONENT.fullmatch(text):
-        return f"YAML 1.1 reads {shown} as text, not as a number: write {_spell_out(*exponent.groups())}"
+        instead = _spell_out(*exponent.groups())
+        return f"YAML 1.1 reads {shown} as text, not as a number: write {instead}"
     if _LEADING_ZERO.fullmatch(text):
         return (
             f"YAML 1.1 reads {shown} with its leading zero as octal: write {_without_zeros(text)}"
@@ -100,7 +101,10 @@ def _trap(text: str) -> str | None:
             f"YAML versions disagree about the underscore in {shown}: write {text.replace('_', '')}"
         )
     if _SEXAGESIMAL.fullmatch(text):
-        return f"YAML 1.1 reads {shown} as a number to the base 60: put it in quotes, or write the number in decimal"
+        return (
+            f"YAML 1.1 reads {shown} as a number to the base 60: put it in quotes, or write the "
+            "number in decimal"
+        )
     if _NOT_FINITE.fullmatch(text):
         return f"{shown} is not a finite number"
     return None

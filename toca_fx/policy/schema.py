@@ -1,304 +1,234 @@
-"""Problems that the JSON Schema finds, told in words and with positions.
+"""The JSON Schema of the policy format, made from what the dataclasses declare.
 
-`policy.schema.json` is written for editors and for this module alike: a `title` says what is
-expected where a type or a list of alternatives would not ("a layer number or a range such as 0-3").
+It serves editors (as the file `policy.schema.json`, which `tools/policy_reference.py` writes), the
+reference and validation alike: a `title` says what is expected where a type or a list of
+alternatives would not ("a layer number or a range such as 0-3").
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from pathlib import Path as FilePath
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING
+from typing import Any, Literal, get_args, get_origin
 
-from jsonschema import Draft7Validator
-from jsonschema.exceptions import ValidationError
+from toca_fx.policy.keys import Declared, Key, Override, Schema, is_mapping, item_type, keys_of
+from toca_fx.policy.modules import ACTION_TITLE, Action, Mode
+from toca_fx.policy.types import VERSION, Policy, Rule
 
-from toca_fx.diagnostics import Problem, any_of, did_you_mean, nearest, quote
-from toca_fx.policy.document import Document, Path
-
-Schema = dict[str, Any]
-
-_TYPE_NAMES = {
-    "integer": "a whole number",
-    "number": "a number",
-    "string": "text",
-    "array": "a list",
-    "object": "a mapping",
+_TYPES = {int: "integer", float: "number", str: "string"}
+_CONSTRAINTS = {
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "exclusive_minimum": "exclusiveMinimum",
+    "exclusive_maximum": "exclusiveMaximum",
+    "min_length": "minLength",
+    "max_length": "maxLength",
+    "min_items": "minItems",
 }
 
 
-class Finding(NamedTuple):
-    """A problem of the data before it has a position.
+def policy_schema(policy: type = Policy) -> Schema:
+    """The schema of all that a policy declares, in draft 7."""
+    keys = keys_of(policy)
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": "https://toca-fx.invalid/policy.schema.json",
+        "title": f"toca_fx policy, version {VERSION}",
+        "description": "How the modules of a diffusion transformer are cached over the sampling "
+        "loop. Letters as in the paper: step index s of T steps, layer l, N the interval of full "
+        "steps, R the share of stale tokens. On a full step everything is computed; on a partial "
+        "step the share (1 - R.base) * step factor * layer factor * module weight, kept between 0 "
+        "and 1, of each selecting module's tokens.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "version": {"description": "Version of this format.", "const": VERSION},
+            **{declared.name: _property(declared) for declared in keys},
+        },
+        "required": ["version", *_required(keys)],
+        "definitions": {
+            **{section.name: _definition(section) for section in keys if _is_shared(section)},
+            "action": _action(),
+            **dict(_items(keys)),
+            "rule": _rule(keys),
+        },
+    }
 
-    `key` asks for the position of the key instead of the value's; `usable` says that the rest of
-    the value holds.
-    """
 
-    path: Path
-    message: str
-    key: bool = False
-    usable: bool = False
+def _is_shared(declared: Declared) -> bool:
+    """Whether a mapping has a definition, because rules take it too."""
+    return declared.key.override is not None and not declared.key.form
 
 
-@lru_cache(maxsize=1)
-def _schema_text() -> str:
-    return (FilePath(__file__).parents[1] / "policy.schema.json").read_text(encoding="utf-8")
+def _definition(section: Declared) -> Schema:
+    return {"title": section.key.title, **_mapping(section.type)}
 
 
-def load_schema() -> Schema:
-    """The schema of version 1, as a fresh copy."""
-    schema: Schema = json.loads(_schema_text())
+def _property(declared: Declared) -> Schema:
+    schema = {**_said(declared.key), **_value(declared)}
+    shown = declared.type is Action or not is_mapping(declared.type)
+    if shown and not declared.required and declared.default not in (MISSING, None):
+        schema["default"] = _in_file(declared.default)
+    if declared.key.required_unless:
+        del schema["default"]
+    if declared.key.examples:
+        schema["examples"] = list(declared.key.examples)
     return schema
 
 
-def check_schema(document: Document) -> tuple[list[Problem], dict[str, Any], set[Path]]:
-    """Problems by the schema; the data without the faulty parts; the paths that were faulty.
+def _said(key: Key | Override) -> Schema:
+    words = {"description": key.description, "title": key.title}
+    return {name: word for name, word in words.items() if word}
 
-    What is left of the data can be built into a policy, so that its meaning is checked in the same
-    run.
-    """
-    data = document.data
-    if not isinstance(data, dict):
-        known = () in document.refused
-        return ([] if known else [document.problem((), _wrong_top(data))]), {}, {()}
-    errors = Draft7Validator(load_schema()).iter_errors(data)
-    findings = [finding for error in errors for finding in _explain(error)]
-    findings = [finding for finding in findings if not _inside(finding.path, document.refused)]
-    problems = [
-        document.problem(finding.path, finding.message, key=finding.key)
-        for finding in _one_per_path(findings)
+
+def _in_file(value: object) -> object:
+    if isinstance(value, Action):
+        return value.in_file
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _value(declared: Declared) -> Schema:
+    """What is demanded of the value of a key."""
+    if declared.key.alternatives:
+        return {"oneOf": list(declared.key.alternatives)}
+    if item_type(declared):
+        bound = _constraints(declared.key)
+        return {"type": "array", **bound, "items": _item(item_type(declared), declared.key)}
+    if declared.type is Action:
+        return {"allOf": [_reference("action")]}
+    if _is_shared(declared):
+        demands = _demands(keys_of(declared.type))
+        return {"allOf": [_reference(declared.name), *demands]}
+    if is_mapping(declared.type):
+        return _whole_mapping(declared.type)
+    return _scalar(declared.type, declared.key)
+
+
+def _item(item: Any, key: Key) -> Schema:
+    if is_mapping(item):
+        return _reference(_definition_name(item))
+    said = key.items or Key()
+    return {**_said(said), **_scalar(item, said)}
+
+
+def _scalar(kind: Any, key: Key) -> Schema:
+    words = get_args(kind) if get_origin(kind) is Literal else key.choices
+    if words:
+        return {"type": "string", "enum": list(words)}
+    return {"type": _TYPES[kind], **_constraints(key)}
+
+
+def _constraints(key: Key) -> Schema:
+    given = {keyword: getattr(key, name) for name, keyword in _CONSTRAINTS.items()}
+    return {keyword: bound for keyword, bound in given.items() if bound is not None}
+
+
+def _reference(definition: str) -> Schema:
+    return {"$ref": f"#/definitions/{definition}"}
+
+
+def _definition_name(item: Any) -> str:
+    return str(item.__name__).lower()
+
+
+def _mapping(declaring: type) -> Schema:
+    """Any of the keys that a dataclass declares, and no others."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {declared.name: _property(declared) for declared in keys_of(declaring)},
+    }
+
+
+def _whole_mapping(declaring: type) -> Schema:
+    """The keys that a dataclass declares, with those that are required."""
+    schema = _mapping(declaring)
+    for demand in _demands(keys_of(declaring)):
+        schema.update(demand)
+    return schema
+
+
+def _demands(keys: Iterable[Declared]) -> list[Schema]:
+    """Which keys have to be there."""
+    keys = tuple(keys)
+    required = _required(keys)
+    return [
+        *([{"required": required}] if required else []),
+        *(
+            _needs_one_of([declared.name, declared.key.required_unless])
+            for declared in keys
+            if declared.key.required_unless
+        ),
     ]
-    unusable = {finding.path for finding in findings if not finding.usable} | document.refused
-    return (
-        problems,
-        _without(data, unusable),
-        {finding.path for finding in findings} | document.refused,
-    )
 
 
-def _wrong_top(data: object) -> str:
-    if data is None:
-        return "the file is empty; a policy is a mapping that starts with `version: 1`"
-    return f"expected a mapping that starts with `version: 1`, got {quote(data)}"
+def _required(keys: Iterable[Declared]) -> list[str]:
+    return [declared.name for declared in keys if declared.required]
 
 
-def _inside(path: Path, refused: set[Path]) -> bool:
-    return any(path[:length] in refused for length in range(len(path) + 1))
+def _needs_one_of(names: Iterable[str]) -> Schema:
+    return {"anyOf": [{"required": [name]} for name in names]}
 
 
-def _one_per_path(findings: Iterable[Finding]) -> list[Finding]:
-    """Drop what a wrong type entails (`enum` beside `type`); several problems of keys at one
-    mapping all stay.
-    """
-    kept: dict[tuple[object, ...], Finding] = {}
-    for finding in findings:
-        kept.setdefault(
-            (finding.path, finding.message) if finding.key else (finding.path,), finding
-        )
-    return list(kept.values())
+def _items(keys: Iterable[Declared]) -> Iterator[tuple[str, Schema]]:
+    """The definitions of the mappings that lists inside the sections hold."""
+    for section in keys:
+        for declared in keys_of(section.type) if is_mapping(section.type) else ():
+            item = item_type(declared)
+            if is_mapping(item):
+                said = _said(declared.key.items or Key())
+                yield _definition_name(item), {**said, **_whole_mapping(item)}
 
 
-class _Violation(NamedTuple):
-    """One error of jsonschema, typed: the keyword violated, what it demands, its schema, and the
-    value that fails.
-    """
-
-    keyword: str
-    demand: Any
-    schema: Schema
-    instance: Any
-    path: Path
-    context: list[ValidationError]
-
-
-def _explain(error: ValidationError) -> Iterator[Finding]:
-    keyword, schema = str(error.validator), dict(cast("Schema", error.schema))
-    path = tuple(error.absolute_path)
-    violation = _Violation(
-        keyword, error.validator_value, schema, error.instance, path, list(error.context or ())
-    )
-    return _EXPLAIN.get(keyword, _other)(violation)
-
-
-def _unknown_keys(violation: _Violation) -> Iterator[Finding]:
-    known = list(violation.schema["properties"])
-    for key in violation.instance:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
-            yield Finding((*violation.path, key), f"unknown key {quote(key)}{hint}", key=True)
-
-
-def _missing_keys(violation: _Violation) -> Iterator[Finding]:
-    known = list(violation.schema.get("properties", violation.demand))
-    mistyped = {nearest(key, known) for key in violation.instance if key not in known}
-    for key in violation.demand:
-        if (
-            key not in violation.instance and key not in mistyped
-        ):  # a typo is reported as one problem, not two
-            yield Finding(violation.path, f"missing required key `{key}`", key=True, usable=True)
-
-
-def _wrong_type(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(
-        violation.path,
-        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{_type_hint(violation)}",
-    )
-
-
-def _type_hint(violation: _Violation) -> str:
-    numeric = violation.demand in ("integer", "number")
-    if (
-        numeric
-        and isinstance(violation.instance, str)
-        and violation.instance.replace(".", "", 1).isdecimal()
-    ):
-        return "; remove the quotes"
-    return ""
-
-
-def _expected(schema: Schema) -> str:
-    if "title" in schema:
-        return str(schema["title"])
-    if "enum" in schema:
-        return any_of(schema["enum"])
-    return _TYPE_NAMES[schema["type"]]
-
-
-def _not_listed(violation: _Violation) -> Iterator[Finding]:
-    hint = (
-        did_you_mean(violation.instance, violation.demand)
-        if isinstance(violation.instance, str)
-        else ""
-    )
-    yield Finding(
-        violation.path,
-        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}",
-    )
-
-
-def _wrong_constant(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(
-        violation.path,
-        f"expected {quote(violation.demand)}, the only version so far, got {quote(violation.instance)}",
-    )
-
-
-def _out_of_range(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(
-        violation.path,
-        f"{_name(violation)}must be {describe_range(violation.schema)}, got {quote(violation.instance)}",
-    )
-
-
-def _name(violation: _Violation) -> str:
-    """The key, or nothing for the items of a list."""
-    key = violation.path[-1] if violation.path else None
-    return f"`{key}` " if isinstance(key, str) else ""
-
-
-def describe_range(schema: Schema) -> str:
-    """`between 0 and 1`, `at least 1`, `greater than -1 and less than 1`; empty without bounds."""
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if low is not None and high is not None:
-        return f"between {low} and {high}"
-    names = {
-        "minimum": "at least",
-        "exclusiveMinimum": "greater than",
-        "maximum": "at most",
-        "exclusiveMaximum": "less than",
+def _action() -> Schema:
+    """A mode by its name, or the mapping that stands for "partial"."""
+    return {
+        "title": ACTION_TITLE,
+        "oneOf": [
+            {
+                "type": "string",
+                "enum": [mode for mode in get_args(Mode) if mode != "partial"],
+                "description": "`reuse`: the cached output is taken whole. `compute`: computed in "
+                "full on every step, never cached.",
+            },
+            {
+                **_whole_mapping(Action),
+                "description": "The selected tokens are computed; the others come from the cache.",
+            },
+        ],
     }
-    return " and ".join(f"{name} {schema[key]}" for key, name in names.items() if key in schema)
 
 
-def _wrong_length(violation: _Violation) -> Iterator[Finding]:
-    least = violation.keyword.startswith("min")
-    bound, empty = violation.demand, not violation.instance
-    message = (
-        "must not be empty"
-        if least and empty
-        else f"must not be {'shorter' if least else 'longer'} than {bound}"
-    )
-    yield Finding(
-        violation.path, _name(violation) + message, usable=isinstance(violation.instance, dict)
-    )
-
-
-def _no_alternative(violation: _Violation) -> Iterator[Finding]:
-    """For oneOf and anyOf: explain the alternative of the value's own type, else say what is
-    expected.
-    """
-    alternatives: list[Schema] = violation.demand
-    if all(set(alternative) == {"required"} for alternative in alternatives):
-        keys = any_of(alternative["required"][0] for alternative in alternatives)
-        yield Finding(violation.path, f"needs at least one of {keys}", key=True, usable=True)
-        return
-    meant = {
-        index
-        for index, alternative in enumerate(alternatives)
-        if _is_meant(alternative, violation.instance)
+def _rule(keys: Iterable[Declared]) -> Schema:
+    """Selectors, and all of the policy that a rule may override."""
+    selectors = {declared.name: _property(declared) for declared in keys_of(Rule)}
+    overrides = {
+        declared.key.override.name or declared.name: _override(declared, declared.key.override)
+        for declared in keys
+        if declared.key.override
     }
-    within = [inner for inner in violation.context if inner.schema_path[0] in meant]
-    if within:
-        for inner in within:
-            yield from _explain(inner)
-        return
-    words = [word for alternative in alternatives for word in alternative.get("enum", ())]
-    hint = did_you_mean(violation.instance, words) if isinstance(violation.instance, str) else ""
-    yield Finding(
-        violation.path,
-        f"expected {_expected(violation.schema)}, got {quote(violation.instance)}{hint}",
-    )
+    [rules] = (declared for declared in keys if item_type(declared) is Rule)
+    return {
+        **_said(rules.key.items or Key()),
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**selectors, **overrides},
+        "allOf": [_needs_one_of(selectors), _needs_one_of(overrides)],
+    }
 
 
-def _is_meant(alternative: Schema, instance: object) -> bool:
-    """Mappings are looked into; a word or a number that fits no alternative is told what all of
-    them are.
-    """
-    kind = alternative.get("type")
-    numeric = isinstance(instance, (int, float)) and not isinstance(instance, bool)
-    return (kind == "object" and isinstance(instance, dict)) or (kind == "integer" and numeric)
+def _override(declared: Declared, override: Override) -> Schema:
+    title = {"title": override.title or declared.key.title}
+    examples = {"examples": list(override.examples)} if override.examples else {}
+    return {**_said(override), **title, **_overriding(declared, override), **examples}
 
 
-def _other(violation: _Violation) -> Iterator[Finding]:
-    yield Finding(
-        violation.path, f"expected {_expected(violation.schema)}, got {quote(violation.instance)}"
-    )
-
-
-_EXPLAIN: dict[str, Callable[[_Violation], Iterator[Finding]]] = {
-    "additionalProperties": _unknown_keys,
-    "required": _missing_keys,
-    "type": _wrong_type,
-    "enum": _not_listed,
-    "const": _wrong_constant,
-    "oneOf": _no_alternative,
-    "anyOf": _no_alternative,
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _out_of_range),
-    **dict.fromkeys(
-        ("minItems", "maxItems", "minLength", "maxLength", "minProperties"), _wrong_length
-    ),
-}
-
-
-def _without(data: dict[str, Any], unusable: set[Path]) -> dict[str, Any]:
-    """A copy of the data without the keys that hold something unusable."""
-    pruned = copy.deepcopy(data)
-    for path in unusable:
-        # A list loses no single items, or the positions of those behind it would shift.
-        keys = [index for index, part in enumerate(path) if isinstance(part, str)]
-        if keys:
-            _delete(pruned, path[: keys[-1] + 1])
-    return pruned
-
-
-def _delete(data: Any, path: Path) -> None:
-    *holders, key = path
-    try:
-        for part in holders:
-            data = data[part]
-        del data[key]
-    except (KeyError, IndexError, TypeError):
-        return  # gone already, together with what held it
+def _overriding(declared: Declared, override: Override) -> Schema:
+    if declared.key.form:
+        return {"allOf": [_reference("action")]}  # one for all modules that the rule matches
+    if not override.off:
+        return {"allOf": [_reference(declared.name)], "minProperties": 1}
+    # Written out, not referred to: what is wrong with a mapping is told by its own alternative.
+    keys = {"description": f"Single keys of `{declared.name}`.", **_mapping(declared.type)}
+    off = {"type": "string", "enum": ["off"], "description": override.off}
+    return {"oneOf": [off, {**keys, "minProperties": 1}]}

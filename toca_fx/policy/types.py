@@ -7,172 +7,18 @@ loaded, not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-MODULE_TYPES = ("self_attention", "cross_attention", "joint_attention", "mlp")
+from toca_fx.policy.interval import Interval
+from toca_fx.policy.keys import Key, Override, key, stand_ins
+from toca_fx.policy.modules import ACTION_TITLE, MODULE_TYPES, Action, Modules
+from toca_fx.policy.selection import Ratio, Scores, Spatial
+from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
 
-
-@dataclass(frozen=True)
-class Window:
-    """Inside start * T <= s < stop * T a full step is taken every `interval` steps."""
-
-    start: float
-    stop: float
-    interval: int
-
-
-@dataclass(frozen=True)
-class Interval:
-    """N: when full steps are taken. N(s) = round_half_even(base / (1 + drift - 2 drift s/T)), in
-    steps.
-
-    `first` and `last` count forced full steps at either end of a generation; `full_steps`, when
-    given, replaces `base`, `drift`, `phase` and `windows`; `extra_full_steps` come on top. Both
-    lists hold step indices s.
-    """
-
-    base: int = 3
-    drift: float = 0.0
-    first: int = 1
-    last: int = 0
-    phase: Literal["count", "modulo"] = "count"
-    windows: tuple[Window, ...] = ()
-    full_steps: tuple[int, ...] | None = None
-    extra_full_steps: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """R: the share of stale tokens, 0 to 1, before its slopes.
-
-    Computed share rho = clamp((1 - base) * step_factor * layer_factor * module weight, 0, 1) with
-    step_factor = 1 + w - 2 w s/T (w = `step_weight`) and layer_factor = 1 + w - 2 w l/layer_span (w
-    = `layer_weight`). A `layer_span` of None stands for the number of layers less one. K is rounded
-    up to a multiple of `multiple`.
-    """
-
-    base: float
-    step_weight: float = 0.0
-    layer_weight: float = 0.0
-    layer_span: int | None = None
-    multiple: int = 1
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Weights (no unit) of the token scores; `staleness_over` is in steps, None stands for
-    `N.base`.
-
-    `queries` is the share of an attention's queries that `self_attention` looks at, 0.001 to 1.
-    """
-
-    self_attention: float = 0.0
-    cross_attention: float = 0.0
-    staleness: float = 0.0
-    staleness_over: int | None = None
-    value_norm: float = 0.0
-    key_norm: float = 0.0
-    random: float = 0.0
-    queries: float = 1.0
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights that are not 0, by the name of their score."""
-        return {
-            name: weight
-            for name, weight in vars(self).items()
-            if weight and name not in ("staleness_over", "queries")
-        }
-
-    @property
-    def every(self) -> int:
-        """`self_attention` looks at the queries 0, `every`, 2 `every`, ...: 5 for a share of 0.25
-        or 0.2, 3 for a half.
-
-        It is odd. The rows of most token grids have an even length, and an even number would look
-        at a few of the columns only.
-        """
-        every = round(1 / self.queries)
-        return every if every % 2 else every + 1
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether some score is made of an attention's queries, keys or values."""
-        return bool(self.self_attention or self.value_norm or self.key_norm)
-
-
-@dataclass(frozen=True)
-class Spatial:
-    """In each block of `grid` x `grid` tokens the best score is multiplied by 1 + `bonus`."""
-
-    bonus: float
-    grid: int = 2
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How classifier-free guidance reaches the model, and whether its halves share one selection of
-    tokens.
-    """
-
-    layout: Literal["none", "batched", "separate"] = "none"
-    selection: Literal["independent", "shared"] = "independent"
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The type in which outputs are kept, "model" or the name of one in torch; and for what there
-    is a cache of its own.
-    """
-
-    dtype: str = "model"
-    grain: Literal["module", "block"] = "module"
-
-
-@dataclass(frozen=True)
-class Hoisting:
-    """`memory` in MiB that values may take which are computed ahead of the steps, once per
-    generation; 0: nothing is hoisted.
-    """
-
-    memory: int = 1024
-
-    @property
-    def memory_bytes(self) -> int:
-        """`memory` in bytes."""
-        return self.memory * 2**20
-
-
-@dataclass(frozen=True)
-class Recording:
-    """`memory` in MiB that recorded steps may keep between generations; 0: nothing is recorded."""
-
-    memory: int = 256
-
-    @property
-    def memory_bytes(self) -> int:
-        """`memory` in bytes."""
-        return self.memory * 2**20
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The default step count T and which way the step index s runs."""
-
-    steps: int
-    order: Literal["ascending", "descending"] = "ascending"
-
-
-@dataclass(frozen=True)
-class Action:
-    """What happens to a module on a partial step; `weight` multiplies the computed share and counts
-    for "partial" only.
-    """
-
-    mode: Literal["reuse", "compute", "partial"]
-    weight: float = 1.0
+VERSION = 1
+"""Version of the policy format."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +30,7 @@ class SitePolicy:
     action: Action
     scores: Scores
     spatial: Spatial | None
-    cache: Cache = Cache()
+    cache: Cache = field(default=Cache())
 
 
 @dataclass(frozen=True)
@@ -196,9 +42,32 @@ class Rule:
     `file:line:col`, or `rules[0]` for a policy that came as a mapping.
     """
 
-    match: str | None
-    path: str | None
-    layers: tuple[int, int] | None
+    match: str | None = field(
+        metadata=key("Selects by type of module.", choices=MODULE_TYPES, examples=("mlp",))
+    )
+    path: str | None = field(
+        metadata=key(
+            "Selects by module path with a shell-style pattern, case-sensitive; `*` crosses dots.",
+            min_length=1,
+            max_length=200,
+            examples=("*.single_*",),
+        )
+    )
+    layers: tuple[int, int] | None = field(
+        metadata=key(
+            "Selects by layer: a number, or an inclusive range such as 0-3. Layers count from 0.",
+            title="a layer number or a range such as 0-3",
+            alternatives=(
+                {"type": "integer", "minimum": 0, "maximum": 9999, "description": "One layer."},
+                {
+                    "type": "string",
+                    "pattern": "^[0-9]{1,4}(-[0-9]{1,4})?$",
+                    "description": "One layer or an inclusive range.",
+                },
+            ),
+            examples=("0-3", 5),
+        )
+    )
     overrides: tuple[tuple[str, object], ...]
     position: str
 
@@ -221,8 +90,8 @@ class Rule:
 
     def apply(self, site: SitePolicy) -> SitePolicy:
         """The site's policy with this rule's overrides merged in, key by key."""
-        for key, value in self.overrides:
-            site = _override(site, key, value)
+        for leaf, value in self.overrides:
+            site = _override(site, leaf, value)
         return site
 
 
@@ -233,30 +102,156 @@ def _override(site: SitePolicy, key: str, value: object) -> SitePolicy:
     if key == "spatial":
         return replace(site, spatial=cast("Spatial | None", value))
     # Only `spatial` can be absent; a rule that switches it on starts from no bonus.
-    current = getattr(site, section) or Spatial(bonus=0.0)
+    current = getattr(site, section) or Spatial(**stand_ins(Spatial))
     changed: dict[str, Any] = {section: replace(current, **{leaf: value})}
     return replace(site, **changed)
 
 
-@dataclass(frozen=True)
+_ONLY_CACHED = ("reuse", "partial")
+_ONLY_PARTIAL = ("partial",)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """A whole policy. `source` says where it came from: a file name, or `<mapping>`."""
 
-    name: str
-    description: str
-    model: tuple[str, ...]
-    sampler: Sampler
-    guidance: Guidance
-    N: Interval
-    R: Ratio
-    modules: tuple[tuple[str, Action], ...]
-    scores: Scores
-    spatial: Spatial | None
-    cache: Cache
-    hoisting: Hoisting
-    recording: Recording
-    seed: int
-    rules: tuple[Rule, ...]
+    name: str = field(
+        metadata=key(
+            "Name of the policy, shown in reports.",
+            min_length=1,
+            max_length=100,
+            examples=("dit-xl-2",),
+            stand_in="",
+        )
+    )
+    description: str = field(
+        default="",
+        metadata=key("What the policy is for, in a sentence or two.", max_length=2000),
+    )
+    model: tuple[str, ...] = field(
+        default=(),
+        metadata=key(
+            "Class names of the models that the policy was written for. With any other model a "
+            'warning is given; torch.compile(backend="toca") without options takes the shipped '
+            "policy that names the model.",
+            title="a list of class names such as [MyTransformer]",
+            items=Key("A class name, without its module.", min_length=1, max_length=200),
+            examples=(["MyTransformer"],),
+        ),
+    )
+    sampler: Sampler = field(
+        metadata=key(
+            "What is assumed of the sampling loop.",
+            title="a mapping such as {steps: 50, order: ascending}",
+        )
+    )
+    guidance: Guidance = field(
+        default=Guidance(),
+        metadata=key(
+            "How classifier-free guidance reaches the model.",
+            title="a mapping such as {layout: batched, selection: independent}",
+        ),
+    )
+    N: Interval = field(
+        metadata=key(
+            "When full steps are taken. Needs `base` or `full_steps`.",
+            title="a mapping such as {base: 3}",
+            override=Override("Overrides single keys of `N`.", modes=_ONLY_CACHED),
+        )
+    )
+    R: Ratio = field(
+        metadata=key(
+            "How many tokens stay stale on a partial step. Needs `base`.",
+            title="a mapping such as {base: 0.9}",
+            override=Override("Overrides single keys of `R`.", modes=_ONLY_PARTIAL),
+        )
+    )
+    modules: tuple[tuple[str, Action], ...] = field(
+        default=tuple(vars(Modules()).items()),
+        metadata=key(
+            "What happens to each type of module on a partial step. `reuse`: the cached output is "
+            "taken whole. `compute`: everything is computed on every step, and nothing is cached. "
+            "{weight: w}: the selected tokens are computed, w times the share that R leaves (the "
+            "paper's r_type); the others come from the cache.",
+            title="a mapping such as {mlp: {weight: 1.0}}",
+            form=Modules,
+            override=Override(
+                "Overrides what happens on a partial step to the modules that the rule matches: "
+                "`reuse`, `compute` or {weight: w}, as under `modules`.",
+                name="module",
+                title=ACTION_TITLE,
+                examples=("reuse", {"weight": 1.6}),
+            ),
+        ),
+    )
+    scores: Scores = field(
+        default=Scores(),
+        metadata=key(
+            "Weights of the scores by which tokens are selected; the highest sums are computed. "
+            "All are 0 unless given.",
+            title="a mapping such as {staleness: 0.25}",
+            override=Override("Overrides single keys of `scores`.", modes=_ONLY_PARTIAL),
+        ),
+    )
+    spatial: Spatial | None = field(
+        default=None,
+        metadata=key(
+            "Spreads the selection over the image: in each block of grid x grid tokens the best "
+            "token's score is raised (the paper's s4). Absent: off.",
+            title="a mapping such as {bonus: 0.6, grid: 2}",
+            override=Override(
+                'Overrides single keys of `spatial`, or switches it off with "off" (in quotes).',
+                title='a mapping such as {bonus: 0.6, grid: 2}, or "off" in quotes',
+                off="No spatial bonus.",
+                examples=({"bonus": 0.4}, "off"),
+                modes=_ONLY_PARTIAL,
+            ),
+        ),
+    )
+    cache: Cache = field(
+        default=Cache(),
+        metadata=key(
+            "How cached outputs are kept.",
+            title="a mapping such as {dtype: bfloat16}",
+            override=Override("Overrides single keys of `cache`.", modes=_ONLY_CACHED),
+        ),
+    )
+    hoisting: Hoisting = field(
+        default=Hoisting(),
+        metadata=key(
+            "What does not depend on the latents is computed ahead of the steps, once per "
+            "generation: keys and values of captions, and (given `session(timesteps=...)`) the "
+            "modulations of all timesteps. It changes no result; but on an accelerator, a timestep "
+            "that the model's dtype rounds counts as the one that the session was given.",
+            title="a mapping such as {memory: 1024}",
+        ),
+    )
+    recording: Recording = field(
+        default=Recording(),
+        metadata=key(
+            "On a CUDA device a step that comes for the second time is recorded as a CUDA graph: "
+            "one launch, however many kernels it has. Recorded steps keep their caches between "
+            "generations; a model whose caches are larger than this is queued, kernel by kernel, "
+            'which costs a large model nothing. `mode="reduce-overhead"` records without a bound.',
+            title="a mapping such as {memory: 256}",
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=key("Seed of the random scores.", minimum=0, maximum=2**63 - 1),
+    )
+    rules: tuple[Rule, ...] = field(
+        default=(),
+        metadata=key(
+            "Exceptions, applied in order: later rules win. Each needs a selector and something "
+            "that it overrides; what it does not name stays as it is.",
+            title="a list of rules",
+            items=Key(title="a rule such as {match: mlp, layers: 0-3, R: {base: 0.9}}"),
+            examples=(
+                [{"match": "mlp", "path": "*.single_*", "layers": "0-3", "R": {"base": 0.9}}],
+            ),
+        ),
+    )
     source: str
 
     def for_site(self, kind: str, path: str, layer: int | None) -> SitePolicy:

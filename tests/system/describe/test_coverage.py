@@ -19,7 +19,7 @@ from toca_fx.describe.coverage import coverage
 from toca_fx.examples import UNSUPPORTED, build, examples, prediction, vary
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.program import Program
-from toca_fx.policy.types import Policy
+from toca_fx.policy import Policy
 from toca_fx.runtime.session import ModelKey, Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 from toca_fx.examples import build, examples, prediction, vary
-from toca_fx.policy.types import Policy
+from toca_fx.policy import Policy
 
 STEPS = 50
 # Of the largest output: sinusoids of timesteps near 1000 lose three digits in single precision

@@ -24,7 +24,7 @@ from tests.helpers import (
     tiny,
 )
 from tests.reference import ReferenceSampler
-from toca_fx.policy.types import Policy
+from toca_fx.policy import Policy
 
 TOLERANCE = 1e-10
 

@@ -33,7 +33,7 @@ from toca_fx.policy import (
 )
 from toca_fx.policy.parse import parse_text
 from toca_fx.policy.scalar import read_plain
-from toca_fx.policy.schema import load_schema
+from toca_fx.policy.schema import policy_schema
 
 ROOT = Path(__file__).resolve().parents[3]
 POLICIES = ROOT / "tests" / "policies"
@@ -629,7 +629,7 @@ def schema_nodes(schema: object) -> Iterator[dict[str, Any]]:
 
 
 def test_schema_is_valid_strict_and_described() -> None:
-    schema = load_schema()
+    schema = policy_schema()
     jsonschema.Draft7Validator.check_schema(schema)
     for node in schema_nodes(schema):
         if isinstance(node.get("properties"), dict) and "type" in node:
@@ -639,7 +639,7 @@ def test_schema_is_valid_strict_and_described() -> None:
 
 
 def test_defaults_and_examples_of_the_schema_fit_it() -> None:
-    schema = load_schema()
+    schema = policy_schema()
     for node in schema_nodes(schema):
         values = [*node.get("examples", ()), *([node["default"]] if "default" in node else [])]
         if isinstance(node.get("description"), str):
@@ -649,8 +649,8 @@ def test_defaults_and_examples_of_the_schema_fit_it() -> None:
                 )
 
 
-def test_reference_is_current_and_check_notices_when_it_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_schema_and_reference_are_current_and_check_notices_when_they_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = ROOT / "tools" / "policy_reference.py"
     result = subprocess.run(
@@ -660,12 +660,15 @@ def test_reference_is_current_and_check_notices_when_it_is_not(
     monkeypatch.syspath_prepend(str(tool.parent))
     import policy_reference
 
-    (tmp_path / "policies").mkdir()
-    stale = tmp_path / "policies" / "README.md"
-    stale.write_text("stale", encoding="utf-8")
+    for name in (policy_reference.SCHEMA, policy_reference.README):
+        stale = tmp_path / name
+        stale.parent.mkdir()
+        stale.write_text("stale", encoding="utf-8")
     (tmp_path / "policies" / policy_reference.EXAMPLE).write_text("version: 1\n", encoding="utf-8")
-    monkeypatch.setattr(policy_reference, "ROOT", tmp_path)
-    monkeypatch.setattr(policy_reference, "README", stale)
-    assert policy_reference.main(["--check"]) == 1
-    assert policy_reference.main([]) == 0
-    assert policy_reference.main(["--check"]) == 0
+    assert policy_reference.main(["--check"], tmp_path) == 1
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
+        policy_reference.SCHEMA,
+        policy_reference.README,
+    ]
+    assert policy_reference.main([], tmp_path) == 0
+    assert policy_reference.main(["--check"], tmp_path) == 0
