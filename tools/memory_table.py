@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 
 from toca_fx import explain, load_policy
 from toca_fx.examples import PRESETS, build
-from toca_fx.policy.types import Cache
+from toca_fx.policy import Cache
 
 RESULTS = ROOT / "tools" / "results" / "memory.md"
 PRESET, POLICY = "flux-dev-1024", "reference/flux-dev-n4"
