@@ -16,11 +16,17 @@ from torch import Tensor, fx, nn
 import toca_fx.capture.dynamo
 from tests.models import CrossDiT, JointDiT, SmallModel, randomize, tiny_dit, tiny_original_dit
 from toca_fx import load_policy
-from toca_fx.capture.aten import input_sources, to_aten
+from toca_fx.capture.aten import to_aten
+from toca_fx.capture.sources import input_sources
+from toca_fx.graph import roles
+from toca_fx.lower.analysis import Analysis
+from toca_fx.lower.compiler import Inner
 from toca_fx.lower.program import Program
-from toca_fx.plan.buffers import site_of
+from toca_fx.match.matcher import match
+from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import StepPlan
-from toca_fx.policy.types import Policy
+from toca_fx.plan.planner import Planner
+from toca_fx.policy import Policy
 from toca_fx.runtime.selector import Selector
 from toca_fx.runtime.session import Session
 
@@ -134,12 +140,12 @@ def programs(run: Session) -> list[Program]:
     return list(run.programs)
 
 
-def chosen_rows(given: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def chosen_rows(given: Mapping[Buffer, Tensor]) -> dict[int, Tensor]:
     """The rows of each site that selects ahead of the step, out of what the step is given."""
     return {
-        site_of(name): order[:, given[f"ranks:{site_of(name)}"]]
-        for name, order in given.items()
-        if name.startswith("order:")
+        buffer.site: order[:, given[Buffer("ranks", buffer.site)]]
+        for buffer, order in given.items()
+        if buffer.role == "order"
     }
 
 
@@ -153,7 +159,7 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     record: list[tuple[int, Chosen]] = []
     select = Selector.select
 
-    def recording(self: Selector, step: StepPlan) -> dict[str, Tensor]:
+    def recording(self: Selector, step: StepPlan) -> dict[Buffer, Tensor]:
         given = select(self, step)
         sites = self._plan.sites
         chosen = chosen_rows(given)
@@ -179,7 +185,7 @@ def picked_tokens(run: Session) -> Chosen:
     (generation,) = run.generations
     plan, modes = generation.plan, generation.plan.steps[generation.progress.position - 1].modes
     picked = {
-        site.path: generation.storage.buffers[f"picked:{i}"]
+        site.path: generation.storage.buffers[Buffer("picked", i)]
         for i, site in enumerate(plan.sites)
         if modes[i] == "partial"
     }
@@ -230,3 +236,16 @@ def capture_tiny(
     names = ("t", "y") if kind == "original" else ("timestep", "class_labels")
     captured, inputs = capture(model, x, **dict(zip(names, (t, y), strict=True)))
     return to_aten(captured, inputs), inputs
+
+
+def analysis_of(captured: fx.GraphModule, inputs: Sequence[Any], policy: Policy) -> Analysis:
+    """What is known of a captured model under a policy."""
+    aten = to_aten(captured, inputs)
+    return Analysis(aten, Planner(policy, match(aten.graph), roles.aspect(aten.graph)))
+
+
+def program_of(
+    captured: fx.GraphModule, inputs: Sequence[Any], policy: Policy, inner: str = "eager"
+) -> Program:
+    """Its steps, compiled when they are first needed."""
+    return Program(analysis_of(captured, inputs, policy), Inner(inner))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import toca_fx
 from tests.helpers import capture, make_policy
-from toca_fx.capture import aten as trace
-from toca_fx.capture.aten import clean_path, timestep_position, to_aten, verify
+from toca_fx import backend
+from toca_fx.capture.aten import to_aten, verify
+from toca_fx.capture.sources import clean_path
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.lower.compiler import Inner
-from toca_fx.lower.program import Program
+from toca_fx.graph.roles import timestep_position
 
 aten = torch.ops.aten
 
@@ -43,8 +44,9 @@ def test_models_that_write_in_place_are_verified(
     finish: Callable[[Tensor], Tensor], verified: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    monkeypatch.setattr(trace, "verify", lambda *given: runs.append(verify(*given)))
-    Program(*capture(Model(finish), torch.randn(2, 8)), make_policy(), Inner("eager"))
+    monkeypatch.setattr(backend, "verify", lambda *given: runs.append(verify(*given)))
+    with torch.no_grad():
+        toca_fx.compile(Model(finish), make_policy(), inner="eager")(torch.randn(2, 8))
     assert len(runs) == verified
 
 

@@ -9,19 +9,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from tests.helpers import capture, make_policy
+from tests.helpers import analysis_of, capture, make_policy
 from toca_fx.examples import build, examples
 from toca_fx.graph.ops import aten, linear_input
-from toca_fx.lower.compiler import Inner
-from toca_fx.lower.cost import Analysis
-from toca_fx.lower.program import Program
-from toca_fx.rewrite.hoist import extract
+from toca_fx.lower.analysis import Analysis
+from toca_fx.rewrite.step_graph import extract
 
 
 @cache
 def analysis(name: str, memory: int = 64) -> Analysis:
     model, inputs = build(examples()[name])
-    return Analysis(*capture(model, **inputs), make_policy(hoisting={"memory": memory}))
+    return analysis_of(*capture(model, **inputs), make_policy(hoisting={"memory": memory}))
 
 
 def paths(found: Analysis, names: tuple[str, ...], target: Any = aten.linear.default) -> list[str]:
@@ -111,7 +109,7 @@ def test_no_site_and_nothing_behind_one_is_hoisted(name: str) -> None:
 
 
 def test_without_memory_nothing_is_hoisted() -> None:
-    found = Analysis(
+    found = analysis_of(
         *capture(*_built("PixArtTransformer2DModel")), make_policy(hoisting={"memory": 0})
     )
     assert found.hoisted.names == ()
@@ -166,14 +164,14 @@ def test_a_modulation_of_each_token_stays_where_fresh_tokens_can_be_picked(
     model, x = PerToken(), torch.randn(2, 12, 8)
     captured, inputs = capture(model, x, timestep=torch.rand(2, tokens))
     assert (
-        len(Analysis(captured, inputs, make_policy(scores={"staleness": 1.0})).hoisted.timed)
+        len(analysis_of(captured, inputs, make_policy(scores={"staleness": 1.0})).hoisted.timed)
         == hoisted
     )
 
 
 def test_a_part_computes_what_the_model_computes() -> None:
     model, inputs = build(examples()["PixArtTransformer2DModel"], dtype=torch.float64)
-    program = Program(*(given := capture(model, **inputs)), make_policy(), Inner("eager"))
+    program = analysis_of(*(given := capture(model, **inputs)), make_policy())
     wanted = program.hoisted.names
     values: dict[str, Tensor] = {}
 
@@ -188,18 +186,19 @@ def test_a_part_computes_what_the_model_computes() -> None:
     conditions = program.conditions
     found = dict(
         zip(
-            conditions.names,
+            program.hoisted.conditions,
             conditions.module(*(given[1][at] for at in conditions.kept)),
             strict=True,
         )
     )
     timed = program.timed
-    assert set(timed.given) <= set(conditions.names)
+    given_to_timed = [str(buffer.part) for buffer in timed.buffers]
+    assert set(given_to_timed) <= set(program.hoisted.conditions)
     found |= dict(
         zip(
-            timed.names,
+            program.hoisted.timed,
             timed.module(
-                *(given[1][at] for at in timed.kept), *(found[name] for name in timed.given)
+                *(given[1][at] for at in timed.kept), *(found[name] for name in given_to_timed)
             ),
             strict=True,
         )

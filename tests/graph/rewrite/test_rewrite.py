@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 from tests.helpers import KINDS, capture, capture_tiny, make_policy
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
-from toca_fx.plan.buffers import site_of
-from toca_fx.plan.plan import Plan, StepPlan, make_plan
-from toca_fx.rewrite.step import StepGraph, rewrite
+from toca_fx.plan.buffers import READ, Buffer
+from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.planner import make_plan
+from toca_fx.rewrite.step import rewrite
+from toca_fx.rewrite.step_graph import StepGraph
 
 aten = torch.ops.aten
 LAYERS, BATCH, TOKENS, CHANNELS = 3, 2, 64, 32
@@ -40,7 +42,7 @@ class Graphs:
         return next(step for step in self.plan.steps if step.kind == kind)
 
     def graph(self, kind: str) -> StepGraph:
-        return rewrite(self.source, self.plan, self.step(kind).modes)
+        return rewrite(self.source, self.plan.step(self.step(kind).modes))
 
 
 _SOURCES: dict[str, Graphs] = {}
@@ -78,7 +80,7 @@ def behind_views(node: Any) -> fx.Node:
 
 def sites_with(graph: StepGraph, role: str) -> tuple[int, ...]:
     """The sites that have a buffer of this role in the graph."""
-    return tuple(sorted(site_of(name) for name in graph.names if name.split(":")[0] == role))
+    return tuple(sorted(buffer.site for buffer in graph.buffers if buffer.role == role))
 
 
 def buffers(plan: Plan, graph: StepGraph) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -107,7 +109,7 @@ def run(
         return list(
             graph.module(
                 *(graphs.inputs[i] for i in graph.kept),
-                *(tensors[name.split(":")[0]][site_of(name)] for name in graph.names),
+                *(tensors[buffer.role][buffer.site] for buffer in graph.buffers),
             )
         )
 
@@ -150,11 +152,11 @@ def test_operators_of_a_full_step(graphs: Graphs) -> None:
         + operators[aten.softmax.int]
     )
     assert graph.kept == tuple(range(len(graphs.inputs)))
-    assert {*graph.names} == {
-        *(f"cache:{i}" for i in range(2 * LAYERS)),
-        "score:1",
-        "score:3",
-        "score:5",
+    assert {*graph.buffers} == {
+        *(Buffer("cache", i) for i in range(2 * LAYERS)),
+        Buffer("score", 1),
+        Buffer("score", 3),
+        Buffer("score", 5),
     }
 
 
@@ -222,7 +224,7 @@ def test_a_score_is_of_the_queries_that_the_policy_looks_at(graphs: Graphs) -> N
 
 def test_on_a_cpu_no_step_is_told_whether_its_scores_are_read(graphs: Graphs) -> None:
     full = graphs.step("full").modes
-    assert "read" not in rewrite(graphs.source, graphs.plan, full).names
+    assert READ not in rewrite(graphs.source, graphs.plan.step(full)).buffers
 
 
 class Recorder(fx.Interpreter):
@@ -258,8 +260,8 @@ def test_operators_of_a_partial_step(graphs: Graphs, kind: str) -> None:
         == operators[aten.index.Tensor]
         == LAYERS
     )
-    assert {*graph.names} == {
-        *(f"cache:{i}" for i in range(2 * LAYERS)),
+    assert {*graph.buffers} == {
+        *(Buffer("cache", i) for i in range(2 * LAYERS)),
         *(f"{role}:{i}" for role in ("order", "ranks") for i in (1, 3, 5)),
     }
 
@@ -389,10 +391,10 @@ def test_a_mixed_step(graphs: Graphs) -> None:
 
 def test_a_graph_without_sites_to_cache_is_the_source(graphs: Graphs) -> None:
     plan = make_plan(match(graphs.source.graph), make_policy(N={"base": 1}))
-    graph = rewrite(graphs.source, plan, plan.full_modes)
+    graph = rewrite(graphs.source, plan.step(plan.full_modes))
     assert count(graph.module.graph) == count(graphs.source.graph)
     assert graph.kept == tuple(range(len(graphs.inputs)))
-    assert graph.names == ()
+    assert graph.buffers == ()
 
 
 # Where the gather stops: operators that mix tokens or have no rule, operands that carry the token
@@ -494,8 +496,8 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(
     captured, inputs = capture(model, x)
     source = to_aten(captured, inputs)
     plan = make_plan(match(source.graph), make_policy(scores={"staleness": 1.0}))
-    graph = rewrite(source, plan, plan.steps[1].modes)
-    assert {*graph.names} == {"cache:0", "order:0", "ranks:0"}
+    graph = rewrite(source, plan.step(plan.steps[1].modes))
+    assert {*graph.buffers} == {Buffer("cache", 0), Buffer("order", 0), Buffer("ranks", 0)}
     cache = torch.randn(batch, 6, 8, dtype=torch.float64)
     tokens = torch.tensor([[5, 0, 3], [1, 2, 4], [4, 3, 2]])[:batch]
     expected = cache.clone()
@@ -503,9 +505,13 @@ def test_a_fresh_token_is_what_the_model_computes_wherever_the_gather_is(
         for token in tokens[sample].tolist():
             expected[sample, token] = (model(x) - x)[sample, token]
     rows = tokens + 6 * torch.arange(batch)[:, None]
-    tensors = {"cache:0": cache, "order:0": rows, "ranks:0": torch.arange(rows.shape[1])}
+    tensors = {
+        Buffer("cache", 0): cache,
+        Buffer("order", 0): rows,
+        Buffer("ranks", 0): torch.arange(rows.shape[1]),
+    }
     (output,) = graph.module(
-        *(inputs[i] for i in graph.kept), *(tensors[name] for name in graph.names)
+        *(inputs[i] for i in graph.kept), *(tensors[buffer] for buffer in graph.buffers)
     )
     assert (output - x - expected).abs().max() < 1e-12
     assert (cache - expected).abs().max() < 1e-12

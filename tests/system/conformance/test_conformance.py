@@ -12,6 +12,7 @@ import torch
 import toca_fx
 from tests.helpers import record_choices
 from tests.system.conformance.cases import CASES, HERE, Case, load_case
+from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime.generation import Generation
 
@@ -87,7 +88,7 @@ def _picked(generation: Generation, call: int) -> dict[str, list[set[int]]]:
     return {
         plan.sites[at].path: [
             set(row.nonzero().flatten().tolist())
-            for row in generation.storage.buffers[f"picked:{at}"]
+            for row in generation.storage.buffers[Buffer("picked", at)]
         ]
         for at in partial
     }

@@ -30,7 +30,8 @@ import toca_fx
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
 from tests.system.conformance.cases import CASES, Case, load_case
-from toca_fx.policy.types import Guidance, Policy
+from toca_fx.plan.buffers import Buffer
+from toca_fx.policy import Guidance, Policy
 from toca_fx.runtime.session import Session
 
 TOLERANCE = 2e-5
@@ -329,7 +330,7 @@ def picked(run: Session) -> dict[str, list[set[int]]]:
     return {
         plan.sites[at].path: [
             set(row.nonzero().flatten().tolist())
-            for row in generation.storage.buffers[f"picked:{at}"]
+            for row in generation.storage.buffers[Buffer("picked", at)]
         ]
         for at in choosing
     }

@@ -14,8 +14,7 @@ from tests.helpers import make_policy
 from tests.made_up_cuda import Lowered, fake_example, made_up_cuda
 from toca_fx.capture.dynamo import capture
 from toca_fx.examples import examples
-from toca_fx.lower.compiler import Inner
-from toca_fx.lower.program import CompiledStep, Program
+from toca_fx.lower.step import CompiledStep
 
 MODELS = (
     "DiTTransformer2DModel",
@@ -38,8 +37,8 @@ def lower(
         with FakeTensorMode(allow_non_fake_inputs=True):
             module, call = fake_example(examples()[model], getattr(torch, dtype))
             captured, inputs = capture(module, (), call)
-        program = Program(captured, inputs, policy, Inner())
-        plan = program.plan(None)
+        program = program_of(captured, inputs, policy, "inductor")
+        plan = program.analysis.plan(None)
         for step in plan.steps:
             if step.kind not in steps:
                 with made_up_cuda() as found[step.kind]:
@@ -53,7 +52,7 @@ def test_no_size_is_guarded(model: str, dtype: str) -> None:
     steps, found = lower(model, dtype)
     assert set(steps) == {"full", "partial"}
     for kind, step in steps.items():
-        assert not step._shapes.guards, kind
+        assert not step.conditions, kind
         assert found[kind].kernels, kind
 
 

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 import toca_fx
 from tests.helpers import make_policy, programs
-from toca_fx.plan.buffers import site_of
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 12, 16, 2
 PARTIAL = {
@@ -170,12 +169,12 @@ def run(
             (program,) = programs(session)
             (generation,) = session.generations
             buffers = generation.storage.buffers
-            sites = program.matches.sites
+            sites = program.analysis.matches.sites
             picked.append(
                 {
-                    sites[site_of(name)].path: kept.clone()
-                    for name, kept in buffers.items()
-                    if name.startswith("picked:")
+                    sites[buffer.site].path: kept.clone()
+                    for buffer, kept in buffers.items()
+                    if buffer.role == "picked"
                 }
             )
     return outputs, picked

@@ -16,8 +16,6 @@ import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 from tests.made_up_cuda import made_up_cuda
 from toca_fx.capture.dynamo import capture
-from toca_fx.lower.compiler import Inner
-from toca_fx.lower.program import Program
 
 PINNED = {"R": {"base": 0.5, "step_weight": 0.9}, "scores": {"random": 1.0}}
 
@@ -102,13 +100,13 @@ def test_an_index_is_as_wide_as_any_number_of_tokens_needs(hidden: int, index: s
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
             model = Long(hidden).requires_grad_(False)
             captured, inputs = capture(model, (torch.empty(1, tokens, 8), torch.empty(1)), {})
-        program = Program(captured, inputs, policy, Inner())
-        plan = program.plan(None)
+        program = program_of(captured, inputs, policy, "inductor")
+        plan = program.analysis.plan(None)
         with made_up_cuda() as lowered:
             step = program.step(
                 plan, next(step.modes for step in plan.steps if step.kind == "partial")
             )
-    assert not step._conditions
+    assert not step.conditions
     widths = {
         width
         for kernel in lowered.kernels

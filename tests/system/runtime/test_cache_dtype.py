@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 import toca_fx
-from tests.helpers import capture, make_policy
+from tests.helpers import analysis_of, capture, make_policy
 from toca_fx.examples import build, examples, prediction, vary
-from toca_fx.graph.ops import aten
-from toca_fx.lower.cost import Analysis
 from toca_fx.runtime.report import Report
 
 STEPS = 6
+
 EVERYTHING_PARTIAL = {
     kind: {"weight": 1.0}
     for kind in ("self_attention", "cross_attention", "joint_attention", "mlp")
 }
+
 # Relative rounding of one value.
 ROUNDING = {
     "float32": 1e-7,
@@ -76,7 +76,7 @@ def test_the_bytes_are_predicted_and_shrink_with_the_dtype() -> None:
     captured, flat = capture(model, **inputs)
     sizes = {}
     for dtype in ("model", "bfloat16", "float8_e4m3fn"):
-        found = Analysis(
+        found = analysis_of(
             captured,
             flat,
             make_policy(sampler={"steps": STEPS}, scores={"random": 1.0}, cache={"dtype": dtype}),
@@ -90,27 +90,6 @@ def test_the_bytes_are_predicted_and_shrink_with_the_dtype() -> None:
         )
     assert sizes["model"] - sizes["bfloat16"] == features * (8 - 2)
     assert sizes["bfloat16"] - sizes["float8_e4m3fn"] == features
-
-
-def test_a_rule_sets_the_dtype_of_its_sites() -> None:
-    example = examples()["DiTTransformer2DModel"]
-    captured, flat = capture(*(build(example)[0],), **build(example)[1])
-    rules = [{"match": "mlp", "layers": 1, "cache": {"dtype": "bfloat16"}}]
-    found = Analysis(captured, flat, make_policy(scores={"random": 1.0}, rules=rules))
-    plan = found.plan(None)
-    for kind, conversions in (("full", 0), ("partial", 2)):
-        step = found.step_graph(plan, next(step.modes for step in plan.steps if step.kind == kind))
-        casts = step.module.graph.find_nodes(op="call_function", target=aten.to.dtype)
-        assert (
-            len(
-                [
-                    node
-                    for node in casts
-                    if torch.bfloat16 in (node.args[1], node.args[0].meta.get("val", flat[0]).dtype)
-                ]
-            )
-            == conversions
-        )
 
 
 def test_inductor_keeps_to_it() -> None:

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import toca_fx
 from tests.helpers import Call, call, capture, make_inputs, make_policy, run_all, tiny
-from toca_fx.lower.compiler import Inner
 from toca_fx.lower.cuda_graphs import Recordings
-from toca_fx.lower.program import Program
+from toca_fx.plan.buffers import Buffer
 from toca_fx.runtime.report import Report
+from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.session import Session
 
 
@@ -251,32 +251,35 @@ def test_outputs_outlive_the_next_step() -> None:
 def test_generations_side_by_side_have_storage_of_their_own() -> None:
     x, t, y = next(iter(make_inputs(1)))
     captured, inputs = capture(tiny("diffusers", layers=2), x, timestep=t, class_labels=y)
-    program = Program(captured, inputs, make_policy(), Inner("eager"))
-    plan = program.plan(None)
-    first, second = program.lend(plan, 0), program.lend(plan, 0)
-    assert first.buffers["cache:0"].data_ptr() != second.buffers["cache:0"].data_ptr()
+    runner = Runner(program_of(captured, inputs, make_policy()), inputs)
+    plan = runner.program.analysis.plan(None)
+    first, second = runner.acquire(plan, 0), runner.acquire(plan, 0)
+    assert (
+        first.buffers[Buffer("cache", 0)].data_ptr()
+        != second.buffers[Buffer("cache", 0)].data_ptr()
+    )
     for storage in (first, second):
         assert storage.recordings is not None
         for _ in range(2):
             storage.recordings.run("kind", "key", lambda inputs: (inputs[0],), inputs)
-    first.buffers["score:1"].fill_(7)
-    program.take_back(first)
-    third = program.lend(plan, 0)
+    first.buffers[Buffer("score", 1)].fill_(7)
+    runner.release(first)
+    third = runner.acquire(plan, 0)
     assert third is first
-    assert not third.buffers["score:1"].any(), "as good as new"
-    program.take_back(second)
-    assert program.lend(plan, 0) is second
+    assert not third.buffers[Buffer("score", 1)].any(), "as good as new"
+    runner.release(second)
+    assert runner.acquire(plan, 0) is second
 
 
 def test_without_recordings_memory_is_given_free() -> None:
     x, t, y = next(iter(make_inputs(1)))
     captured, inputs = capture(tiny("diffusers", layers=2), x, timestep=t, class_labels=y)
-    program = Program(captured, inputs, make_policy(), Inner("eager"))
-    plan = program.plan(None)
-    first = program.lend(plan, 0)
+    runner = Runner(program_of(captured, inputs, make_policy()), inputs)
+    plan = runner.program.analysis.plan(None)
+    first = runner.acquire(plan, 0)
     assert first.recordings is None
-    program.take_back(first)
-    assert program.lend(plan, 0) is not first
+    runner.release(first)
+    assert runner.acquire(plan, 0) is not first
 
 
 def test_what_cannot_be_recorded_is_queued_and_told(caplog: pytest.LogCaptureFixture) -> None:

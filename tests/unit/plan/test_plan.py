@@ -13,8 +13,10 @@ from tests import reference
 from tests.helpers import make_policy
 from toca_fx import PolicyError
 from toca_fx.match.sites import Matches, NearMiss, Site
-from toca_fx.plan.plan import Plan, StepPlan, fresh_tokens, full_steps, make_plan
-from toca_fx.policy.types import Action, Interval, Ratio, Scores, SitePolicy, Window
+from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.planner import make_plan
+from toca_fx.plan.schedule import fresh_tokens, full_steps
+from toca_fx.policy import Action, Interval, Ratio, Scores, SitePolicy, Window
 
 
 def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Matches:

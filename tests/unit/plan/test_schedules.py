@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from toca_fx.match.sites import Matches, Site
-from toca_fx.plan.plan import Plan, make_plan
+from toca_fx.plan.plan import Plan
+from toca_fx.plan.planner import make_plan
 from toca_fx.policy import load_policy
 
 VECTORS = Path(__file__).resolve().parents[2] / "system" / "conformance"

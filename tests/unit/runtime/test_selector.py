@@ -13,10 +13,14 @@ from tests.helpers import chosen_rows, make_policy
 from tests.reference import bonus_by_hand
 from toca_fx import PolicyError
 from toca_fx.kernels.influence import normalize
+from toca_fx.kernels.ranking import ranked, spatial_bonus
 from toca_fx.match.sites import Matches, Site
-from toca_fx.plan.plan import Plan, StepPlan, make_plan
-from toca_fx.policy.types import Policy
-from toca_fx.runtime.selector import Selector, ranked, spatial_bonus, token_grid
+from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.grids import token_grid
+from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.planner import make_plan
+from toca_fx.policy import Policy
+from toca_fx.runtime.selector import Selector
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 6), (5, 7), (3, 3), (1, 9)])
@@ -87,12 +91,13 @@ def selector_for(
     entropies: Mapping[int, Tensor] | None = None,
 ) -> Selector:
     """A selector over buffers in which the scored sites have ``scores``."""
-    made = {f"score:{i}": score for i, score in zip(plan.scored, scores, strict=True)}
+    made = {Buffer("score", i): score for i, score in zip(plan.scored, scores, strict=True)}
     made |= {
-        f"picked:{i}": torch.zeros(plan.sites[i].shape[:2], dtype=torch.bool) for i in plan.scored
+        Buffer("picked", i): torch.zeros(plan.sites[i].shape[:2], dtype=torch.bool)
+        for i in plan.scored
     }
-    made |= {f"entropy:{i}": entropy for i, entropy in (entropies or {}).items()}
-    return Selector(plan, policy, made, aspect)
+    made |= {Buffer("entropy", i): entropy for i, entropy in (entropies or {}).items()}
+    return Selector(plan, made)
 
 
 def choose(selector: Selector, step: StepPlan) -> dict[int, Tensor]:

@@ -1,11 +1,6 @@
-"""Modules that are always reused together share one cache, of what they add to the stream
-(cache.grain: block).
-"""
+"""Generations with caches of whole blocks (cache.grain: block): what they give, and their bytes."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +8,8 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import (
+    analysis_of,
     capture,
-    capture_tiny,
     make_inputs,
     make_policy,
     programs,
@@ -24,97 +19,10 @@ from tests.helpers import (
 )
 from toca_fx.examples import build, examples
 from toca_fx.graph.ops import aten
-from toca_fx.lower.cost import Analysis
-from toca_fx.match.matcher import match
-from toca_fx.match.sites import Matches
-from toca_fx.plan import buffers
-from toca_fx.plan.plan import Plan, make_plan
 
 REUSED = {"modules": {"mlp": "reuse"}, "scores": {"staleness": 1.0}}
+
 TOGETHER = {**REUSED, "cache": {"grain": "block"}}
-
-
-def plan_of(kind: str, **sections: Any) -> Plan:
-    source, _ = capture_tiny(kind, layers=2)
-    return make_plan(match(source.graph), make_policy(**sections))
-
-
-def test_all_modules_of_a_block_share_the_cache_of_the_first() -> None:
-    plan = plan_of("original", **TOGETHER)
-    assert plan.runs == ((0, 1), (2, 3))
-    assert buffers.kept(plan) == ["cache:0", "cache:2"]
-    assert not plan.warnings
-
-
-def test_only_what_is_reused_on_the_same_steps_shares() -> None:
-    assert plan_of("original", **REUSED).runs == ()
-    assert plan_of(
-        "original", **TOGETHER, rules=[{"match": "mlp", "layers": 0, "N": {"base": 6}}]
-    ).runs == ((2, 3),)
-    assert plan_of(
-        "original", **TOGETHER, rules=[{"match": "mlp", "layers": 1, "cache": {"grain": "module"}}]
-    ).runs == ((0, 1),)
-    assert plan_of(
-        "original",
-        **TOGETHER,
-        rules=[{"match": "mlp", "layers": 1, "cache": {"dtype": "bfloat16"}}],
-    ).runs == ((0, 1),)
-    partial = plan_of("original", cache={"grain": "block"})
-    assert partial.runs == ()
-    assert [warning for warning in partial.warnings if "grain" in warning]
-
-
-def test_no_cache_is_shared_where_another_site_joins_the_same_add() -> None:
-    """The add would be replaced, and with it what the other site computes."""
-    source, _ = capture_tiny("original", layers=1)
-    first, second = match(source.graph).sites
-    sites = (
-        first,
-        second,
-        replace(second, path="blocks.0.other", output=first.output, follows=None),
-    )
-    assert make_plan(Matches(sites, ()), make_policy(**TOGETHER)).runs == ()
-    assert make_plan(Matches(sites[:2], ()), make_policy(**TOGETHER)).runs == ((0, 1),)
-
-
-def test_a_branch_that_is_no_site_is_never_cached() -> None:
-    """Work that joins the stream together with a site's, and is none itself, is done on every
-    step.
-    """
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.mlp = (
-                nn.LayerNorm(32),
-                nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
-            )
-            self.norm2, self.mlp2 = (
-                nn.LayerNorm(32),
-                nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
-            )
-            self.extra = nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + self.mlp(self.norm(x))
-            return x + (self.mlp2(self.norm2(x)) + self.extra(x))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([Block()])
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    torch.manual_seed(0)
-    model, x = Model().double(), torch.randn(1, 16, 32, dtype=torch.float64)
-    captured, flat = capture(model, x, torch.tensor([1.0]))
-    found = Analysis(captured, flat, make_policy(**TOGETHER))
-    assert [site.kind for site in found.matches.sites] == ["mlp", "mlp"]
-    assert [site.follows for site in found.matches.sites] == [None, None]
 
 
 def test_plans_of_other_lengths_share_no_graph_that_caches_otherwise() -> None:
@@ -128,8 +36,8 @@ def test_plans_of_other_lengths_share_no_graph_that_caches_otherwise() -> None:
             with toca_fx.session(num_steps=length) as run:
                 outputs[length] = run_all(fast, inputs[:length])
             (program,) = programs(run)
-        assert program.plan(3).runs
-        assert not program.plan(12).runs
+        assert program.analysis.plan(3).runs
+        assert not program.analysis.plan(12).runs
         for length, found in outputs.items():
             torch._dynamo.reset()
             with toca_fx.session(num_steps=length):
@@ -166,7 +74,7 @@ def test_a_run_may_end_in_another_type_than_it_began() -> None:
     model, x = Model(), torch.randn(1, 16, 32).bfloat16()
     policy = make_policy(**TOGETHER)
     captured, flat = capture(model, x, torch.tensor([1.0]))
-    found = Analysis(captured, flat, policy)
+    found = analysis_of(captured, flat, policy)
     plan = found.plan(None)
     assert plan.runs
     with toca_fx.session() as run, torch.no_grad():
@@ -175,19 +83,6 @@ def test_a_run_may_end_in_another_type_than_it_began() -> None:
     assert run.report().cache_bytes == found.nbytes(plan)
     assert full.dtype == partial.dtype == torch.bfloat16
     assert torch.allclose(full.float(), partial.float(), rtol=0.02, atol=0.02)
-
-
-def test_a_state_that_something_else_reads_is_computed() -> None:
-    """A site follows another only if nothing but itself reads the stream between them."""
-    source, _ = capture_tiny("original", layers=1)
-    assert [site.follows for site in match(source.graph).sites] == [None, 0]
-    between = next(
-        node for node in source.graph.nodes if node.name == match(source.graph).sites[1].stream
-    )
-    end = next(iter(source.graph.find_nodes(op="output")))
-    with source.graph.inserting_before(end):
-        end.args = ((*end.args[0], source.graph.call_function(aten.relu.default, (between,))),)
-    assert [site.follows for site in match(source.graph).sites] == [None, None]
 
 
 def test_a_partial_step_adds_what_the_last_full_one_added() -> None:
@@ -225,14 +120,14 @@ def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) 
         with toca_fx.session() as run:
             outputs[grain] = run_all(toca_fx.compile(model, policy, inner="eager"), inputs)
             (program,) = programs(run)
-    assert bool(program.plan(None).runs)
+    assert bool(program.analysis.plan(None).runs)
     for one, other in zip(outputs["module"], outputs["block"], strict=True):
         assert (one - other).abs().max() < 1e-10 * one.abs().max()
     assert (outputs["block"][1] - run_all(model, inputs)[1]).abs().max() > 1e-3, (
         "partial steps do reuse"
     )
-    plan = program.plan(None)
-    partial = program.step_graph(plan, plan.steps[1].modes).module.graph
+    plan = program.analysis.plan(None)
+    partial = program.analysis.step_graph(plan, plan.steps[1].modes).module.graph
     blocks = [node for node in partial.nodes if "blocks" in node.meta.get("path", "")]
     assert not [
         node
@@ -257,7 +152,7 @@ def test_bytes_are_predicted_and_fewer(name: str, dtype: str) -> None:
     sizes = {}
     for grain in ("module", "block"):
         policy = make_policy(**{**TOGETHER, "cache": {"grain": grain, "dtype": dtype}})
-        found = Analysis(captured, flat, policy)
+        found = analysis_of(captured, flat, policy)
         sizes[grain] = found.nbytes(found.plan(None))
         torch._dynamo.reset()
         with toca_fx.session() as run, torch.no_grad():
@@ -279,9 +174,3 @@ def test_inductor_keeps_to_it() -> None:
         assert run.report().compiled_graphs == 2
     for ours, theirs in zip(*outputs, strict=True):
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-
-
-def test_a_site_that_follows_nothing_has_its_own() -> None:
-    source, _ = capture_tiny("original", layers=1)
-    sites = tuple(replace(site, follows=None) for site in match(source.graph).sites)
-    assert make_plan(Matches(sites, ()), make_policy(**TOGETHER)).runs == ()
