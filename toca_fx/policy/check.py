@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from toca_fx.diagnostics import Problem
 from toca_fx.policy.build import build
 from toca_fx.policy.document import Document, Path
-from toca_fx.policy.interval import Interval, Window
+from toca_fx.policy.interval import STEP_INDEX, Interval, Window
 from toca_fx.policy.keys import keys_of, rule_keys
 from toca_fx.policy.rules import Note, check_rules, sets_weight
 from toca_fx.policy.types import Policy
@@ -93,7 +93,7 @@ def _always_full(interval: Interval) -> bool:
 def _check_windows(path: Path, given: dict[str, Any], steps: int | None) -> Iterator[Note]:
     windows: list[tuple[Path, Window]] = []
     for index, window in enumerate(given.get("windows", ())):
-        if not {"from", "to", "interval"} <= window.keys():
+        if not {declared.name for declared in keys_of(Window)} <= window.keys():
             continue
         place, start, stop = (*path, "windows", index), window["from"], window["to"]
         if start >= stop:
@@ -114,10 +114,11 @@ def _check_windows(path: Path, given: dict[str, Any], steps: int | None) -> Iter
 
 
 def _check_step_lists(path: Path, given: dict[str, Any], steps: int | None) -> Iterator[Note]:
-    for key in ("full_steps", "extra_full_steps"):
+    lists = (declared.name for declared in keys_of(Interval) if declared.key.items is STEP_INDEX)
+    for name in lists:
         seen: set[int] = set()
-        for index, step in enumerate(given.get(key, ())):
-            place = (*path, key, index)
+        for index, step in enumerate(given.get(name, ())):
+            place = (*path, name, index)
             if steps is not None and step >= steps:
                 yield Note(
                     place, f"step {step} does not exist: the steps run from 0 to {steps - 1}"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from toca_fx.policy.keys import Key, key
 
-_STEP_INDEX = Key(
+STEP_INDEX = Key(
     "A step index s, 0 to steps - 1, counted as `sampler.order` says.",
     minimum=0,
 )
@@ -128,7 +128,7 @@ class Interval:
             "count.",
             title="a list of step indices",
             min_items=1,
-            items=_STEP_INDEX,
+            items=STEP_INDEX,
             examples=([0, 6, 9, 12, 15, 18],),
         ),
     )
@@ -138,7 +138,7 @@ class Interval:
             "Step indices s (0 to steps - 1) that are full as well, whatever the interval says. "
             "Tied to the policy's own step count.",
             title="a list of step indices",
-            items=_STEP_INDEX,
+            items=STEP_INDEX,
             examples=([45, 32],),
         ),
     )
