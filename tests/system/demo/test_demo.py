@@ -12,6 +12,13 @@ import toca_fx
 from toca_fx.demo import digits, run
 
 
+def test_samples_show_the_class_that_was_asked_for() -> None:
+    classes = torch.arange(10).repeat(2)
+    samples = digits.sample(digits.load_denoiser(), classes, steps=12, seed=1)
+    assert run.recognised(digits.load_classifier(), samples, classes) >= 0.95
+
+
+@pytest.mark.slow(reason="the demo command compares the same two generations, in pixels")
 def test_cached_samples_are_close_to_uncached_ones() -> None:
     classes = torch.arange(10)
     denoiser = digits.load_denoiser()
