@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
+from tests.marks import slow_but
 from tests.models import OriginalDiT
 from toca_fx import PolicyError
 from toca_fx.backend import toca
@@ -219,7 +220,7 @@ def test_the_entry_point_leads_here() -> None:
     assert torch._dynamo.backends.registry.lookup_backend("toca") is toca
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["diffusers"], KINDS, "one model is enough"))
 @pytest.mark.parametrize("policy", ["data", "file", "name"])
 def test_torch_compile_does_the_same(kind: str, policy: str, tmp_path: Path) -> None:
     model, inputs = tiny(kind, layers=2), make_inputs(6)

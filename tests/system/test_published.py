@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 
+from tests.marks import slow_but
 from tools.flops_table import MODELS, Count, Row, rows
 
 # once for the policies of a model: they share its capture
@@ -23,9 +24,12 @@ def row(model: str, policy: str) -> Row:
 CASES = [
     (model, policy) for model in ("dit", "pixart", "flux") for policy in MODELS[model].published
 ]
+OFTEN = [case for case in CASES if case[0] == "dit"]
 
 
-@pytest.mark.parametrize(("model", "policy"), CASES)
+@pytest.mark.parametrize(
+    ("model", "policy"), slow_but(OFTEN, CASES, "models of real size; one is enough")
+)
 def test_ratio_is_the_published_one(model: str, policy: str) -> None:
     found = row(model, policy)
     assert found.ratio_as_published == pytest.approx(found.published, rel=0.03)
@@ -35,6 +39,7 @@ def test_ratio_is_the_published_one(model: str, policy: str) -> None:
     assert (found.projections > 0) == (model == "flux")
 
 
+@pytest.mark.slow(reason="a model of real size")
 def test_open_sora_is_near_the_published_ratio() -> None:
     # Their captions vary in length; 27 tokens are ours. Not counted: they project the text again
     # for no token on the steps that reuse the cross-attention (0.02 % of a step).
@@ -43,6 +48,7 @@ def test_open_sora_is_near_the_published_ratio() -> None:
     assert found.scoring == 0
 
 
+@pytest.mark.slow(reason="a model of real size, block by block")
 def test_two_blocks_stand_for_all() -> None:
     # a mixed step in block 0, s1 added to the attentions; the other models take too long for every
     # day

@@ -76,6 +76,7 @@ def test_a_second_process_compiles_nothing(cold: tuple[Path, dict[str, float]]) 
     assert second["error"] < TOLERANCE
 
 
+@pytest.mark.slow(reason="two more processes that compile")
 @pytest.mark.parametrize(
     ("policy", "arguments"),
     [({"scores": {"key_norm": 1.0}}, ()), (POLICY, ("changed",))],

@@ -45,6 +45,7 @@ def test_every_step_equals_the_authors_code(case: Case, monkeypatch: pytest.Monk
     _assert_equal(case, monkeypatch)
 
 
+@pytest.mark.slow(reason="the video of the reference vectors, once more")
 def test_video_frames_that_are_all_to_be_made_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

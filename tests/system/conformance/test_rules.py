@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import toca_fx
+from tests.marks import slow_but
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
 from tests.system.conformance.cases import CASES, Case, load_case
@@ -357,9 +358,15 @@ def assert_compiled_follows_the_rules(
     assert cached > 0.01, "a run that caches nothing would prove nothing"
 
 
+MASKED = [
+    ("reference/opensora", "FFFFPPFPPF", "FFFPPPFPPP"),
+    ("opensora", "FFFPPFPPFP", "FFFPPPPPFP"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "full", "cross"),
-    [("reference/opensora", "FFFFPPFPPF", "FFFPPPFPPP"), ("opensora", "FFFPPFPPFP", "FFFPPPPPFP")],
+    slow_but(MASKED[:1], MASKED, "the recommended policy beside the authors'"),
 )
 def test_masked_frames_have_the_modulation_of_the_present_mask(
     name: str, full: str, cross: str
@@ -454,14 +461,17 @@ def tiny_pixart() -> nn.Module:
     return model.double()
 
 
+PADDED = [
+    ("reference/pixart-alpha", (10, 4)),
+    ("pixart-alpha", (4, 10)),
+    ("reference/pixart-alpha", (7, 10, 3, 1)),
+    ("pixart-alpha", (6,)),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    [
-        ("reference/pixart-alpha", (10, 4)),
-        ("pixart-alpha", (4, 10)),
-        ("reference/pixart-alpha", (7, 10, 3, 1)),
-        ("pixart-alpha", (6,)),
-    ],
+    slow_but(PADDED[2:3], PADDED, "two prompts hold what one does"),
     ids=["one prompt as released", "one prompt", "two prompts", "no guidance"],
 )
 def test_padded_captions_under_caching(name: str, lengths: tuple[int, ...]) -> None:

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from tests.helpers import capture_calls, make_policy
-from toca_fx.capture import aten as trace
+from tests.marks import slow_but
 from toca_fx.capture.aten import to_aten
 from toca_fx.describe.coverage import coverage
 from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.graph import roles
+from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.program import Program
+from toca_fx.match.matcher import match
+from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
+from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.session import ModelKey, Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 
@@ -32,14 +37,26 @@ FORA = make_policy(
 TOKENWISE = make_policy(sampler={"steps": STEPS}, N={"base": 3}, R={"base": 0.5})
 
 
-def _generation(program: Program, steps: list[list[Any]]) -> list[Tensor]:
+def _generation(analysis: Analysis, steps: list[list[Any]]) -> list[Tensor]:
+    runner = Runner(Program(analysis, Inner("eager")), steps[0])
     run, key = Session(STEPS), ModelKey()
     with torch.no_grad():
-        return [run.call(key, program, inputs, None)[0].clone() for inputs in steps]
+        return [run.call(key, runner, inputs)[0].clone() for inputs in steps]
 
 
-@pytest.mark.parametrize("name", [name for name in examples() if name not in REFUSED])
-def test_a_transformer_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# An image, a video and a sound.
+EVERY_DAY = ("SD3Transformer2DModel", "WanTransformer3DModel", "StableAudioDiTModel")
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        EVERY_DAY,
+        [name for name in examples() if name not in REFUSED],
+        "one class of each family is enough",
+    ),
+)
+def test_a_transformer_of_diffusers(name: str) -> None:
     example = examples()[name]
     model, first = build(example)
     calls = [vary(example, first, step, STEPS) for step in range(STEPS)]
@@ -48,15 +65,19 @@ def test_a_transformer_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) 
     captured, steps = capture_calls(model, calls)
     # One trace for all policies: no program may change it.
     module = to_aten(captured, steps[0])
-    monkeypatch.setattr(trace, "to_aten", lambda *_: module)
 
-    def program(policy: Policy) -> Program:
-        return Program(captured, steps[0], policy, Inner("eager"))
+    def analysis(policy: Policy) -> Analysis:
+        planner = Planner(policy, match(module.graph), roles.aspect(module.graph))
+        return Analysis(module, planner)
 
-    never = program(NEVER)
+    never = analysis(NEVER)
     assert (coverage(never.aten, never.matches).share >= SUPPORTED_SHARE) == (name not in PARTLY)
     results = {}
-    for policy, cached in ((NEVER, never), (FORA, program(FORA)), (TOKENWISE, program(TOKENWISE))):
+    for policy, cached in (
+        (NEVER, never),
+        (FORA, analysis(FORA)),
+        (TOKENWISE, analysis(TOKENWISE)),
+    ):
         results[id(policy)] = outputs = _generation(cached, steps)
         assert all(output.isfinite().all() for output in outputs)
         torch.testing.assert_close(outputs[0], expected[0], rtol=1e-3, atol=1e-4)

@@ -16,6 +16,7 @@ import toca_fx
 from tests.helpers import make_inputs, make_policy, programs, run_all, tiny
 
 
+@pytest.mark.slow(reason="inductor under autocast")
 def test_autocast_gets_what_it_casts() -> None:
     """The operator is unknown to it."""
     model, outputs = tiny("original", layers=1), []

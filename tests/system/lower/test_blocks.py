@@ -12,6 +12,7 @@ from torch import fx
 
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, text_inputs, tiny
+from tests.marks import slow_but
 from toca_fx.graph.ops import aten
 
 
@@ -26,7 +27,10 @@ class Compiled:
         return graph.forward
 
 
-@pytest.mark.parametrize("kind", ["diffusers", "original", "cross", "joint"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(["joint"], ["diffusers", "original", "cross", "joint"], "one model is enough"),
+)
 def test_the_number_of_compilations_does_not_depend_on_the_number_of_blocks(kind: str) -> None:
     counts, steps = [], []
     for layers in (3, 5):

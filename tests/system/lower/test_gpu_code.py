@@ -4,14 +4,15 @@ those that are expected.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.helpers import make_policy
+from tests.helpers import make_policy, program_of
 from tests.made_up_cuda import Lowered, fake_example, made_up_cuda
+from tests.marks import slow_but
 from toca_fx.capture.dynamo import capture
 from toca_fx.examples import examples
 from toca_fx.lower.step import CompiledStep
@@ -25,12 +26,13 @@ MODELS = (
 DTYPES = ("float32", "bfloat16")
 
 
+@cache
 @torch.no_grad()
 def lower(
-    model: str, dtype: str, **sections: Any
+    model: str, dtype: str, interval: int = 3
 ) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
-    """The steps of a generation by kind, and what was lowered for each."""
-    policy = make_policy(**sections)
+    """The steps of a generation by kind, and what was lowered for each; once for all tests."""
+    policy = make_policy(N={"base": interval})
     steps: dict[str, CompiledStep] = {}
     found: dict[str, Lowered] = {}
     with made_up_cuda():
@@ -46,8 +48,10 @@ def lower(
     return steps, found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], DTYPES, "in another precision"))
+@pytest.mark.parametrize(
+    "model", slow_but(["DiTTransformer2DModel"], MODELS, "one system lowered for a GPU is enough")
+)
 def test_no_size_is_guarded(model: str, dtype: str) -> None:
     steps, found = lower(model, dtype)
     assert set(steps) == {"full", "partial"}
@@ -78,14 +82,15 @@ def test_half_precision_takes_the_kernels_that_are_expected() -> None:
     assert not found["partial"].calls("attention_and_columns")
 
 
+@pytest.mark.slow(reason="lowers two more systems for a GPU")
 def test_attention_that_nobody_scores_is_that_of_the_model() -> None:
     """An interval of one caches nothing, and asks for no scores: SDPA's own choice of a kernel
     stays in the graph.
     """
-    _, found = lower("FluxTransformer2DModel", "bfloat16", N={"base": 1})
+    _, found = lower("FluxTransformer2DModel", "bfloat16", interval=1)
     assert found["full"].calls(r"_scaled_dot_product_cudnn_attention\.default\(") == 4
     assert not found["full"].calls("attention_and_columns")
-    _, found = lower("PixArtTransformer2DModel", "float32", N={"base": 1})
+    _, found = lower("PixArtTransformer2DModel", "float32", interval=1)
     assert found["full"].calls(r"_scaled_dot_product_efficient_attention\.default\(") == 2, (
         "equal blocks are compiled once"
     )

@@ -15,6 +15,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
+from tests.marks import slow_but
 from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.policy import Policy
 
@@ -91,6 +92,7 @@ def test_a_ratio_schedule_compiles_one_graph_per_kind_of_step() -> None:
     assert not all(close(a, b) for a, b in zip(outputs, run_all(model, inputs), strict=True))
 
 
+@pytest.mark.slow(reason="inductor; the ratio schedule goes through these numbers of tokens too")
 @pytest.mark.parametrize("kept", [1.0, 0.97, 0.0], ids=["no token", "one token", "all tokens"])
 def test_a_constant_number_of_tokens(kept: float) -> None:
     policy = pinned(sampler={"steps": 6}, R={"base": kept, "layer_weight": -0.5, "layer_span": 2})
@@ -170,7 +172,14 @@ OF_THE_PAPER: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", OF_THE_PAPER)
+@pytest.mark.parametrize(
+    "case",
+    slow_but(
+        ["chosen in the graph, for both halves, over a grid"],
+        OF_THE_PAPER,
+        "inductor; one model is enough",
+    ),
+)
 def test_a_model_of_the_paper_in_double_precision(case: str) -> None:
     """There both compilers choose the same tokens, though diffusers keeps the sinusoids of
     timesteps in single precision.
@@ -191,6 +200,7 @@ def test_a_model_of_the_paper_in_double_precision(case: str) -> None:
         assert close(ours, theirs), f"step {step}"
 
 
+@pytest.mark.slow(reason="inductor goes through AOTAutograd too")
 def test_aot_eager_equals_eager() -> None:
     model, inputs = tiny("diffusers", layers=2), make_inputs(STEPS)
     outputs = []

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import toca_fx
 from tests.helpers import make_policy, programs
+from tests.marks import slow_but
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 12, 16, 2
 PARTIAL = {
@@ -181,7 +182,7 @@ def run(
 
 
 @pytest.mark.parametrize("attend", LAYOUTS, ids=lambda attend: attend.__name__)
-@pytest.mark.parametrize("batch", [1, BATCH])
+@pytest.mark.parametrize("batch", slow_but([BATCH], [1, BATCH], "one sample is a batch of less"))
 def test_with_all_tokens_fresh_it_is_the_model(attend: Attend, batch: int) -> None:
     if attend is in_windows and batch == 1:
         pytest.skip("the windows are those of two samples")
@@ -243,7 +244,11 @@ def test_with_half_of_them_it_is_the_replay(attend: Attend) -> None:
 
 @pytest.mark.parametrize(
     "attend",
-    [attend for attend in LAYOUTS if attend is not over_samples],
+    slow_but(
+        [usual, with_a_view_of_minus_one],
+        [attend for attend in LAYOUTS if attend is not over_samples],
+        "of the layouts, two are enough for shares from all to none",
+    ),
     ids=lambda attend: attend.__name__,
 )
 def test_any_share_of_fresh_tokens_runs(attend: Attend) -> None:
@@ -254,6 +259,7 @@ def test_any_share_of_fresh_tokens_runs(attend: Attend) -> None:
     assert len({int(rows.sum()) for step in picked for rows in step.values()}) > 2
 
 
+@pytest.mark.slow(reason="inductor at K = 0, as test_inductor.py has it for MLPs")
 def test_no_query_at_all_under_inductor() -> None:
     model, given = made(usual), calls(BATCH)
     sections: dict[str, Any] = {"R": {"base": 0.9, "step_weight": -1.0}, "scores": {"random": 1.0}}

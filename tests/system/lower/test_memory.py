@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import toca_fx
 from tests.helpers import analysis_of
 from tests.made_up_cuda import fake_example, made_up_cuda
+from tests.marks import slow_but
 from toca_fx import load_policy
 from toca_fx.capture.dynamo import capture
 from toca_fx.examples import PRESETS, build
@@ -139,7 +140,9 @@ def simulated(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", CASES)
+@pytest.mark.parametrize(
+    "preset", slow_but(["dit-xl-2-256"], CASES, "real widths lowered for a GPU; one is enough")
+)
 def test_what_compiled_steps_allocate(preset: str) -> None:
     with code_on_fakes():
         found, inputs, mode = analysis(preset)
@@ -161,6 +164,7 @@ def test_what_compiled_steps_allocate(preset: str) -> None:
     )
 
 
+@pytest.mark.slow(reason="FLUX.1-dev with all of its blocks")
 def test_what_an_h100_allocated() -> None:
     """torch 2.11, bfloat16, a session that was told its timesteps: max_memory_allocated less what
     was allocated before.

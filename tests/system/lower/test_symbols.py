@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import toca_fx
-from tests.helpers import make_inputs, make_policy, run_all, tiny
+from tests.helpers import make_inputs, make_policy, program_of, run_all, tiny
 from tests.made_up_cuda import made_up_cuda
+from tests.marks import slow_but
 from toca_fx.capture.dynamo import capture
 
 PINNED = {"R": {"base": 0.5, "step_weight": 0.9}, "scores": {"random": 1.0}}
@@ -47,7 +48,16 @@ class Asking:
 
 
 @pytest.mark.parametrize(
-    "decide", [lambda size: size == 8, lambda size: size <= 20, lambda size: size % 8 == 0]
+    "decide",
+    [
+        lambda size: size == 8,
+        *slow_but(
+            [],
+            [lambda size: size <= 20, lambda size: size % 8 == 0],
+            "of what may be asked, one is enough",
+        ),
+    ],
+    ids=["equal", "at most", "divides"],
 )
 def test_what_a_compiler_asks_for_is_compiled_for_those_numbers_alone(
     decide: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
@@ -92,7 +102,10 @@ class Long(nn.Module):
         return (x + timestep * self.blocks[0].mlp(x),)
 
 
-@pytest.mark.parametrize(("hidden", "index"), [(128, "i32"), (512, "i64")])
+@pytest.mark.parametrize(
+    ("hidden", "index"),
+    slow_but([(512, "i64")], [(128, "i32"), (512, "i64")], "the usual width"),
+)
 def test_an_index_is_as_wide_as_any_number_of_tokens_needs(hidden: int, index: str) -> None:
     tokens = 2**23
     policy = make_policy(scores={"random": 1.0})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import toca_fx
 from tests.helpers import analysis_of, capture, make_policy
+from tests.marks import slow_but
 from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.runtime.report import Report
 
@@ -47,8 +48,19 @@ def run(name: str, *, inner: str = "eager", **sections: Any) -> tuple[list[Tenso
     return outputs, session.report()
 
 
-@pytest.mark.parametrize("modules", [{}, EVERYTHING_PARTIAL], ids=["mlp partial", "all partial"])
-@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "modules",
+    slow_but([EVERYTHING_PARTIAL], [{}, EVERYTHING_PARTIAL], "all partial holds the MLP too"),
+    ids=["mlp partial", "all partial"],
+)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["PixArtTransformer2DModel"],
+        ["PixArtTransformer2DModel", "FluxTransformer2DModel"],
+        "one class is enough",
+    ),
+)
 def test_partial_steps_are_rounded_and_full_ones_are_not(
     name: str, modules: dict[str, Any]
 ) -> None:
@@ -92,6 +104,7 @@ def test_the_bytes_are_predicted_and_shrink_with_the_dtype() -> None:
     assert sizes["bfloat16"] - sizes["float8_e4m3fn"] == features
 
 
+@pytest.mark.slow(reason="inductor with memories of other dtypes")
 def test_inductor_keeps_to_it() -> None:
     for dtype in ("bfloat16", "float8_e4m3fn"):
         (ours, report), (theirs, _) = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import make_policy
+from tests.marks import slow_but
 from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.lower.hoisted_values import distance
 from toca_fx.runtime.report import Report
@@ -74,7 +75,14 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["PixArtTransformer2DModel", "WanTransformer3DModel"],
+        CLASSES,
+        "of the classes, one for images and one for videos are enough",
+    ),
+)
 def test_hoisting_changes_no_result(name: str) -> None:
     model, calls = generation(name)
     off, without = run(model, calls, OFF)

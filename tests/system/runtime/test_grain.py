@@ -163,6 +163,7 @@ def test_bytes_are_predicted_and_fewer(name: str, dtype: str) -> None:
     assert sizes["block"] <= sizes["module"] / 2
 
 
+@pytest.mark.slow(reason="inductor with memories of blocks")
 def test_inductor_keeps_to_it() -> None:
     model, outputs = tiny("original", layers=2), []
     for inner in ("inductor", "eager"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import KINDS, make_inputs, make_policy, tiny
+from tests.marks import slow_but
 from tests.stdit3 import tiny_inputs, tiny_stdit3
 from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.runtime.report import Report
@@ -27,7 +28,11 @@ CLASSES = (
     "WanTransformer3DModel",
     "CogVideoXTransformer3DModel",
 )
-MODELS = (*KINDS, *CLASSES, "STDiT3")
+MODELS = slow_but(
+    ["diffusers", "FluxTransformer2DModel", "STDiT3"],
+    [*KINDS, *CLASSES, "STDiT3"],
+    "of the classes, one of each kind of attention is enough",
+)
 
 Generation = tuple[nn.Module, list[dict[str, Any]]]
 

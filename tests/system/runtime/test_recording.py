@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import toca_fx
-from tests.helpers import Call, call, capture, make_inputs, make_policy, run_all, tiny
+from tests.helpers import Call, call, capture, make_inputs, make_policy, program_of, run_all, tiny
+from tests.marks import slow_but
+from toca_fx.lower.compiler import Inner
 from toca_fx.lower.cuda_graphs import Recordings
 from toca_fx.plan.buffers import Buffer
 from toca_fx.runtime.report import Report
@@ -100,7 +102,7 @@ class TapeRecorder:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: steps are recorded, and reading a tensor is to be avoided."""
-    monkeypatch.setattr("toca_fx.lower.program.recorder_for", lambda device: TapeRecorder())
+    monkeypatch.setattr("toca_fx.runtime.runner.recorder_for", lambda device: TapeRecorder())
     monkeypatch.setattr("toca_fx.runtime.watch.reading_waits", lambda tensor: tensor.dim() > 0)
     monkeypatch.setattr(Inner, "records", property(lambda inner: None))
 
@@ -117,7 +119,9 @@ def launches(report: Report) -> Counter[str]:
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("kind", ["diffusers", "original"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["diffusers"], ["diffusers", "original"], "one model is enough")
+)
 def test_recorded_generations_are_the_same_as_queued_ones(
     kind: str, told: bool, request: pytest.FixtureRequest
 ) -> None:

@@ -23,6 +23,7 @@ from tests.helpers import (
     text_inputs,
     tiny,
 )
+from tests.marks import slow_but
 from tests.reference import ReferenceSampler
 from toca_fx.policy import Policy
 
@@ -197,7 +198,19 @@ def generation(kind: str, steps: int) -> tuple[Any, list[Call]]:
     return tiny(kind, layers=2).double(), text_inputs(steps, batch=4)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+OFTEN = [
+    *((kind, "as the authors") for kind in POLICIES),
+    ("diffusers", "layers apart"),
+    ("diffusers", "shared selection"),
+    ("diffusers", "attention partial at an interval of its own"),
+    ("cross", "every module partial, by both maps"),
+    ("joint", "streams at different intervals"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), slow_but(OFTEN, CASES, "of the policies, these hold what differs most")
+)
 def test_equals_the_reference_at_every_step(kind: str, name: str) -> None:
     policy = policy_of(kind, name)
     steps = policy.sampler.steps

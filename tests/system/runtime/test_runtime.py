@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 import toca_fx
 from tests.helpers import KINDS, Inputs, call, make_inputs, make_policy, programs, run_all, tiny
+from tests.marks import slow_but
 from toca_fx import PolicyError
 from toca_fx.runtime.session import current_session
 
@@ -228,7 +229,7 @@ class Flaky:
         return run
 
 
-@pytest.mark.parametrize("failing", [0, 1, 3, 11])
+@pytest.mark.parametrize("failing", slow_but([1], [0, 1, 3, 11], "one step is enough"))
 def test_the_step_after_a_failure_is_full(model: nn.Module, failing: int) -> None:
     flaky = Flaky()
     fast = toca_fx.compile(model, make_policy(), inner=flaky)
@@ -275,7 +276,14 @@ def change_dtype(inputs: Inputs) -> Inputs:
     return Inputs(inputs.latents.double(), inputs.timesteps, inputs.labels)
 
 
-@pytest.mark.parametrize("change", [change_batch, change_resolution, change_dtype])
+@pytest.mark.parametrize(
+    "change",
+    slow_but(
+        [change_resolution],
+        [change_batch, change_resolution, change_dtype],
+        "of the changes, one is enough",
+    ),
+)
 @pytest.mark.parametrize("explicit", [True, False])
 def test_other_shapes_and_dtypes_in_the_middle(
     change: Callable[[Inputs], Inputs], explicit: bool
@@ -689,7 +697,12 @@ def test_the_report_as_data(model: nn.Module) -> None:
     assert "12 steps: 4 full, 8 partial" in str(run.report())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    slow_but(
+        [torch.bfloat16], [torch.float32, torch.float64, torch.bfloat16], "one width is enough"
+    ),
+)
 def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
     batch, tokens, channels, layers = 3, 64, 32, 2
     model = tiny("original", layers=layers).to(dtype)

@@ -1,0 +1,82 @@
+"""However attention and MLP are spelled: computing all tokens anew changes nothing, half of them is
+less work. That they are found is a test of tests/graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_fx
+from tests.helpers import make_policy
+from tests.marks import slow_but
+from tests.spellings import (
+    BLOCKS,
+    FLOAT32,
+    MIXES,
+    MLPS,
+    STEPS,
+    TOKENS,
+    LoRA,
+    Mix,
+    make,
+    scaled_product,
+    sdpa,
+)
+from toca_fx.runtime.report import Report
+
+# Every day: the kernel and a product, a gate and adapters.
+OFTEN = (sdpa, scaled_product, "geglu", "lora")
+REASON = "of the spellings, some are enough; tests/graph finds them all"
+
+
+def generate(
+    model: nn.Module, steps: list[Tensor], base: float, attention: Any
+) -> tuple[list[Tensor], Report]:
+    torch._dynamo.reset()
+    modules = {"self_attention": attention, "mlp": {"weight": 1.0}}
+    fast = toca_fx.compile(
+        model,
+        make_policy(sampler={"steps": STEPS}, R={"base": base}, modules=modules),
+        inner="eager",
+    )
+    with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
+        outputs = [fast(x).clone() for x in steps]
+    return outputs, run.report()
+
+
+def check(
+    model: nn.Module, steps: list[Tensor], *, attention: Any = "compute", saves: bool = True
+) -> None:
+    """All tokens fresh is the model; half of them is less work."""
+    tolerance = 1e-10 if steps[0].dtype == torch.float64 else 1e-5
+    outputs, whole = generate(model, steps, 0.0, attention)
+    for step, (x, ours) in enumerate(zip(steps, outputs, strict=True)):
+        assert (ours - model(x)).abs().max() <= tolerance, f"step {step}"
+    outputs, half = generate(model, steps, 0.5, attention)
+    assert all(ours.isfinite().all() for ours in outputs)
+    assert (outputs[1] - model(steps[1])).abs().max() > 1e-6
+    mlps = [site for site in half.sites if site.kind == "mlp"]
+    assert [site.computed for site in mlps] == [(TOKENS, TOKENS // 2, TOKENS // 2) * 2] * BLOCKS
+    if saves:
+        assert half.flops_done < whole.flops_done
+
+
+@pytest.mark.parametrize("mix", slow_but(OFTEN, MIXES, REASON), ids=lambda mix: mix.__name__)
+@pytest.mark.parametrize("attention", ["compute", "partial"])
+def test_attention_spelled_as(mix: Mix, attention: str) -> None:
+    check(*make(mix=mix), attention={"weight": 1.0} if attention == "partial" else attention)
+
+
+@pytest.mark.parametrize("name", slow_but(OFTEN, MLPS, REASON))
+def test_mlp_spelled_as(name: str) -> None:
+    dtype = torch.float32 if name in FLOAT32 else torch.float64
+    check(*make(dtype, mlp=MLPS[name]), saves=name != "conv2d")
+
+
+@pytest.mark.parametrize("attention", slow_but(["partial"], ["compute", "partial"], REASON))
+def test_low_rank_projections_of_an_attention(attention: str) -> None:
+    check(*make(linear=LoRA), attention={"weight": 1.0} if attention == "partial" else attention)
