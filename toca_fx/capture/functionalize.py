@@ -13,29 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.diagnostics import UnsupportedModelError
-
-aten = torch.ops.aten
-
-_RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.dim,
-        aten.unsqueeze.default,
-    }
-)
-_SAME = frozenset(
-    {
-        aten.alias.default,
-        aten.detach.default,
-        aten.contiguous.default,
-        aten.to.dtype,
-        aten.to.dtype_layout,
-    }
-)
+from toca_fx.graph.axes import shape_of
+from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, aten, operands
 
 
 def is_mutable(node: fx.Node) -> bool:
@@ -66,10 +45,8 @@ def make_functional(node: fx.Node) -> None:
         while any(users for alias, users in later.items() if not _is_view_of(alias, view)):
             source = view.args[0]
             if not isinstance(source, fx.Node) or source not in aliases:
-                raise _refusal(
-                    node,
-                    f"it is also read as {next(alias for alias, users in later.items() if users and alias is not view)}",
-                )
+                other = next(alias for alias, users in later.items() if users and alias is not view)
+                raise _refusal(node, f"it is also read as {other}")
             renewed[source] = _write_through(node, view, source, renewed[view])
             view = source
         for alias in aliases:  # in order: a view comes after what it is a view of
@@ -175,26 +152,21 @@ def _write_through(node: fx.Node, view: fx.Node, source: fx.Node, value: fx.Node
         return _call(node, aten.slice_scatter.default, (source, value, *view.args[1:]), old)
     if view.target is aten.select.int:
         return _call(node, aten.select_scatter.default, (source, value, *view.args[1:]), old)
-    if view.target is aten.transpose.int:
-        return _laid_out(node, _call(node, aten.transpose.int, (value, *view.args[1:]), old), old)
-    if view.target is aten.permute.default:
-        order: Any = view.args[1]
-        order = [axis % len(order) for axis in order]
-        return _laid_out(
-            node,
-            _call(
-                node,
-                aten.permute.default,
-                (value, sorted(range(len(order)), key=order.__getitem__)),
-                old,
-            ),
-            old,
-        )
-    if view.target in _RESHAPES:
+    if view.target in PERMUTES:
+        order = _order(view, source)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return _laid_out(node, _call(node, aten.permute.default, (value, back), old), old)
+    if view.target in RESHAPES:
         return _call(node, aten.reshape.default, (value, list(old.shape)), old)
-    if view.target in _SAME:
+    if view.target in SAME:
         return value
     raise _refusal(node, f"it goes through {view.target}, which cannot be followed")
+
+
+def _order(view: fx.Node, source: fx.Node) -> list[int]:
+    """Which axis of ``source`` each axis of a permuted view is."""
+    rank = len(shape_of(view))
+    return [(operands(view, axis) or {})[source] for axis in range(rank)]
 
 
 def _call(node: fx.Node, target: Any, args: Any, like: Tensor, kwargs: Any = None) -> fx.Node:
@@ -205,7 +177,8 @@ def _call(node: fx.Node, target: Any, args: Any, like: Tensor, kwargs: Any = Non
 
 
 def _refusal(node: fx.Node, why: str) -> UnsupportedModelError:
+    module = node.meta.get("path") or "(top level)"
     return UnsupportedModelError(
-        f"the model writes to a tensor in place ({node.target}, in module {node.meta.get('path') or '(top level)'}) and {why}; "
+        f"the model writes to a tensor in place ({node.target}, in module {module}) and {why}; "
         "write it without the trailing underscore, or exclude the module from compilation"
     )

@@ -1,10 +1,11 @@
 """What inductor makes of a graph, by its rules and without it: which kernels run, and what of it
 they write to memory.
 
-    kernels     products, convolutions, attention, sorting, complex numbers, whatever is no ATen operator: operands and results are written
+    kernels     products, convolutions, attention, sorting, complex numbers, whatever is no ATen
+                operator: operands and results are written
     reductions  sums and means: results are written, operands are not
-    fused       everything else, norms and gathers among it: computed again by each reader and never written, unless a kernel takes it, it
-                is handed on, or it reads too much
+    fused       everything else, norms and gathers among it: computed again by each reader and never
+                written, unless a kernel takes it, it is handed on, or it reads too much
     views       share the memory of what they are a view of
 
 The rules are those of torch/_inductor (GraphLowering.run_node and StorageBox there), applied to the
@@ -22,78 +23,53 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-# Overload packets of ATen, by name.
-_PRODUCTS = frozenset(
-    {
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "scaled_dot_product_attention",
-        "_weight_int8pack_mm",
-    }
+from toca_fx.graph.ops import (
+    ATTENTIONS,
+    CONVOLUTIONS,
+    LINEARS,
+    MMS,
+    NORMS,
+    PRODUCTS,
+    REDUCTIONS,
+    RESHAPES,
+    SAME,
+    SOFTMAXES,
 )
-_CONVOLUTIONS = frozenset(
-    {
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-    }
-)
+
+
+def _names(targets: Iterable[object]) -> frozenset[str]:
+    """The overload packets of ``targets``: inductor treats their overloads alike."""
+    return frozenset(
+        target._overloadpacket.__name__
+        for target in targets
+        if isinstance(target, torch._ops.OpOverload)
+    )
+
+
+# Overload packets by name: those in the table of operators, and what the table need not know,
+# because nothing is proven of it, but inductor has a rule for.
 _KERNELS = (
-    _PRODUCTS | _CONVOLUTIONS | {"sort", "argsort", "topk", "scatter", "index_put", "index_copy"}
+    _names(LINEARS | MMS | PRODUCTS | ATTENTIONS | CONVOLUTIONS)
+    | {"convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+    | {"sort", "argsort", "topk", "scatter", "index_put", "index_copy"}
 )
-_REDUCTIONS = frozenset(
-    {
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "argmax",
-        "argmin",
-        "logsumexp",
-        "var",
-        "std",
-        "linalg_vector_norm",
-        "linalg_norm",
-    }
-)
-_NORMS = frozenset(
-    {
-        "layer_norm",
-        "native_layer_norm",
-        "rms_norm",
-        "group_norm",
-        "softmax",
-        "_softmax",
-        "log_softmax",
-    }
-)
+_REDUCTIONS = _names(REDUCTIONS) | {
+    "amin",
+    "argmax",
+    "argmin",
+    "logsumexp",
+    "var",
+    "std",
+    "linalg_norm",
+}
+_NORMS = _names(NORMS | SOFTMAXES) | {"native_layer_norm", "group_norm", "log_softmax"}
 _TWICE = _NORMS | {"gelu", "silu"}  # they read their operand more than once
 # Where they copy, the result is in another order than what they read; where the latter are views,
 # it is in the same.
 _MOVING = frozenset(
     {"cat", "stack", "index", "index_select", "clone", "contiguous", "reshape", "flatten"}
 )
-_STRAIGHT = frozenset(
-    {
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "flatten",
-        "unflatten",
-        "detach",
-        "contiguous",
-        "to",
-    }
-)
+_STRAIGHT = _names(RESHAPES | SAME)
 _OPS = {
     "gelu": 12,
     "layer_norm": 10,
@@ -109,7 +85,7 @@ _READS_IF_REUSED, _MOST_READS, _MOST_OPS = 4, 8, 30
 
 
 @dataclass(eq=False)
-class Buffer:
+class Allocation:
     """Memory that a graph writes: ``nbytes`` if all tokens are fresh; those of site ``site`` are if
     it is not None.
 
@@ -135,12 +111,12 @@ class Kernel:
 
     name: str
     piece: int
-    reads: dict[Buffer, bool]
-    writes: list[Buffer]
+    reads: dict[Allocation, bool]
+    writes: list[Allocation]
     fused: bool
 
 
-_Place = tuple[Buffer, Any]  # a buffer, and through which view it is read
+_Place = tuple[Allocation, Any]  # a buffer, and through which view it is read
 
 
 @dataclass(eq=False)
@@ -149,7 +125,7 @@ class _Value:
     from.
     """
 
-    buffer: Buffer
+    buffer: Allocation
     reads: dict[_Place, bool] = field(default_factory=dict)
     ops: int = 0
     fused: bool = True
@@ -199,9 +175,10 @@ class _Lowering:
     def run(self) -> list[Kernel]:
         for node in self._graph.nodes:
             if node.op in ("placeholder", "get_attr"):
-                if node.name.startswith("ranks_"):
-                    self._sites[node] = int(node.name.removeprefix("ranks_"))
-                self._seen[node] = _View(_Value(Buffer(node.name, 0, None, -1), written=True))
+                buffer = node.meta.get("buffer")
+                if buffer is not None and buffer.role == "ranks":
+                    self._sites[node] = buffer.site
+                self._seen[node] = _View(_Value(Allocation(node.name, 0, None, -1), written=True))
             elif node.op == "output":
                 for view in self._operands(node):
                     self._write(view.value)
@@ -278,8 +255,8 @@ class _Lowering:
         found = (self._seen.get(operand) for operand in node.all_input_nodes)
         return [view for view in found if isinstance(view, _View)]
 
-    def _buffer(self, node: fx.Node, output: Tensor) -> Buffer:
-        return Buffer(
+    def _buffer(self, node: fx.Node, output: Tensor) -> Allocation:
+        return Allocation(
             node.name,
             output.numel() * output.element_size(),
             output.dtype,
@@ -288,7 +265,12 @@ class _Lowering:
         )
 
     def _launch(
-        self, node: fx.Node, reads: dict[_Place, bool], writes: list[Buffer], *, fused: bool = True
+        self,
+        node: fx.Node,
+        reads: dict[_Place, bool],
+        writes: list[Allocation],
+        *,
+        fused: bool = True,
     ) -> None:
         self._kernels.append(Kernel(node.name, self._piece[node], _by_buffer(reads), writes, fused))
 
@@ -382,8 +364,8 @@ def _joined(operands: Iterable[_View]) -> dict[_Place, bool]:
     return found
 
 
-def _by_buffer(reads: Mapping[_Place, bool]) -> dict[Buffer, bool]:
-    found: dict[Buffer, bool] = {}
+def _by_buffer(reads: Mapping[_Place, bool]) -> dict[Allocation, bool]:
+    found: dict[Allocation, bool] = {}
     for (buffer, _), straight in reads.items():
         found[buffer] = found.get(buffer, True) and straight
     return found

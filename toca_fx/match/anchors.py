@@ -1,11 +1,13 @@
 """What linear layers and attention look like in a pre-dispatch ATen graph, in all their spellings.
 
-    linear      linear, addmm, mm or matmul with a weight; packed low-bit weights; convolution with a kernel of one position
-    attention   scaled_dot_product_attention; softmax(scale q k^T + mask) v by matmul, bmm or baddbmm (einsum is one of these
-                after tracing); operators that ``register_attention`` knows
+    linear      linear, addmm, mm or matmul with a weight; packed low-bit weights; convolution with
+                a kernel of one position
+    attention   scaled_dot_product_attention; softmax(scale q k^T + mask) v by matmul, bmm or
+                baddbmm (einsum is one of these after tracing); operators that
+                ``register_attention`` knows
 
-A node is *constant* (``meta["constant"]``, set by trace) if it depends on the model's parameters
-and buffers only.
+A node is *constant* (``meta["constant"]``, set by ``capture.aten``) if it depends on the model's
+parameters and buffers only.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from toca_fx.graph.ops import LINEAR_POINTWISE, PRODUCTS, RELAYOUTS
-
-aten = torch.ops.aten
+from toca_fx.graph.ops import LINEAR_POINTWISE, PRODUCTS, RELAYOUTS, SOFTMAXES, aten
 
 Layout = Literal["bhnd", "bnhd"]
+
+# What may lie between the product of queries and keys and its softmax: scaling and masks.
+_SCALED = RELAYOUTS | LINEAR_POINTWISE | {aten.masked_fill.Scalar}
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,7 @@ def attention_at(node: fx.Node) -> Attention | None:
     if node.target not in PRODUCTS or node.target is aten.baddbmm.default:
         return None
     weights, value = node.args[:2]
-    softmax = _back(
-        weights, lambda at: at.target in (aten.softmax.int, aten._softmax.default), RELAYOUTS
-    )
+    softmax = _back(weights, lambda at: at.target in SOFTMAXES, RELAYOUTS)
     if softmax is None or not isinstance(weights, fx.Node) or not isinstance(value, fx.Node):
         return None
     rank = len(softmax.meta["val"].shape)
@@ -109,7 +110,7 @@ def attention_at(node: fx.Node) -> Attention | None:
     product = _back(
         softmax.args[0],
         lambda at: at.target in PRODUCTS,
-        RELAYOUTS | LINEAR_POINTWISE | {aten.masked_fill.Scalar},
+        _SCALED,
     )
     if product is None:
         return None

@@ -1,0 +1,68 @@
+"""Attentions that are sites, and those that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import replace
+
+from torch import fx
+
+from toca_fx.graph.ops import is_constant
+from toca_fx.graph.stream import Flow
+from toca_fx.match.anchors import Attention
+from toca_fx.match.branches import Found, module_output, residuals_behind, site_at
+from toca_fx.match.origins import (
+    attention_kind,
+    is_sequence_first,
+    projections_of,
+    same_tokens,
+    segment_of,
+)
+from toca_fx.match.sites import NearMiss, Site
+
+
+def attention_sites(
+    attention: Attention, merges: Set[fx.Node], flow: Flow
+) -> Iterator[Found | NearMiss]:
+    """The sites of an attention, one per stream that its output is added to, or why there is none.
+
+    ``merges`` are the concatenations behind which an MLP and an attention share a projection.
+    """
+    node = attention.output
+    path = node.meta["path"]
+    kind = attention_kind(attention)
+    if kind is None:
+        learnt = is_constant(attention.query)
+        reason = (
+            "its query is learnt, not made from a stream"
+            if learnt
+            else "query or key does not come from a linear projection"
+        )
+        yield NearMiss("attention", path, reason)
+        return
+    ends = residuals_behind(node, flow)
+    if not ends:
+        yield NearMiss(kind, path, "its output is not added to the stream that it reads")
+    for add in ends:
+        output = module_output((node,), add, flow, merges)
+        place = path if len(ends) == 1 else output.meta["path"]
+        site = site_at(kind, place, node, output, add, flow)
+        if isinstance(site, NearMiss):
+            yield site
+        else:
+            yield Found(
+                _with_map(site, attention, output, flow),
+                add,
+                is_sequence_first(attention, output, site.shape, flow),
+            )
+
+
+def _with_map(site: Site, attention: Attention, output: fx.Node, flow: Flow) -> Site:
+    """``site`` with what can be told of the rows and columns of its attention's map."""
+    segment = segment_of(attention, output, site.shape, flow)
+    if segment is None or site.kind == "cross_attention":
+        return replace(site, segment=segment)
+    if not same_tokens(attention, site.shape, segment):
+        return site
+    projections = projections_of(attention, site.shape, segment, flow)
+    return replace(site, segment=segment, projections=projections)

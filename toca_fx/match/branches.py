@@ -1,0 +1,126 @@
+"""From an anchor to the residual stream: which add joins a module's output to it, and which value
+is the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+
+from torch import fx
+
+from toca_fx.graph.modules import common_path, numbered_block
+from toca_fx.graph.ops import activations, is_cheap
+from toca_fx.graph.stream import Flow, passages, root
+from toca_fx.match.anchors import attention_at
+from toca_fx.match.sites import NearMiss, Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site, and the ``add`` of the residual stream that it ends in. ``sequence_first`` tells that
+    its attention runs along the first axis of its output, so that the second holds samples.
+    """
+
+    site: Site
+    add: fx.Node
+    sequence_first: bool = False
+
+
+def residuals_behind(anchor: fx.Node, flow: Flow) -> list[fx.Node]:
+    """The first adds downstream of ``anchor`` to a stream that it reads, within its block."""
+    block = numbered_block(anchor.meta["path"])
+    found, seen, pending = [], set(), [anchor]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            other = numbered_block(user.meta.get("path", ""))
+            if user in seen or other not in (block, ("", None)):
+                continue
+            seen.add(user)
+            if _adds_to_input(user, anchor, flow):
+                found.append(user)
+            else:
+                pending.append(user)
+    return sorted(found, key=flow.position.__getitem__)
+
+
+def _adds_to_input(add: fx.Node, anchor: fx.Node, flow: Flow) -> bool:
+    if add not in flow.residuals:
+        return False
+    stream, branch = flow.residuals[add]
+    reads = flow.read_by(anchor, stream) is not None
+    return reads and flow.reaches(anchor, branch) and not flow.reaches(anchor, stream)
+
+
+def module_output(
+    anchors: Sequence[fx.Node], add: fx.Node, flow: Flow, merges: Set[fx.Node] = frozenset()
+) -> fx.Node:
+    """The last node before the gates, on the way from ``anchors`` to ``add``; in front of the first
+    of ``merges`` that the way passes.
+    """
+    branch = flow.residuals[add][1]
+    ways = [flow.between(anchor, branch) for anchor in anchors if flow.reaches(anchor, branch)]
+    region = sorted(set().union(*ways), key=flow.position.__getitem__)
+    way = passages(region)
+    at = next((at for at, node in enumerate(way) if node in merges), None)
+    if at is not None:
+        return way[at - 1]
+    inside, output = set(region), branch
+    for before, after in zip(reversed(way[:-1]), reversed(way[1:]), strict=True):
+        start, stop = flow.position[before], flow.position[after]
+        step = [node for node in region if start < flow.position[node] <= stop]
+        if not all(is_cheap(node) for node in step):
+            break
+        if any(operand not in inside for node in step for operand in activations(node)):
+            output = before
+    return output
+
+
+def site_at(
+    kind: str, path: str, anchor: fx.Node, output: fx.Node, add: fx.Node, flow: Flow
+) -> Site | NearMiss:
+    """The site of module ``path``, or why it is none."""
+    block, layer = numbered_block(path)
+    shape = tuple(getattr(output.meta["val"], "shape", ()))
+    if layer is None:
+        return NearMiss(
+            kind, path, "it lies outside the numbered blocks (no index in its module path)"
+        )
+    if len(shape) != 3:
+        return NearMiss(kind, path, f"its output has shape {shape}, not [batch, tokens, channels]")
+    return Site(
+        kind,
+        path,
+        layer,
+        block,
+        output.name,
+        anchor.name,
+        shape,
+        residual=add.name,
+        stream=flow.residuals[add][0].name,
+    )
+
+
+def unexplained(
+    flow: Flow, found: Iterable[Found], misses: Iterable[NearMiss]
+) -> Iterator[NearMiss]:
+    """The residual branches in numbered blocks that neither a site nor a near miss tells about."""
+    ends = {one.add for one in found}
+    known = {miss.path for miss in misses}
+    for add, (stream, branch) in flow.residuals.items():
+        path = add.meta.get("path", "")
+        if add in ends or numbered_block(path)[1] is None:
+            continue
+        region = flow.between(flow.read_by(branch, stream) or root(stream), branch)
+        heavy = [node for node in region if node.op == "call_function" and not is_cheap(node)]
+        place = common_path(heavy) or path
+        explained = any(other == place or other.startswith(f"{place}.") for other in known)
+        if explained or any(attention_at(node) for node in region):
+            continue
+        products = ", ".join(sorted({str(node.target) for node in heavy}))
+        yield NearMiss(
+            "module",
+            place,
+            f"no softmax attention and no linear-activation-linear in it, but {products}",
+        )

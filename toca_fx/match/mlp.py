@@ -1,0 +1,130 @@
+"""MLPs: linear -> activation -> linear, and which of them are sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from toca_fx.graph.modules import common_path, numbered_block
+from toca_fx.graph.ops import (
+    CONVOLUTIONS,
+    activations,
+    aten,
+    is_activation,
+    is_cheap,
+    linear_input,
+    operands,
+)
+from toca_fx.graph.stream import Flow
+from toca_fx.match.anchors import attention_at
+from toca_fx.match.branches import Found, module_output, residuals_behind, site_at
+from toca_fx.match.origins import projected, unshaped
+from toca_fx.match.sites import NearMiss
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """linear -> activation -> linear. ``merge`` is the concatenation with an attention's output, if
+    there is one.
+
+    ``last`` are the linears that read the activated features: one, or two where a low-rank pair is
+    added to it.
+    """
+
+    first: tuple[fx.Node, ...]
+    last: tuple[fx.Node, ...]
+    merge: fx.Node | None
+
+
+def mlps_of(graph: fx.Graph, flow: Flow) -> dict[fx.Node, Mlp]:
+    """All MLPs by the (first) linear that they end in; the embedders of timesteps and captions are
+    among them.
+    """
+    readers: dict[fx.Node | None, list[Mlp]] = {}
+    for node in graph.nodes:
+        mlp = _mlp_ending_at(node, flow)
+        if mlp is not None:
+            readers.setdefault(unshaped(linear_input(node)), []).append(mlp)
+    return {
+        same[0].last[0]: replace(same[0], last=tuple(mlp.last[0] for mlp in same))
+        for same in readers.values()
+    }
+
+
+def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
+    """The sites of an MLP, one per stream that its output is added to, or why there is none.
+
+    Nothing at all for what reads no residual stream, or lies in no numbered block: embedders of
+    timesteps and conditions are linear-activation-linear, too.
+    """
+    path = common_path([*mlp.first, *mlp.last])
+    if numbered_block(path)[1] is None or not flow.reads_a_stream(mlp.first[0]):
+        return
+    ends = residuals_behind(mlp.last[0], flow)
+    if not ends:
+        yield NearMiss("mlp", path, "its output is not added to the stream that it reads")
+    elif len({projected(linear) for linear in mlp.first}) != 1:
+        yield NearMiss("mlp", path, "the gated branches read different inputs")
+    else:
+        for add in ends:  # several, if streams are concatenated for it
+            output = module_output(mlp.last, add, flow)
+            if _is_channels_first(mlp, output):
+                shape = tuple(output.meta["val"].shape)
+                yield NearMiss(
+                    "mlp", path, f"its output has shape {shape}: channels come before tokens"
+                )
+                continue
+            site = site_at("mlp", path, mlp.first[0], output, add, flow)
+            yield site if isinstance(site, NearMiss) else Found(site, add)
+
+
+def _is_channels_first(mlp: Mlp, output: fx.Node) -> bool:
+    """Whether the output is that of a convolution, as it comes: its second axis, mixed, has the
+    channels.
+    """
+    last = mlp.last[0]
+    return (
+        last.target in CONVOLUTIONS
+        and operands(output, 1) is None
+        and operands(last, 1) is None
+        and getattr(output.meta["val"], "shape", None) == last.meta["val"].shape
+    )
+
+
+def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
+    """Walk back from a linear layer, through pointwise operators, splits and an activation, to
+    earlier ones.
+    """
+    source = linear_input(last)
+    if source is None:
+        return None
+    first: list[fx.Node] = []
+    activated, attends, merge = False, False, None
+    pending, seen = [source], {source}
+    while pending:
+        node = pending.pop()
+        if linear_input(node) is not None:
+            first.append(node)
+            continue
+        if attention_at(node) is not None:
+            attends = True
+            continue
+        if node.op == "placeholder":
+            continue
+        if node.target is aten.cat.default:
+            merge = node
+        elif node in flow.residuals or not (
+            is_cheap(node) or is_activation(node) or node.target in CONVOLUTIONS
+        ):
+            return None
+        activated |= is_activation(node)
+        fresh = [operand for operand in activations(node) if operand not in seen]
+        seen.update(fresh)
+        pending += fresh
+    if not first or not activated or (attends and merge is None):
+        return None
+    return Mlp(
+        tuple(sorted(first, key=flow.position.__getitem__)), (last,), merge if attends else None
+    )
