@@ -28,6 +28,9 @@ QUIET = {
     aten.select.int,
     aten.transpose.int,
     aten.permute.default,
+    aten.swapaxes.default,
+    aten.movedim.int,
+    aten.mT.default,
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
@@ -213,6 +216,21 @@ def part_of_a_permutation(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def part_of_swapped_axes(x: Tensor, y: Tensor) -> Tensor:
+    x.swapaxes(0, -1)[3:5].mul_(5)
+    return x
+
+
+def part_of_a_matrix_transposed(x: Tensor, y: Tensor) -> Tensor:
+    x.mT[:, 3:5].mul_(5)
+    return x
+
+
+def part_of_moved_axes(x: Tensor, y: Tensor) -> Tensor:
+    x.movedim(0, -1)[:, 3:5].mul_(5)
+    return x
+
+
 def rows_of_a_view(x: Tensor, y: Tensor) -> Tensor:
     x.view(12, 8)[3:5].mul_(4)
     return x
@@ -270,6 +288,13 @@ WRITES: dict[Write, list[Any]] = {
         aten.contiguous.default,
     ],
     part_of_a_permutation: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
+    part_of_swapped_axes: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
+    part_of_a_matrix_transposed: [
+        aten.mul.Tensor,
+        aten.slice_scatter.default,
+        aten.contiguous.default,
+    ],
+    part_of_moved_axes: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
     rows_of_a_view: [aten.mul.Tensor, aten.slice_scatter.default],
     rows_of_a_flattened: [aten.fill.Tensor, aten.slice_scatter.default],
     one_head: [aten.clone.default, aten.select_scatter.default],
