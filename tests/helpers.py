@@ -4,8 +4,10 @@ chosen tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -230,7 +232,17 @@ def capture_calls(
 def capture_tiny(
     kind: str, layers: int = 3, batch: int = 2, dtype: torch.dtype = torch.float64
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """One of the tiny models as an ATen graph, and its inputs."""
+    """One of the tiny models as an ATen graph, and its inputs: a copy of the graph, as captures are
+    made once for all tests.
+    """
+    graph, inputs = _captured_tiny(kind, layers, batch, dtype)
+    return copy.deepcopy(graph), list(inputs)
+
+
+@cache
+def _captured_tiny(
+    kind: str, layers: int, batch: int, dtype: torch.dtype
+) -> tuple[fx.GraphModule, list[Any]]:
     model = tiny(kind, layers=layers).to(dtype)
     x, t, y = next(iter(make_inputs(1, batch, dtype=dtype)))
     names = ("t", "y") if kind == "original" else ("timestep", "class_labels")
