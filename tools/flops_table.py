@@ -37,16 +37,18 @@ from tests.stdit3 import STDiT3, open_sora_1_2_inputs
 from toca_fx import load_policy
 from toca_fx.capture import aten as trace
 from toca_fx.examples import PRESETS, build
-from toca_fx.lower.cost import aspect_of
+from toca_fx.graph.roles import aspect
 from toca_fx.lower.flops import count_flops
 from toca_fx.match.matcher import match
 from toca_fx.match.sites import Matches, Site
-from toca_fx.plan import buffers
-from toca_fx.plan.plan import Modes, Plan, StepPlan, make_plan
-from toca_fx.policy.types import Hoisting
-from toca_fx.rewrite.hoist import extract, find_hoistable
+from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.planner import make_plan
+from toca_fx.plan.schedule import Modes
+from toca_fx.policy import Hoisting
+from toca_fx.rewrite.hoist import find_hoistable
 from toca_fx.rewrite.step import rewrite
-from toca_fx.runtime.selector import spatial_of
+from toca_fx.rewrite.step_graph import extract
+from toca_fx.rewrite.tensors import Tensors
 
 RESULTS = ROOT / "tools" / "results" / "flops.md"
 SHALLOW = 2
@@ -167,7 +169,7 @@ class Count:
         self._conditions = find_hoistable(
             self._aten.graph, self._matches.sites, Hoisting().memory_bytes
         ).conditions
-        self._aspect = aspect_of(inputs)
+        self._aspect = aspect(self._aten.graph)
         self._paths = {node.name: node.meta["path"] for node in self._aten.graph.nodes}
 
     @cached_property
@@ -236,9 +238,9 @@ class Count:
     def row(self, policy_name: str) -> Row:
         """Count all steps of a reference policy."""
         policy = load_policy(f"reference/{policy_name}")
-        shallow = make_plan(self._matches, policy)
+        shallow = make_plan(self._matches, policy, aspect=self._aspect)
         sites, like = self._deep
-        plan = make_plan(Matches(sites, ()), policy)
+        plan = make_plan(Matches(sites, ()), policy, aspect=self._aspect)
         steps: dict[Modes, _Step] = {}
         uncached, totals, scoring, projections, captions = (
             self.total(self.uncached),
@@ -250,19 +252,7 @@ class Count:
         for step in plan.steps:
             modes = self._shallow_modes(step, like)
             if modes not in steps:
-                grids = {
-                    i: spatial_of(shallow, i, self._aspect, policy.source)
-                    for i in shallow.inside(modes)
-                }
-                shared = policy.guidance.selection == "shared"
-                graph = rewrite(
-                    self._aten,
-                    shallow,
-                    modes,
-                    shared=shared,
-                    spatial_of=grids.__getitem__,
-                    hoisted=self._conditions,
-                )
+                graph = rewrite(self._aten, shallow.step(modes, self._conditions))
                 steps[modes] = self._step(graph, shallow)
             fixed, per_site, extra, spared = steps[modes]
             fresh = sum(
@@ -280,8 +270,8 @@ class Count:
         partial = [
             total for step, total in zip(plan.steps, totals, strict=True) if step.kind == "partial"
         ]
-        made = buffers.Buffers(self._aten, shallow)
-        kept = [made.new(_renamed(name, like)) for name in buffers.kept(plan)]
+        made = Tensors(self._aten, shallow)
+        kept = [made.new(buffer._replace(site=like[buffer.site])) for buffer in plan.kept]
         return Row(
             policy_name,
             len(totals),
@@ -324,14 +314,10 @@ class Count:
         the former, and captions spared.
         """
         placeholders = self._aten.graph.find_nodes(op="placeholder")
-        made, given = buffers.Buffers(self._aten, plan), buffers.given(plan, graph.modes)
+        made = Tensors(self._aten, plan)
         examples = [_meta(placeholders[position].meta["val"]) for position in graph.kept]
-        for name in graph.names:
-            if name not in given:
-                examples.append(made.new(name))
-                continue
-            tokens = plan.sites[buffers.site_of(name)].tokens
-            examples.append(made.example(name, tokens))
+        for buffer in graph.buffers:
+            examples.append(made.example(buffer, plan.sites[buffer.site].tokens))
         flops = count_flops(graph.module, examples)
         fresh = {name: i for i, names in graph.fresh_nodes.items() for name in names}
         fixed: Counter[tuple[str, int]] = Counter()
@@ -358,7 +344,7 @@ class Count:
             if name not in present and self._block(self._paths[name]) in live:
                 replaced[self._block(self._paths[name])] += count
         read = self._needed_for(
-            [name.partition(":")[2] for name in graph.names if name.startswith("hoisted:")]
+            [str(buffer.part) for buffer in graph.buffers if buffer.role == "hoisted"]
         )
         return fixed, per_site, self.total(added) - self.total(replaced), self.total(read)
 
@@ -389,11 +375,6 @@ def _meta(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _renamed(name: str, like: Sequence[int]) -> str:
-    role, site, *rest = name.split(":")
-    return ":".join([role, str(like[int(site)]), *rest])
 
 
 def rows(name: str, *, whole: bool = False) -> list[Row]:

@@ -4,11 +4,11 @@ px, beside the authors' code.
 python tools/memory_table.py
 
 Nothing is run. Ours are predicted from the plan, as `toca-fx explain` shows them, and equal what a
-generation allocates (tests/system/runtime/test_runtime.py). The authors' follow from the shapes of
-what their code keeps: per double block the attention of both streams ahead of its projection and
-the outputs of both MLPs, per single block the attention, the MLP's hidden state (4 times as wide)
-and the block's output, and for either the head-mean map of all tokens by all tokens. The peak is
-what a session that is told its timesteps adds to the weights on a GPU.
+generation allocates (tests/system/runtime/test_session_report.py). The authors' follow from the
+shapes of what their code keeps: per double block the attention of both streams ahead of its
+projection and the outputs of both MLPs, per single block the attention, the MLP's hidden state (4
+times as wide) and the block's output, and for either the head-mean map of all tokens by all tokens.
+The peak is what a session that is told its timesteps adds to the weights on a GPU.
 """
 
 # ruff: noqa: E402
@@ -57,7 +57,7 @@ def main() -> None:
         share = found.cache_bytes / theirs
         kept_as, peak = (
             "bfloat16" if dtype == "model" else dtype,
-            found.peak_bytes + found.told_bytes,
+            found.peak_bytes + found.listed_bytes,
         )
         rows.append(
             f"| toca_fx | {kept_as} | {found.cache_bytes / 2**20:,.0f} "

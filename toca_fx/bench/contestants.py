@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 import toca_fx
-from toca_fx.policy import Policy
-from toca_fx.policy.types import Action, Ratio, Scores
+from toca_fx.policy import Action, Policy, Ratio, Scores
 from toca_fx.runtime.session import Session
 
 Call = Mapping[str, Any]

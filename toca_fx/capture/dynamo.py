@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-from toca_fx.capture.aten import input_sources
+from toca_fx.capture.sources import input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 
 

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from toca_fx.backend import call_inputs, default_policy, written_for_another
+from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture
 from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
+from toca_fx.graph import roles
 from toca_fx.lower import memory
-from toca_fx.lower.cost import Analysis
+from toca_fx.lower.analysis import Analysis
+from toca_fx.match.matcher import match
 from toca_fx.match.sites import NearMiss
+from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.plan import Plan
+from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy, PolicySource, load_policy
 
 _PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
@@ -41,15 +45,19 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"expected a torch.nn.Module, got {type(model).__name__}; of a diffusers pipeline, pass the transformer"
+            f"expected a torch.nn.Module, got {type(model).__name__}; of a diffusers pipeline, "
+            "pass the transformer"
         )
     given = None if policy is None else load_policy(policy)
     module = copy.copy(getattr(model, "_orig_mod", model))
     module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
     captured, inputs = capture(module, args, kwargs)
     name = type(module).__name__
-    chosen = given or default_policy(name, call_inputs(captured, inputs))
-    found = Analysis(captured, inputs, chosen)
+    aten = to_aten(captured, inputs)
+    latents = roles.latents_shape(aten.graph)
+    chosen = given or default_policy(name, None if latents is None else len(latents))
+    planner = Planner(chosen, match(aten.graph), roles.aspect(aten.graph))
+    found = Analysis(aten, planner)
     plan = found.plan(num_steps)
     mismatch = written_for_another(chosen, name)
     peak = memory.predict(found, plan)
@@ -68,7 +76,7 @@ def explain(
         hoisted_bytes=sum(found.hoisted_bytes),
         step_bytes=peak.step,
         peak_bytes=peak.kept + peak.hoisted + peak.step,
-        told_bytes=peak.told,
+        listed_bytes=peak.listed,
         recordable_bytes=recordable,
         queued_because=found.queued_because(recordable),
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),

@@ -10,13 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from toca_fx.plan.scores import SCORES
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of the outermost block list in a module path
-_BY_ATTENTION = {
-    "self_attention": "influence",
-    "value_norm": "influence",
-    "key_norm": "influence",
-    "cross_attention": "entropy",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Explanation:
     ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it computes ahead of
     the steps (of one timestep). ``peak_bytes`` is all that a generation of one branch adds to the
     weights at its peak on a GPU, rounded as its allocator does, ``step_bytes`` of it what the worst
-    step takes while it runs, and ``told_bytes`` what comes on top in a session that is told its
+    step takes while it runs, and ``listed_bytes`` what comes on top in a session that is told its
     timesteps. On a GPU steps are recorded, and then keep ``recordable_bytes`` between generations,
     unless ``queued_because`` says why not. ``str()`` gives a page to read, ``to_dict()``
     everything.
@@ -101,7 +97,7 @@ class Explanation:
     hoisted_bytes: int
     step_bytes: int
     peak_bytes: int
-    told_bytes: int
+    listed_bytes: int
     recordable_bytes: int
     queued_because: str
     warnings: tuple[str, ...]
@@ -134,7 +130,7 @@ class Explanation:
             "hoisted_bytes": self.hoisted_bytes,
             "step_bytes": self.step_bytes,
             "peak_bytes": self.peak_bytes,
-            "told_bytes": self.told_bytes,
+            "listed_bytes": self.listed_bytes,
             "recordable_bytes": self.recordable_bytes,
             "queued_because": self.queued_because,
             "warnings": list(self.warnings),
@@ -175,8 +171,8 @@ class Explanation:
     def _memory(self) -> str:
         rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes
         told = (
-            f"; {_mib(self.told_bytes)} more if the session is told its timesteps"
-            if self.told_bytes
+            f"; {_mib(self.listed_bytes)} more if the session is told its timesteps"
+            if self.listed_bytes
             else ""
         )
         own = f"of which {_mib(self.step_bytes)} are a step's own and {_mib(rounding)} lost by rounding"
@@ -240,10 +236,11 @@ def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
 def _scores(site: SiteExplanation) -> Iterator[str]:
     """The scores that choose a site's tokens, and the attentions that they come from."""
     for score, weight in site.scores:
-        if score not in _BY_ATTENTION:
+        made_of = SCORES[score].source
+        if made_of is None:
             yield f"{score}: {weight:g}"
             continue
-        source: str | None = getattr(site, _BY_ATTENTION[score])
+        source: str | None = getattr(site, made_of)
         yield f"{score}: {weight:g} ({'nothing gives it' if source is None else f'of {_pattern(source)}'})"
     if not site.scores:
         yield "position, all scores being 0"

@@ -7,13 +7,9 @@ layer widens, and up to 64 where it narrows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
-
-aten = torch.ops.aten
+from torch import Tensor
 
 _WIDENING_ROWS, _OTHER_ROWS = 256, 64
 
@@ -36,27 +32,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
-    """Let the linear layers among the nodes ``fresh``, which work on fresh tokens only, decide by
-    their number of rows.
-    """
-    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight, *bias = node.args[1:]
-        if (
-            node.name in fresh
-            and _is_plain(node)
-            and all(_is_plain(operand) for operand in (weight, *bias) if operand is not None)
-        ):
-            node.target, node.args = (
-                torch.ops.toca_fx.linear.default,
-                (node.args[0], weight, bias[0] if bias else None),
-            )
-
-
-def _is_plain(node: fx.Node) -> bool:
-    value = node.meta[
-        "val"
-    ]  # of a layer: for all tokens, and under autocast in the type that it casts to
-    return bool(
-        value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous()
-    )
+LINEAR = torch.ops.toca_fx.linear.default

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
-from toca_fx.lower.cost import like
+from toca_fx.lower.fake_inputs import like
 
 aten = torch.ops.aten
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from toca_fx.plan import buffers
 from toca_fx.rewrite.hoist import Hoisted
 
 _ALIGNMENT = 64  # bytes; compilers take for granted that inputs are aligned
@@ -16,7 +17,7 @@ _NEVER = -2  # no row of a table
 class HoistedValues:
     """Tensors for all hoisted values, always the same ones, so that a recorded step finds them.
 
-    ``tensors`` are the inputs of the step graphs (see ``buffers``). Those of the timed values are
+    ``tensors`` are the inputs of the step graphs (role ``hoisted``). Those of the timed values are
     views of one row per dtype, so that one copy out of ``tables``, [T + 1, width] for T known
     timesteps, brings all of them; the last row of a table is NaN.
     """
@@ -52,7 +53,7 @@ class HoistedValues:
             made[name] = self._rows[dtype][start : start + values[name].numel()].view(
                 values[name].shape
             )
-        self.tensors = {f"hoisted:{name}": tensor for name, tensor in made.items()}
+        self.tensors = {buffers.hoisted(name): tensor for name, tensor in made.items()}
         self._timed = [made[name] for name in hoisted.timed]
         # The timesteps [T], the row of the last call, and whether a call was at no listed one, or
         # at that of the call before.

@@ -3,8 +3,8 @@
     peak = caches, scores, counters + hoisted values + what the worst kind of step allocates while
     it runs
 
-A step runs piece by piece (``regions``). What one piece hands to another stays for as long as a
-piece that takes it runs: its caller holds it. Within a piece ``kernels`` run in the order of the
+A step runs piece by piece (``blocks``). What one piece hands to another stays for as long as a
+piece that takes it runs: its caller holds it. Within a piece the kernels of ``fusion`` run in the order of the
 graph or in the one that inductor's scheduler would rather have, whichever takes less, and write in
 place of what they were the last to read.
 
@@ -21,37 +21,34 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.blocks import assign
-from toca_fx.lower.cost import Analysis, CountedStep
-from toca_fx.lower.fusion import Buffer, Kernel, kernels_of
+from toca_fx.lower.cost import StepCost
+from toca_fx.lower.fusion import Allocation, Kernel, kernels_of
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.plan import buffers
-from toca_fx.plan.buffers import Buffers
+from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.rewrite.tensors import Tensors
 
 _MIB = 2**20
-_SMALLEST, _SMALL, _LARGE, _ROUND_LARGE = (
-    512,
-    _MIB,
-    10 * _MIB,
-    2 * _MIB,
-)  # kMinBlockSize, kSmallSize, kMinLargeAlloc, kRoundLarge
+# kMinBlockSize, kSmallSize, kMinLargeAlloc, kRoundLarge.
+_SMALLEST, _SMALL, _LARGE, _ROUND_LARGE = 512, _MIB, 10 * _MIB, 2 * _MIB
 
-Size = Callable[[Buffer], int]
+Size = Callable[[Allocation], int]
 
 
 class Peak(NamedTuple):
     """Bytes of a generation: ``kept`` over all of its steps, ``hoisted`` values of one timestep,
     and what the worst ``step`` takes itself.
 
-    ``told`` is what comes on top in a session that is told its timesteps: the table of their
+    ``listed`` is what comes on top in a session that knows its timesteps: the table of their
     hoisted values, and what is needed to fill it.
     """
 
     kept: int
     hoisted: int
     step: int
-    told: int
+    listed: int
 
 
 def allocated(nbytes: int) -> int:
@@ -67,32 +64,20 @@ def allocated(nbytes: int) -> int:
 
 def predict(found: Analysis, plan: Plan) -> Peak:
     """The peak of a generation of ``plan``, for one guidance branch."""
-    values = {
-        node.name: node.meta["val"]
-        for node in found.aten.graph.nodes
-        if node.name in found.hoisted.names
-    }
     steps = len(plan.steps) if found.hoisted.timed and found.table_fits(len(plan.steps)) else 0
-    made = Buffers(found.aten, plan)
+    made = Tensors(found.aten, plan)
+    counters = (Buffer("score", i) for i in plan.scored)  # of the same size
     with FakeTensorMode():
-        kept = [
-            made.new(name) for name in (*buffers.kept(plan), *(f"score:{i}" for i in plan.scored))
-        ]  # the latter for their counters
-        held = HoistedValues(found.hoisted, values, steps)
+        kept = [made.new(buffer) for buffer in (*plan.kept, *counters)]
+        held = HoistedValues(found.hoisted, found.hoisted_examples, steps)
     # Hoisted values are computed ahead of the step and then copied to where they stay.
     conditions = _bytes(held.conditions)
-    step = max(
-        [
-            conditions,
-            *(
-                _of_kind(each, plan, made, _worst(plan, modes))
-                for modes, each in found.counted(plan).items()
-            ),
-        ]
-    )
+    kinds = found.costs(plan).items()
+    peaks = (_of_kind(cost, plan, made, _worst(plan, modes)) for modes, cost in kinds)
+    step = max([conditions, *peaks])
     _, timed = found.hoisted_bytes
-    told = _bytes(held.tables.values()) + max(0, timed * steps - step) if steps else 0
-    return Peak(_bytes(kept), _bytes(held.tensors.values()), step, told)
+    listed = _bytes(held.tables.values()) + max(0, timed * steps - step) if steps else 0
+    return Peak(_bytes(kept), _bytes(held.tensors.values()), step, listed)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -108,19 +93,13 @@ def _worst(plan: Plan, modes: tuple[str, ...]) -> StepPlan:
     )
 
 
-def _of_kind(counted: CountedStep, plan: Plan, made: Buffers, step: StepPlan) -> int:
+def _of_kind(cost: StepCost, plan: Plan, made: Tensors, step: StepPlan) -> int:
     """Bytes that a step takes at its peak, besides what is kept: what it is given included."""
-    counted.flops(step)
-    graph, values = counted.graph.module.graph, counted.values or {}
+    orders = [buffer for buffer in cost.graph.buffers if buffer.role in ("order", "known")]
     with FakeTensorMode():
-        given = [
-            made.example(name, 1)
-            for name in counted.graph.names
-            if name.startswith(("order:", "known:"))
-        ]
-    return _bytes(given) + step_peak(
-        graph, values, {i: (step.fresh[i], site.tokens) for i, site in enumerate(plan.sites)}
-    )
+        given = [made.example(buffer, 1) for buffer in orders]
+    fresh = {i: (step.fresh[i], site.tokens) for i, site in enumerate(plan.sites)}
+    return _bytes(given) + step_peak(cost.graph.module.graph, cost.values, fresh)
 
 
 def step_peak(
@@ -132,7 +111,7 @@ def step_peak(
     for each site how many are, and of how many.
     """
 
-    def size(buffer: Buffer) -> int:
+    def size(buffer: Allocation) -> int:
         some, all_ = (1, 1) if buffer.site is None else fresh[buffer.site]
         return allocated(buffer.nbytes * some // all_)
 
@@ -169,7 +148,7 @@ def _body(nodes: Sequence[fx.Node], values: Mapping[str, Any]) -> tuple[object, 
 
 
 def _peak_of_pieces(kernels: Sequence[Kernel], size: Size) -> int:
-    last: dict[Buffer, int] = {}
+    last: dict[Allocation, int] = {}
     pieces: dict[int, list[Kernel]] = {}
     for kernel in kernels:
         pieces.setdefault(kernel.piece, []).append(kernel)
@@ -177,7 +156,7 @@ def _peak_of_pieces(kernels: Sequence[Kernel], size: Size) -> int:
             last[buffer] = max(last.get(buffer, 0), kernel.piece)
     after_all = max(pieces, default=0) + 1
     last |= {buffer: after_all for buffer in last if buffer.end}
-    peak, held = 0, set[Buffer]()
+    peak, held = 0, set[Allocation]()
     for at in sorted(pieces):
         handed_on = {
             buffer for kernel in pieces[at] for buffer in kernel.writes if last[buffer] > at
@@ -190,14 +169,14 @@ def _peak_of_pieces(kernels: Sequence[Kernel], size: Size) -> int:
     return peak
 
 
-def _peak(kernels: Sequence[Kernel], handed_on: set[Buffer], size: Size) -> int:
+def _peak(kernels: Sequence[Kernel], handed_on: set[Allocation], size: Size) -> int:
     """Bytes that a piece allocates at its peak, if its kernels run in this order."""
     last = {
         buffer: at
         for at, kernel in enumerate(kernels)
         for buffer in (*kernel.writes, *kernel.reads)
     }
-    live: dict[Buffer, int] = {}
+    live: dict[Allocation, int] = {}
     now = peak = 0
     for at, kernel in enumerate(kernels):
         done = [
@@ -229,16 +208,16 @@ def _peak(kernels: Sequence[Kernel], handed_on: set[Buffer], size: Size) -> int:
     return peak
 
 
-def _interchangeable(one: Buffer, other: Buffer) -> bool:
+def _interchangeable(one: Allocation, other: Allocation) -> bool:
     return (one.nbytes, one.dtype, one.site) == (other.nbytes, other.dtype, other.site)
 
 
-def _scheduled(kernels: Sequence[Kernel], handed_on: set[Buffer], size: Size) -> list[Kernel]:
+def _scheduled(kernels: Sequence[Kernel], handed_on: set[Allocation], size: Size) -> list[Kernel]:
     """The order of ``topological_sort_lpmf`` in torch/_inductor/memory.py: what frees most comes
     first if it keeps the peak.
     """
     own = {buffer: kernel for kernel in kernels for buffer in kernel.writes}
-    readers: dict[Buffer, list[Kernel]] = {buffer: [] for buffer in own}
+    readers: dict[Allocation, list[Kernel]] = {buffer: [] for buffer in own}
     waits: dict[Kernel, set[Kernel]] = {}
     for kernel in kernels:
         waits[kernel] = {own[buffer] for buffer in kernel.reads if buffer in own}

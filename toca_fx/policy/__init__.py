@@ -16,7 +16,7 @@ from toca_fx.policy.document import Document, from_mapping
 from toca_fx.policy.interval import Interval, Window
 from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
-from toca_fx.policy.selection import Ratio, Scores, Spatial, score_names
+from toca_fx.policy.selection import Ratio, Scores, Spatial, scores_of
 from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
 from toca_fx.policy.types import Policy, Rule, SitePolicy
 
@@ -38,7 +38,7 @@ __all__ = [
     "Spatial",
     "Window",
     "load_policy",
-    "score_names",
+    "scores_of",
     "shipped_policies",
     "validate_file",
 ]

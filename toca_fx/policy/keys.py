@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ParamSpec, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 Schema = dict[str, Any]
 
@@ -36,6 +36,22 @@ class Override:
     off: str = ""
     examples: tuple[object, ...] = ()
     modes: tuple[str, ...] = ("reuse", "compute", "partial")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A token score, by the moment from which its value is ``known``.
+
+    full      a step that computes the attention of ``source``, a full step usually, has run
+    ahead     before a partial step starts, from what a generation keeps
+    inside    the cross-attention of ``source`` has run; on the same step, perhaps
+
+    ``source`` says which attention the score is made of: the one that tells how much the tokens
+    matter ("influence"), or the cross-attention of their block ("entropy").
+    """
+
+    known: Literal["full", "ahead", "inside"]
+    source: Literal["influence", "entropy"] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Key:
     stand_in: object = None  # for a required key that is missing, while problems are collected
     replaced_by: str = ""  # the neighbour that takes the place of this key
     serves: str = ""  # the neighbour without which this key has no effect
-    is_weight: bool = False  # of a token score
+    score: Score | None = None  # of which it is the weight
     override: Override | None = None
 
 

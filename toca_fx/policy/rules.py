@@ -49,9 +49,7 @@ def check_rules(policy: Policy, faulty: set[int]) -> Iterator[Note]:
 
 def sets_weight(rule: Rule, keys: RuleKeys) -> bool:
     """Whether a rule sets the weight of a score."""
-    return any(
-        leaf in keys.leaves and keys.leaves[leaf].key.is_weight for leaf, _ in rule.overrides
-    )
+    return any(leaf in keys.leaves and keys.leaves[leaf].key.score for leaf, _ in rule.overrides)
 
 
 def _empty_range(index: int, rule: Rule) -> Note | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from toca_fx.policy.keys import Key, key, keys_of
+from toca_fx.policy.keys import Key, Score, key, keys_of
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Ratio:
     )
 
 
-def _weight(description: str, examples: tuple[object, ...] = ()) -> dict[str, Key]:
-    """The metadata of a score's weight."""
-    return key(description, minimum=0, maximum=1000, examples=examples, is_weight=True)
+def _weight(description: str, score: Score, examples: tuple[object, ...] = ()) -> dict[str, Key]:
+    """The metadata of a score's weight; ``kernels/scores.py`` has its formula."""
+    return key(description, minimum=0, maximum=1000, examples=examples, score=score)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Scores:
             "Weight of s1, a token's influence on others: the column sums of the map of the same "
             "block's self- or joint attention, L2-normalised over the tokens. The most influential "
             "tokens are computed first.",
+            Score("full", "influence"),
             examples=(1.0,),
         ),
     )
@@ -101,6 +102,7 @@ class Scores:
             "cross-attention; 1 + H, L2-normalised over the tokens. High entropy is computed "
             "first. Where that cross-attention is computed on the same step, an MLP sees the "
             "renewed rows.",
+            Score("inside", "entropy"),
             examples=(1.0,),
         ),
     )
@@ -109,6 +111,7 @@ class Scores:
         metadata=_weight(
             "Weight of s3, the number of partial steps since the token was last computed, divided "
             "by `staleness_over`. Keeps tokens from being forgotten.",
+            Score("ahead"),
             examples=(0.25,),
         ),
     )
@@ -126,12 +129,14 @@ class Scores:
         default=0.0,
         metadata=_weight(
             "Weight of the L2 norm of a token's value vector. Needs no attention map.",
+            Score("full", "influence"),
         ),
     )
     key_norm: float = field(
         default=0.0,
         metadata=_weight(
             "Weight of the L2 norm of a token's key vector. Needs no attention map.",
+            Score("full", "influence"),
         ),
     )
     random: float = field(
@@ -139,6 +144,7 @@ class Scores:
         metadata=_weight(
             "Weight of a uniform random number between 0 and 1, drawn with `seed`. A baseline to "
             "compare with.",
+            Score("ahead"),
         ),
     )
     queries: float = field(
@@ -159,7 +165,7 @@ class Scores:
     @property
     def weights(self) -> dict[str, float]:
         """The weights that are not 0, by the name of their score."""
-        weights = {name: float(getattr(self, name)) for name in score_names(type(self))}
+        weights = {name: float(getattr(self, name)) for name in scores_of(type(self))}
         return {name: weight for name, weight in weights.items() if weight}
 
     @property
@@ -173,15 +179,12 @@ class Scores:
         every = round(1 / self.queries)
         return every if every % 2 else every + 1
 
-    @property
-    def needs_attention(self) -> bool:
-        """Whether some score is made of an attention's queries, keys or values."""
-        return bool(self.self_attention or self.value_norm or self.key_norm)
 
-
-def score_names(scores: type[Scores] = Scores) -> tuple[str, ...]:
-    """The scores that have a weight in a policy, in the order of the format."""
-    return tuple(weight.field for weight in keys_of(scores) if weight.key.is_weight)
+def scores_of(scores: type[Scores] = Scores) -> dict[str, Score]:
+    """The registry of scores by name, in the order of the format."""
+    return {
+        weight.field: weight.key.score for weight in keys_of(scores) if weight.key.score is not None
+    }
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,18 @@ or added afterwards is done in the step, where it is fused.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph.ops import RELAYOUTS, aten, is_activation, is_cheap
+from toca_fx.graph.ops import RELAYOUTS, is_activation, is_cheap
 from toca_fx.match.sites import Site
+from toca_fx.plan.buffers import hoisted
+from toca_fx.rewrite.draft import Draft
+from toca_fx.rewrite.report import PassReport
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,6 @@ class Hoisted:
     def names(self) -> tuple[str, ...]:
         """All of them."""
         return self.conditions + self.timed
-
-
-@dataclass(frozen=True)
-class Part:
-    """A graph that computes hoisted nodes. Inputs: the source's at positions ``kept``, then the
-    hoisted ``given``; it returns ``names``.
-    """
-
-    module: fx.GraphModule
-    kept: tuple[int, ...]
-    given: tuple[str, ...]
-    names: tuple[str, ...]
 
 
 # In order: what a node depends on at most.
@@ -92,43 +82,19 @@ def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoist
     ordered = [node for node in graph.nodes if node in found]
     conditions = []
     for node in ordered:
-        size = nbytes_of(node)
+        size = value_bytes(node)
         if level[node] == _CONDITION and size <= memory:
             conditions.append(node.name)
             memory -= size
     return Hoisted(tuple(conditions), tuple(node.name for node in ordered if level[node] == _TIMED))
 
 
-def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str] = ()) -> Part:
-    """The part of ``source`` that computes the nodes ``names``; the values of ``given`` are there
-    already. ``source`` is not changed.
-    """
-    graph = copy.deepcopy(source.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    inputs = graph.find_nodes(op="placeholder")
-    last = inputs[-1]
-    for name in given:
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"hoisted_{name}")
-        last.meta["val"] = nodes[name].meta["val"]
-        nodes[name].replace_all_uses_with(last)
-    end = next(iter(graph.find_nodes(op="output")))
-    with graph.inserting_before(end):
-        end.args = (
-            tuple(graph.call_function(aten.contiguous.default, (nodes[name],)) for name in names),
-        )
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    kept = tuple(position for position, node in enumerate(inputs) if node.users)
-    used = tuple(
-        name
-        for name, node in zip(given, graph.find_nodes(op="placeholder")[len(inputs) :], strict=True)
-        if node.users
-    )
-    for node in graph.find_nodes(op="placeholder"):
-        if not node.users:
-            graph.erase_node(node)
-    graph.lint()
-    return Part(fx.GraphModule(source, graph), kept, used, tuple(names))
+def take_hoisted(draft: Draft) -> PassReport:
+    """Pass: the values of hoisted nodes are given; what they depended on may become dead code."""
+    for name in draft.spec.hoisted:
+        node = draft.nodes[name]
+        node.replace_all_uses_with(draft.buffer(hoisted(name), node))
+    return PassReport("hoisted values", nodes=len(draft.spec.hoisted))
 
 
 def _sources(node: fx.Node, level: dict[fx.Node, int]) -> Iterator[fx.Node]:
@@ -167,7 +133,7 @@ def _rows(node: fx.Node) -> int:
     return math.prod(value.shape[:-1]) if isinstance(value, Tensor) else 0
 
 
-def nbytes_of(node: fx.Node) -> int:
+def value_bytes(node: fx.Node) -> int:
     """Bytes of a node's value."""
     value: Tensor = node.meta["val"]
     return value.numel() * value.element_size()

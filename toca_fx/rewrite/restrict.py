@@ -39,6 +39,14 @@ class Restriction:
         self._rows_in: dict[Tokens, fx.Node] = {}
         self.created: list[fx.Node] = []
         self.gathered: list[fx.Node] = []
+        self._blocked: list[fx.Node] = []
+
+    def take_blocked(self) -> list[fx.Node]:
+        """The nodes gathered from since the last call although nobody needs them whole: their
+        operators mix tokens, or have no rule.
+        """
+        found, self._blocked = self._blocked, []
+        return found
 
     def __call__(self, node: fx.Node, where: Tokens) -> fx.Node | None:
         """``node`` restricted to the tokens at ``where``; None for a list of tensors that cannot
@@ -49,6 +57,8 @@ class Restriction:
             restricted = None if node in self._needed else self._recompute(node, where)
             if restricted is None and isinstance(node.meta.get("val"), Tensor):
                 restricted = self._gather(node, where)
+                if node not in self._needed and node.op == "call_function":
+                    self._blocked.append(node)
             self._done[key] = restricted
         return self._done[key]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from toca_fx.lower.hoisted_values import HoistedValues, distance
-from toca_fx.lower.program import Program
-from toca_fx.runtime import watch
+from toca_fx.runtime import clock, watch
+from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -21,45 +21,45 @@ _VERSION = operator.attrgetter("_version")
 
 
 class Conditioning:
-    """Computes what is hoisted out of the steps of ``program`` for one generation, into ``values``.
+    """Computes what is hoisted out of the steps of one model for one generation, into ``values``.
 
     Conditions are computed again when an input that they depend on is another tensor than on the
     call before, or was written to: a text embedding that a pipeline hands over at each step costs
     its projections once. ``timesteps`` [T] are those of all calls of the generation; where they are
-    known, what depends on them is computed for all of them at once. ``position`` is that of the
-    timestep among the inputs.
+    known, what depends on them is computed for all of them at once.
     """
 
     def __init__(
         self,
-        program: Program,
+        runner: Runner,
         values: HoistedValues,
         timesteps: Tensor | None,
-        position: int | None,
         warn: Callable[[str], None],
     ) -> None:
-        self._program, self._values, self._position, self._warn = program, values, position, warn
+        self._runner, self._program, self._values = runner, runner.program, values
+        self._found, self._warn = runner.program.analysis, warn
+        self._position = self._found.inputs.timestep
         known = (
             timesteps is not None
-            and position is not None
-            and program.hoisted.timed
-            and program.table_fits(len(timesteps))
+            and self._position is not None
+            and self._found.hoisted.timed
+            and self._found.table_fits(len(timesteps))
         )
         self._timesteps = timesteps if known else None
         self._seen: dict[str, tuple[list[Any], list[int]]] = {}
-        self._as_listed = self._timesteps is not None
+        self._from_table = self._timesteps is not None
         self._watch: Watch | None = None
         self._is_lost = False
         self._distinct = True
-        for left in program.take_watches():
+        for left in runner.take_watches():
             if not self._heed(left):
-                program.leave_watch(left)
+                runner.leave_watch(left)
         self._is_lost = False  # whatever became of the generation before
 
     @property
     def listed(self) -> bool:
         """Whether the timed values of this call come from the table of all timesteps."""
-        return self._as_listed
+        return self._from_table
 
     def prepare(self, inputs: Sequence[Any], call: int) -> int:
         """Compute what is not there yet or has changed, ahead of the ``call``-th step; the FLOPs
@@ -72,40 +72,38 @@ class Conditioning:
             raise
 
     def _prepare(self, inputs: Sequence[Any], call: int) -> int:
-        program, spent = self._program, 0
-        given = [inputs[position] for position in program.conditions.kept]
-        renewed = bool(program.hoisted.conditions) and self._changed("conditions", given)
+        found, spent = self._found, 0
+        given = [inputs[position] for position in found.conditions.kept]
+        renewed = bool(found.hoisted.conditions) and self._changed("conditions", given)
         if renewed:
             with torch.no_grad():
-                torch._foreach_copy_(
-                    self._values.conditions, list(program.conditions.module(*given))
-                )
-            spent += program.hoisted_flops[0]
-        if not program.hoisted.timed:
+                torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
+            spent += found.hoisted_flops[0]
+        if not found.hoisted.timed:
             return spent
-        self._as_listed = self._is_listed(inputs, call)
-        if not self._as_listed or self._timesteps is None:
-            return spent + program.hoisted_flops[1]
-        kept = [inputs[position] for position in program.timed.kept if position != self._position]
-        if self._changed("timed", kept) or (renewed and program.timed.given):
+        self._from_table = self._is_listed(inputs, call)
+        if not self._from_table or self._timesteps is None:
+            return spent + found.hoisted_flops[1]
+        kept = [inputs[position] for position in found.timed.kept if position != self._position]
+        if self._changed("timed", kept) or (renewed and found.timed.buffers):
             if -1 in self._seen["timed"][1]:  # every call would compute the values of all
-                self._as_listed = False
-                return spent + program.hoisted_flops[1]
+                self._from_table = False
+                return spent + found.hoisted_flops[1]
             self._fill(inputs, self._timesteps)
-            spent += program.hoisted_flops[1] * len(self._timesteps)
+            spent += found.hoisted_flops[1] * len(self._timesteps)
         return spent
 
     def bring(self, inputs: Sequence[Any], call: int) -> None:
         """Bring the timed values of this call to where the step graph reads them. May be recorded
         on an accelerator.
         """
-        program = self._program
-        if not program.hoisted.timed:
+        if not self._found.hoisted.timed:
             return
-        if not self._as_listed or self._position is None:
-            given = [inputs[position] for position in program.timed.kept]
-            conditions = (self._values.tensors[f"hoisted:{name}"] for name in program.timed.given)
-            self._values.put(program.run_timed(*given, *conditions))
+        timed = self._found.timed
+        if not self._from_table or self._position is None:
+            given = [inputs[position] for position in timed.kept]
+            conditions = (self._values.tensors[buffer] for buffer in timed.buffers)
+            self._values.put(self._program.run_timed(*given, *conditions))
         elif watch.reading_waits(inputs[self._position]):
             self._values.look_up(inputs[self._position])
         else:
@@ -116,13 +114,13 @@ class Conditioning:
         if self._timesteps is not None and not self._is_lost:
             last = Watch(self._values.doubts)
             if not self._heed(last):
-                self._program.leave_watch(last)
+                self._runner.leave_watch(last)
 
     def _is_listed(self, inputs: Sequence[Any], call: int) -> bool:
-        """Whether this call is at the timestep that was told for it; an accelerator finds that out
+        """Whether this call is at the timestep that is listed for it; an accelerator finds that out
         by itself.
 
-        But the first call of a schedule that was never told before is read there too: timesteps in
+        But the first call of a schedule that was never given before is read there too: timesteps in
         other units than the model's are then computed in the calls, instead of being found to be
         none of those listed.
         """
@@ -137,10 +135,10 @@ class Conditioning:
         # One timestep per token says that they differ. Beyond the list there is nothing to look up.
         if timestep.dim() > 1 or call >= len(self._timesteps):
             return False
-        if call == 0 and not self._program.is_confirmed(self._timesteps):
+        if call == 0 and not self._runner.is_confirmed(self._timesteps):
             self._is_lost = not self._agrees(timestep, call)
             if not self._is_lost:
-                self._program.confirm(self._timesteps)
+                self._runner.confirm(self._timesteps)
         elif self._watch is None:
             self._watch = Watch(self._values.doubts)
         elif self._heed(self._watch):
@@ -148,19 +146,20 @@ class Conditioning:
         return not self._is_lost
 
     def _agrees(self, timestep: Tensor, call: int) -> bool:
-        """Whether the timestep is, but for rounding, the one that was told for the call; warns if
+        """Whether the timestep is, but for rounding, the one that was listed for the call; warns if
         not.
         """
-        told = (
+        listed = (
             self._timesteps[call]
             if self._timesteps is not None and call < len(self._timesteps)
             else None
         )
-        if told is not None and bool(distance(timestep, told).amax() <= 0):
+        if listed is not None and bool(distance(timestep, listed).amax() <= 0):
             return True
         self._warn(
-            "the model is called at another timestep than session(timesteps=...) gives for the call, so that its modulations are "
-            "computed in the call; give the values of the model's timestep argument, call by call"
+            "the model is called at another timestep than session(timesteps=...) gives for the "
+            "call, so that its modulations are computed in the call; give the values of the "
+            "model's timestep argument, call by call"
         )
         return False
 
@@ -173,19 +172,17 @@ class Conditioning:
         if lost:
             self._is_lost = True
             self._warn(
-                "the model was called at a timestep that session(timesteps=...) does not list, and its outputs there are NaN. Give the "
-                "values of the model's timestep argument, call by call"
+                "the model was called at a timestep that session(timesteps=...) does not list, and "
+                "its outputs there are NaN. Give the values of the model's timestep argument, call "
+                "by call"
             )
         elif repeated and self._distinct:
-            self._warn(
-                "two calls in a row had the same timestep, and they share caches and clock; if they are guidance branches, set `guidance: "
-                "{layout: separate}` in the policy, or wrap each kind of call in toca_fx.branch(name)"
-            )
+            self._warn(clock.same_timestep(caches=True))
         return True
 
     def _fill(self, inputs: Sequence[Any], timesteps: Tensor) -> None:
         """Compute the values at all timesteps."""
-        part, position = self._program.timed, self._position
+        part, position = self._found.timed, self._position
         if position is None:
             raise AssertionError("no timesteps are known")
         timestep = inputs[position]
@@ -196,8 +193,10 @@ class Conditioning:
         listed = rounded.to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
-        given += [self._values.tensors[f"hoisted:{name}"] for name in part.given]
-        axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(part.given)
+        given += [self._values.tensors[buffer] for buffer in part.buffers]
+        axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(
+            part.buffers
+        )
         with torch.no_grad():
             self._values.fill(torch.func.vmap(part.module, in_dims=axes)(*given))
 

@@ -12,47 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_fx.lower.program import CompiledStep, Program
+from toca_fx.lower.step import CompiledStep
+from toca_fx.plan.buffers import READ
 from toca_fx.plan.plan import StepPlan
 from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.report import Launch, StepRecord
+from toca_fx.runtime.runner import Runner
 
-_SCORES_READ = {
-    read: torch.tensor(read) for read in (False, True)
-}  # a step graph is given one of them
+# A step graph is given one of them.
+_SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
 
 
 class Generation:
-    """Plan, storage, conditioning and progress of one sampling run, for one ``program``.
+    """Plan, storage, conditioning and progress of one sampling run, by one ``runner``.
 
     Caches belong to it, so nothing survives into the next one. ``num_steps`` None are the policy's
     steps; ``position`` is the first step that it runs. ``timesteps`` [T] are those of all its
-    calls, where they are known, ``timestep_at`` the position of the timestep among the inputs;
-    ``warn`` takes what the user has to know.
+    calls, where they are known; ``warn`` takes what the user has to know.
     """
 
     def __init__(
         self,
-        program: Program,
+        runner: Runner,
         num_steps: int | None,
         position: int,
         timesteps: Tensor | None,
-        timestep_at: int | None,
         warn: Callable[[str], None],
     ) -> None:
-        self.program = program
-        self.plan = program.plan(num_steps)
+        self.runner = runner
+        self.plan = runner.program.analysis.plan(num_steps)
         self.progress = Progress(len(self.plan.steps), position)
-        self.storage = program.lend(self.plan, 0 if timesteps is None else len(timesteps))
-        self.conditioning = Conditioning(
-            program, self.storage.hoisted, timesteps, timestep_at, warn
-        )
+        self.storage = runner.acquire(self.plan, 0 if timesteps is None else len(timesteps))
+        self.conditioning = Conditioning(runner, self.storage.hoisted, timesteps, warn)
 
     def close(self) -> None:
         """Give the storage back; nothing can be run any more."""
         self.conditioning.close()
-        self.program.take_back(self.storage)
+        self.runner.release(self.storage)
 
     def run(
         self, decision: Decision, timestep: float | None, inputs: Sequence[Any], branch: str
@@ -65,7 +62,7 @@ class Generation:
         position = decision.position
         step = self.plan.full_step(position) if decision.full else self.plan.steps[position]
         self.progress = replace(self.progress, ambiguous=decision.ambiguous, caches_lost=True)
-        compiled = self.program.step(self.plan, step.modes)
+        compiled = self.runner.program.step(self.plan, step.modes)
         hoisted_flops = self.conditioning.prepare(inputs, position)
         outputs, launch, selection_seconds = self._launch(compiled, step, inputs)
         self.progress = self.progress.advance(timestep)
@@ -93,7 +90,7 @@ class Generation:
             selection_seconds = time.perf_counter() - selects
             self.conditioning.bring(inputs, position)
             outputs = compiled(
-                inputs, {**self.storage.tensors, **given, "read": _SCORES_READ[step.read]}
+                inputs, {**self.storage.tensors, **given, READ: _SCORES_READ[step.read]}
             )
             if step.kind == "full":
                 selector.full()

@@ -173,10 +173,10 @@ def make_report(
                 tuple(record.plan.fresh[i] for other, record in calls if other is program),
             )
             for program in programs
-            for i, site in enumerate(program.matches.sites)
+            for i, site in enumerate(program.analysis.matches.sites)
         ),
         step_flops=tuple(program.step_flops(num_steps, record.plan) for program, record in calls),
-        flops_uncached=sum(program.uncached_flops for program, _ in calls),
+        flops_uncached=sum(program.analysis.uncached_flops for program, _ in calls),
         cache_bytes=cache_bytes,
         hoisted_bytes=hoisted_bytes,
         compiled_graphs=sum(program.compiled_graphs for program in programs),

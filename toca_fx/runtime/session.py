@@ -24,6 +24,7 @@ from toca_fx.runtime import clock, watch
 from toca_fx.runtime.clock import Situation
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.report import Report, StepRecord, make_report
+from toca_fx.runtime.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +87,13 @@ class Session:
             generation for run in self._models.values() for generation in run.generations.values()
         )
 
-    def call(
-        self, model: ModelKey, program: Program, inputs: Sequence[Any], timestep_at: int | None
-    ) -> Any:
-        """Run the model's next step; its outputs. ``timestep_at`` is the position of the timestep
-        among the inputs.
-        """
+    def call(self, model: ModelKey, runner: Runner, inputs: Sequence[Any]) -> Any:
+        """Run the model's next step; its outputs."""
+        found = runner.program.analysis
+        timestep_at = found.inputs.timestep
         run = self._models.setdefault(model, ModelRun())
         branch = _branch.get()
-        if not branch and program.policy.guidance.layout == "separate":
+        if not branch and found.settings.separate:
             branch = "first" if run.calls % 2 == 0 else "second"
         current = run.generations.get(branch)
         timestep = None if timestep_at is None else self._read(inputs[timestep_at], model, current)
@@ -104,13 +103,13 @@ class Session:
                 has_timestep=timestep_at is not None,
                 timestep=timestep,
                 current=None if current is None else current.progress,
-                program_changed=current is not None and current.program is not program,
+                program_changed=current is not None and current.runner is not runner,
             )
         )
         for warning in decision.warnings:
             self.warn(warning)
         if current is None or decision.begins:
-            current = self._begin(run, branch, program, decision.position, timestep_at)
+            current = self._begin(run, branch, runner, decision.position)
         try:
             outputs, record = current.run(decision, timestep, inputs, branch)
         except BaseException:
@@ -119,30 +118,23 @@ class Session:
             raise
         run.calls += 1
         if not self._implicit:
-            self._calls.append((program, record))
+            self._calls.append((runner.program, record))
         return outputs
 
-    def _begin(
-        self,
-        run: ModelRun,
-        branch: str,
-        program: Program,
-        position: int,
-        timestep_at: int | None,
-    ) -> Generation:
+    def _begin(self, run: ModelRun, branch: str, runner: Runner, position: int) -> Generation:
         """Put a generation in the place of the branch's last one."""
         if branch in run.generations:
             run.generations.pop(branch).close()
         begun = run.generations[branch] = Generation(
-            program, self.num_steps, position, self._timesteps, timestep_at, self.warn
+            runner, self.num_steps, position, self._timesteps, self.warn
         )
         storages = [generation.storage for generation in self.generations]
         self._cache_bytes = sum(storage.nbytes for storage in storages)
         self._hoisted_bytes = sum(storage.hoisted.nbytes for storage in storages)
-        policy = program.policy
+        settings = begun.plan.settings
         for warning in begun.plan.warnings:
             self.warn(warning)
-        self.warn(clock.stretched(policy.name, policy.sampler.steps, len(begun.plan.steps)))
+        self.warn(clock.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
 
     def _read(self, timestep: Tensor, model: ModelKey, current: Generation | None) -> float | None:
@@ -201,7 +193,7 @@ class Session:
         """For each call, the bytes that the uncached model and our step have to move at least:
         weights, inputs and caches.
         """
-        uncached = tuple(program.uncached_bytes for program, _ in self._calls)
+        uncached = tuple(program.analysis.uncached_bytes for program, _ in self._calls)
         return uncached, tuple(
             program.step_bytes(self.num_steps, record.plan) for program, record in self._calls
         )

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from toca_fx.lower.cuda_graphs import Recordings
 from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.plan.buffers import FEATURES, Buffer
 from toca_fx.runtime.selector import Selector
 
 
 @dataclass(eq=False)
 class Storage:
-    """Caches and scores (``buffers``), hoisted values, staleness counters, and the recordings made
-    on them.
+    """The tensors of a generation, and the recordings made on them.
 
     Storages of one ``key`` can stand in for each other. ``recordings`` is None where steps are
     queued, and ``reason`` says why ("" on a CPU, which knows no difference). ``mark`` is the end of
@@ -24,7 +24,7 @@ class Storage:
     """
 
     key: tuple[int, int]
-    buffers: Mapping[str, Tensor]
+    buffers: Mapping[Buffer, Tensor]
     hoisted: HoistedValues
     selector: Selector
     recordings: Recordings | None = None
@@ -35,17 +35,17 @@ class Storage:
         self.tensors = {**self.buffers, **self.hoisted.tensors}
 
     def clear(self) -> None:
-        """Make it as good as new: a full step, which comes first, writes the caches."""
-        for name, buffer in self.buffers.items():
-            if not name.startswith(("cache:", "keys:")):
-                buffer.zero_()
+        """Make it as good as new: a full step, which comes first, writes the features."""
+        for buffer, tensor in self.buffers.items():
+            if buffer.role not in FEATURES:
+                tensor.zero_()
         self.hoisted.clear()
         self.selector.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of caches, scores and counters."""
-        return sum(buffer.nbytes for buffer in self.buffers.values()) + self.selector.nbytes()
+        return sum(tensor.nbytes for tensor in self.buffers.values()) + self.selector.nbytes()
 
     @property
     def total_bytes(self) -> int:

@@ -4,7 +4,6 @@ refuses what it cannot follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +11,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from tests.helpers import capture
-from toca_fx.capture.aten import to_aten
+from tests.graph.capture.writes import (
+    WRITES,
+    Outer,
+    Outputs,
+    Write,
+    Writing,
+    empty_slice,
+    inputs,
+    slice_of_tokens,
+    traced,
+)
 from toca_fx.capture.functionalize import is_mutable
-from toca_fx.diagnostics import UnsupportedModelError
 
 aten = torch.ops.aten
 
-Outputs = Tensor | tuple[Tensor, ...]
-Write = Callable[..., Outputs]
 
 # What is no arithmetic and no write: views, and the numbers in them.
 QUIET = {
@@ -41,45 +46,6 @@ QUIET = {
     aten.detach.default,
     aten.lift_fresh_copy.default,
 }
-
-
-class Writing(nn.Module):
-    """``write(x * 2, y)``: the doubled x is the model's own memory, y and the attributes are the
-    caller's.
-    """
-
-    table: Tensor
-
-    def __init__(self, write: Write) -> None:
-        super().__init__()
-        self.write = write
-        self.weight = nn.Parameter(torch.ones(8, dtype=torch.float64), requires_grad=False)
-        self.register_buffer("table", torch.ones(6, 8, dtype=torch.float64))
-
-    def forward(self, x: Tensor, y: Tensor) -> Outputs:
-        return self.write(x * 2, y)
-
-
-class Outer(nn.Module):
-    """Writes in a submodule."""
-
-    def __init__(self, write: Write) -> None:
-        super().__init__()
-        self.inner = Writing(write)
-
-    def forward(self, x: Tensor, y: Tensor) -> Outputs:
-        return self.inner(x, y)
-
-
-def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 2, 6, 8, generator=generator, dtype=torch.float64)
-    return x, y
-
-
-def traced(module: nn.Module) -> tuple[fx.GraphModule, list[Any]]:
-    captured, given = capture(module, *inputs())
-    return to_aten(captured, given), given
 
 
 def operators(graph: fx.Graph) -> list[Any]:
@@ -110,198 +76,6 @@ def assert_equal(module: nn.Module) -> fx.Graph:
 
 
 # One write; x is returned
-
-
-def slice_of_tokens(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4] = y[:, :3]
-    return x
-
-
-def slice_with_steps(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:6:2] = y[:, :3]
-    return x
-
-
-def empty_slice(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 3:3] = y[:, 3:3]
-    return x
-
-
-def one_token(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 2] = y[:, 0]
-    return x
-
-
-def one_element(x: Tensor, y: Tensor) -> Tensor:
-    x[0, 1, -1] = y[0, 0, 0]
-    return x
-
-
-def number(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 2] = 0.5
-    return x
-
-
-def one_row_for_all(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4] = y[:, :1]
-    return x
-
-
-def other_dtype(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4] = y[:, :3].float()
-    return x
-
-
-def all_of_it(x: Tensor, y: Tensor) -> Tensor:
-    x.copy_(y)
-    return x
-
-
-def one_row_for_all_of_it(x: Tensor, y: Tensor) -> Tensor:
-    x.copy_(y[:, :1])
-    return x
-
-
-def added(x: Tensor, y: Tensor) -> Tensor:
-    x.add_(y, alpha=3)
-    return x
-
-
-def added_to_a_slice(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4].add_(y[:, :3], alpha=3)
-    return x
-
-
-def slice_plus_equals(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4] += y[:, :3]
-    return x
-
-
-def channels_multiplied(x: Tensor, y: Tensor) -> Tensor:
-    x[:, :, ::2].mul_(3)
-    return x
-
-
-def slice_zeroed(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 4:].zero_()
-    return x
-
-
-def activation_in_place(x: Tensor, y: Tensor) -> Tensor:
-    return F.silu(x, inplace=True) + x
-
-
-def where_a_mask_is_true(x: Tensor, y: Tensor) -> Tensor:
-    x[y > 0] = 0
-    return x
-
-
-def at_indices(x: Tensor, y: Tensor) -> Tensor:
-    x.index_copy_(1, y[0, :2, 0].argsort(), y[:, :2])
-    return x
-
-
-def slice_of_a_slice(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:5][:, 1:3] = y[:, :2]
-    return x
-
-
-def slice_of_a_transposition(x: Tensor, y: Tensor) -> Tensor:
-    x.transpose(1, 2)[:, :, 1:3].mul_(5)
-    return x
-
-
-def part_of_a_permutation(x: Tensor, y: Tensor) -> Tensor:
-    x.permute(-1, 0, 1)[3:5].mul_(5)
-    return x
-
-
-def part_of_swapped_axes(x: Tensor, y: Tensor) -> Tensor:
-    x.swapaxes(0, -1)[3:5].mul_(5)
-    return x
-
-
-def part_of_a_matrix_transposed(x: Tensor, y: Tensor) -> Tensor:
-    x.mT[:, 3:5].mul_(5)
-    return x
-
-
-def part_of_moved_axes(x: Tensor, y: Tensor) -> Tensor:
-    x.movedim(0, -1)[:, 3:5].mul_(5)
-    return x
-
-
-def rows_of_a_view(x: Tensor, y: Tensor) -> Tensor:
-    x.view(12, 8)[3:5].mul_(4)
-    return x
-
-
-def rows_of_a_flattened(x: Tensor, y: Tensor) -> Tensor:
-    x.flatten(0, 1)[3:5] = 1.0
-    return x
-
-
-def one_head(x: Tensor, y: Tensor) -> Tensor:
-    x.unflatten(2, (2, 4))[..., 1, :] = y[..., :4]
-    return x
-
-
-def with_an_axis_more(x: Tensor, y: Tensor) -> Tensor:
-    x.unsqueeze(1)[:, :, 2].mul_(3)
-    return x
-
-
-def with_an_axis_less(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 2:3].squeeze(1).mul_(3)
-    return x
-
-
-def detached(x: Tensor, y: Tensor) -> Tensor:
-    x.detach()[:, 1:3] = y[:, :2]
-    return x
-
-
-SCATTERED = [aten.clone.default, aten.slice_scatter.default]
-WRITES: dict[Write, list[Any]] = {
-    slice_of_tokens: SCATTERED,
-    slice_with_steps: SCATTERED,
-    empty_slice: SCATTERED,
-    one_token: [aten.clone.default, aten.select_scatter.default],
-    one_element: [aten.clone.default, *[aten.select_scatter.default] * 3],
-    number: [aten.fill.Tensor, aten.select_scatter.default],
-    one_row_for_all: SCATTERED,
-    other_dtype: [aten.to.dtype, aten.to.dtype, *SCATTERED],
-    all_of_it: [aten.clone.default],
-    one_row_for_all_of_it: [aten.clone.default],
-    added: [aten.add.Tensor],
-    added_to_a_slice: [aten.add.Tensor, aten.slice_scatter.default],
-    slice_plus_equals: [aten.add.Tensor, aten.slice_scatter.default, *SCATTERED],
-    channels_multiplied: [aten.mul.Tensor, aten.slice_scatter.default],
-    slice_zeroed: [aten.zero.default, aten.slice_scatter.default],
-    activation_in_place: [aten.silu.default, aten.add.Tensor],
-    where_a_mask_is_true: [aten.gt.Scalar, aten.index_put.default],
-    at_indices: [aten.argsort.default, aten.index_copy.default],
-    slice_of_a_slice: [*SCATTERED, aten.slice_scatter.default],
-    slice_of_a_transposition: [
-        aten.mul.Tensor,
-        aten.slice_scatter.default,
-        aten.contiguous.default,
-    ],
-    part_of_a_permutation: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
-    part_of_swapped_axes: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
-    part_of_a_matrix_transposed: [
-        aten.mul.Tensor,
-        aten.slice_scatter.default,
-        aten.contiguous.default,
-    ],
-    part_of_moved_axes: [aten.mul.Tensor, aten.slice_scatter.default, aten.contiguous.default],
-    rows_of_a_view: [aten.mul.Tensor, aten.slice_scatter.default],
-    rows_of_a_flattened: [aten.fill.Tensor, aten.slice_scatter.default],
-    one_head: [aten.clone.default, aten.select_scatter.default],
-    with_an_axis_more: [aten.mul.Tensor, aten.select_scatter.default],
-    with_an_axis_less: [aten.mul.Tensor, aten.slice_scatter.default],
-    detached: SCATTERED,
-}
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
@@ -459,98 +233,3 @@ def test_a_graph_without_writes_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
         *[aten.select.int, aten.unsqueeze.default],
         aten.add.Tensor,
     ]
-
-
-# What is refused
-
-
-def test_the_refusal_says_what_where_why_and_what_to_do() -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        traced(Outer(lambda x, y: y.mul_(2)))
-    assert str(caught.value) == (
-        "the model writes to a tensor in place (aten.mul_.Tensor, in module inner) and the caller "
-        "sees that memory; write it without the trailing underscore, "
-        "or exclude the module from compilation"
-    )
-
-
-def to_the_input(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    y[:, 0] = 0
-    return x
-
-
-def to_a_view_of_the_input(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    y.view(12, 8).transpose(0, 1)[1:].mul_(2)
-    return x
-
-
-def to_a_parameter(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    return x * module.weight.mul_(2)
-
-
-def to_a_buffer(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    module.table[0] = 0
-    return x * module.table
-
-
-def random_numbers(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    return x.normal_()
-
-
-def to_an_out_argument(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    result = torch.empty_like(x)
-    torch.mul(x, y, out=result)
-    return result
-
-
-def to_a_diagonal(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    x.diagonal(0, 1, 2).mul_(2)
-    return x
-
-
-def to_memory_by_its_strides(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    x.as_strided((3,), (1,)).zero_()
-    return x
-
-
-def to_one_of_two_halves(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    left, right = x.chunk(2, 1)
-    left.mul_(2)
-    return left, right
-
-
-def to_several_tensors(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    torch._foreach_mul_([x], 2.0)
-    return x
-
-
-def behind_the_graphs_back(module: Writing, x: Tensor, y: Tensor) -> Outputs:
-    x.data[:, 1:3] = y[:, :2]
-    return x
-
-
-REFUSED: dict[Callable[..., Outputs], str] = {
-    to_the_input: r"aten.fill_.Tensor.* the caller sees that memory",
-    to_a_view_of_the_input: r"aten.mul_.Tensor.* the caller sees that memory",
-    to_a_parameter: r"aten.mul_.Tensor.* the caller sees that memory",
-    to_a_buffer: r"aten.fill_.Tensor.* the caller sees that memory",
-    random_numbers: r"aten.normal_.default.* it has no counterpart that returns a new tensor",
-    to_an_out_argument: r"aten.mul.out.* it has no counterpart that returns a new tensor",
-    to_a_diagonal: r"aten.mul_.Tensor.* through aten.diagonal.default, which cannot be followed",
-    to_memory_by_its_strides: (
-        r"aten.zero_.default.* it goes through aten.as_strided.default, which cannot be followed"
-    ),
-    to_one_of_two_halves: r"aten.mul_.Tensor.* it is also read as getitem_1",
-    to_several_tensors: r"aten._foreach_mul_.Scalar.* what it writes to is no tensor of the graph",
-    behind_the_graphs_back: r"aten.copy_.default",
-}
-
-
-@pytest.mark.parametrize("write", REFUSED, ids=lambda write: write.__name__)
-def test_a_write_that_cannot_be_followed_is_refused(write: Callable[..., Outputs]) -> None:
-    module = Writing(lambda x, y: x)
-    module.write = lambda x, y: write(module, x, y)
-    with pytest.raises(
-        UnsupportedModelError, match=rf"^the model writes to a tensor in place \({REFUSED[write]}"
-    ):
-        traced(module)

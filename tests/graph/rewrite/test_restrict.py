@@ -7,15 +7,50 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from tests.graph.rewrite.layers import (
+    BATCH,
+    CHANNELS,
+    TEXT,
+    TOKENS,
+    WIDE,
+    Function,
+    Layers,
+    a_condition_expanded,
+    a_linear_over_tokens,
+    a_mean_over_samples,
+    a_norm_of_tokens_and_channels,
+    a_slice_of_mixed_streams,
+    a_slice_with_positions_of_all,
+    a_softmax_over_tokens,
+    a_stream_written_into_a_sequence,
+    a_sum_over_tokens,
+    both_streams,
+    build,
+    halves_of_channels,
+    heads_of_flattened_tokens,
+    modulated,
+    one_of_two_streams,
+    queries_of_an_attention,
+    samples_and_tokens_flattened,
+    samples_and_tokens_flattened_late,
+    samples_mixed,
+    several_tensors_without_a_rule,
+    some,
+    streams_split,
+    the_end_of_mixed_streams_but_one,
+    the_other_stream,
+    tokens_before_samples,
+    two_slices_of_mixed_streams,
+    with_positions,
+    with_positions_of_one_row,
+)
 from tests.helpers import capture
 from toca_fx.capture.aten import to_aten
 from toca_fx.graph.tokenwise import Tokens
@@ -23,51 +58,10 @@ from toca_fx.rewrite.restrict import Restriction
 
 aten = torch.ops.aten
 
-BATCH, TOKENS, CHANNELS, WIDE, TEXT = 2, 7, 8, 20, 5
 # K; all of these sizes differ, and so do B * K and B * N: a shape tells what an operator works on
 FRESH = 3
 
-Function = Callable[["Layers", Tensor, Tensor], Tensor]
 Shapes = dict[Any, list[tuple[int, ...]]]
-
-
-class Layers(nn.Module):
-    """``function(self, x, c)`` of tokens x [B, N, C] and a condition c [B, C], with layers to make
-    it of.
-    """
-
-    table: Tensor
-    long_table: Tensor
-
-    def __init__(self, function: Function, tokens: int = TOKENS, channels: int = CHANNELS) -> None:
-        super().__init__()
-        self.function = function
-        self.norm = nn.LayerNorm(channels)
-        self.modulation, self.text = (
-            nn.Linear(channels, 2 * channels),
-            nn.Linear(channels, TEXT * channels),
-        )
-        self.up, self.down = nn.Linear(channels, WIDE), nn.Linear(WIDE, channels)
-        self.query, self.key, self.mix = (
-            nn.Linear(channels, channels),
-            nn.Linear(channels, channels),
-            nn.Linear(tokens, tokens),
-        )
-        self.register_buffer("table", torch.randn(tokens, channels))
-        self.register_buffer("long_table", torch.randn(1, tokens + TEXT, channels))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-    def joint(self, x: Tensor, c: Tensor) -> Tensor:
-        """TEXT tokens made of c, then those of x."""
-        return torch.cat([self.text(c).unflatten(1, (TEXT, -1)), x], dim=1)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], -1, 2, x.shape[2] // 2).transpose(1, 2)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.function(self, x, c)
 
 
 class Recorder(fx.Interpreter):
@@ -148,142 +142,6 @@ class Restricted:
         expected = expected.movedim((0, 1), (batch_axis, axis))
         assert output.shape == expected.shape
         return float((output - expected).abs().max()) if output.numel() else 0.0
-
-
-def build(
-    function: Function, batch: int = BATCH, tokens: int = TOKENS, channels: int = CHANNELS
-) -> tuple[Layers, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = Layers(function, tokens, channels).double().eval().requires_grad_(False)
-    return (
-        model,
-        torch.randn(batch, tokens, channels, dtype=torch.float64),
-        torch.randn(batch, channels, dtype=torch.float64),
-    )
-
-
-def some(batch: int, tokens: int, count: int) -> Tensor:
-    """``count`` tokens of each sample, in no order."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.stack([torch.randperm(tokens, generator=generator)[:count] for _ in range(batch)])
-
-
-def modulated(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    shift, scale = model.modulation(F.silu(c)).chunk(2, dim=1)
-    return model.mlp(model.norm(x) * (1 + scale[:, None]) + shift[:, None])
-
-
-def with_positions(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(x + model.table))
-
-
-def with_positions_of_one_row(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(x + model.long_table[:, :-TEXT]))
-
-
-def samples_and_tokens_flattened(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(x.reshape(x.shape[0] * x.shape[1], x.shape[2]))).view(x.shape)
-
-
-def samples_and_tokens_flattened_late(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.down(F.gelu(model.up(model.norm(x)).flatten(0, 1))).reshape(x.shape)
-
-
-def heads_of_flattened_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    samples, tokens, channels = x.shape
-    heads = x.unflatten(2, (2, -1)).permute(2, 0, 1, 3).flatten(1, 2).cumsum(2)
-    return (
-        heads.view(2, samples, tokens, channels // 2)
-        .permute(1, 2, 0, 3)
-        .reshape(samples, tokens, channels)
-    )
-
-
-def one_of_two_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(model.joint(x, c)))[:, TEXT:]
-
-
-def the_other_stream(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(model.joint(x, c)))[:, :TEXT]
-
-
-def streams_split(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    _, image = model.mlp(model.norm(model.joint(x, c))).split([TEXT, x.shape[1]], dim=1)
-    return image
-
-
-def a_slice_of_mixed_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(model.joint(x, c).cumsum(1)))[:, TEXT:]
-
-
-def the_end_of_mixed_streams_but_one(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(model.joint(x, c).cumsum(1)))[:, TEXT - 1 : -1]
-
-
-def two_slices_of_mixed_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    mixed = model.joint(x, c).cumsum(1)
-    return model.mlp(mixed[:, TEXT:] * mixed[:, :-TEXT])
-
-
-def a_slice_with_positions_of_all(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.joint(x, c) + model.long_table)[:, TEXT:]
-
-
-def both_streams(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(model.joint(x, c)))
-
-
-def a_stream_written_into_a_sequence(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    joint = model.joint(x, c).cumsum(1)
-    joint[:, TEXT:] = x
-    return model.mlp(joint)[:, TEXT:]
-
-
-def queries_of_an_attention(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    x = model.norm(x)
-    query, key = model.heads(model.query(x)), model.heads(model.key(x))
-    return model.mlp(F.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2))
-
-
-def a_sum_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.norm(x).cumsum(1))
-
-
-def a_linear_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(model.mix(model.norm(x).transpose(1, 2)).transpose(1, 2))
-
-
-def a_softmax_over_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(x.softmax(1))
-
-
-def a_norm_of_tokens_and_channels(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(F.layer_norm(x, x.shape[1:]))
-
-
-def samples_mixed(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(x.flip(0))
-
-
-def a_mean_over_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(x - x.mean(0, keepdim=True))
-
-
-def tokens_before_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(x.transpose(0, 1).cumsum(2)).transpose(0, 1)
-
-
-def several_tensors_without_a_rule(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return F.gelu(x.topk(x.shape[2] // 2, dim=2)[0])
-
-
-def halves_of_channels(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    left, right = model.up(x).chunk(2, dim=2)
-    return torch.stack([left, right], dim=3).flatten(2) * torch.cat([right, left], dim=2)
-
-
-def a_condition_expanded(model: Layers, x: Tensor, c: Tensor) -> Tensor:
-    return model.mlp(x + c[:, None].expand(x.shape))
 
 
 # What rows are taken from, and what some operators returned for K tokens.

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from toca_fx.policy import Interval, Policy, Ratio, Scores, SitePolicy, score_names
+from toca_fx.policy import Interval, Policy, Ratio, Scores, SitePolicy, scores_of
 from toca_fx.policy.check import check
 from toca_fx.policy.document import from_mapping
-from toca_fx.policy.keys import Key, is_mapping, key, keys_of, rule_keys
+from toca_fx.policy.keys import Key, Score, is_mapping, key, keys_of, rule_keys
 from toca_fx.policy.schema import policy_schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +43,9 @@ class WarmRatio(Ratio):
 class WarmScores(Scores):
     """With one more score."""
 
-    heat: float = field(default=0.0, metadata=key("Weight of heat.", minimum=0, is_weight=True))
+    heat: float = field(
+        default=0.0, metadata=key("Weight of heat.", minimum=0, score=Score("ahead"))
+    )
 
 
 def as_in_policy(name: str) -> dict[str, Key]:
@@ -126,10 +128,10 @@ def test_checks_go_by_the_declaration() -> None:
 
 
 def test_a_declared_weight_is_a_score() -> None:
-    assert score_names(WarmScores) == (*score_names(), "heat")
+    assert tuple(scores_of(WarmScores)) == (*scores_of(), "heat")
     policy, problems = warm(scores={"heat": 2})
     assert (policy.scores.weights, problems) == ({"heat": 2.0}, [])
-    assert score_names() == (
+    assert tuple(scores_of()) == (
         "self_attention",
         "cross_attention",
         "staleness",

@@ -1,0 +1,111 @@
+"""Numbers of steps: sessions longer or shorter than the policy, calls beyond the last step."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import toca_fx
+from tests.helpers import make_inputs, run_all
+from tests.system.runtime.generations import fast_twin, uncached
+from toca_fx import PolicyError
+from toca_fx.runtime.session import current_session
+
+# Numbers of steps
+
+
+def test_calls_beyond_the_last_step_are_full(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast, inputs = fast_twin(model), make_inputs(8)
+    with toca_fx.session(num_steps=5) as run:
+        outputs = run_all(fast, inputs)
+    assert [step.kind for step in run.report().steps] == [
+        "full",
+        "partial",
+        "partial",
+        "full",
+        "partial",
+        "full",
+        "full",
+        "full",
+    ]
+    assert all(
+        uncached(model, step, output)
+        for step, output in list(zip(inputs, outputs, strict=True))[5:]
+    )
+    beyond = [
+        warning
+        for warning in run.report().warnings
+        if "more often than the session's 5 steps" in warning
+    ]
+    assert len(beyond) == 1
+    assert caplog.messages.count(beyond[0]) == 1
+
+
+def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
+    fast = fast_twin(model, N={"base": 3, "drift": 0.4})
+    with toca_fx.session(num_steps=20) as run:
+        run_all(fast, make_inputs(20))
+    assert run.report().warnings == (
+        "policy `test` was tuned for 12 steps and runs 20: "
+        "its slopes and windows are stretched over them",
+    )
+    with toca_fx.session(num_steps=12) as run:
+        run_all(fast, make_inputs(12))
+    assert run.report().warnings == ()
+
+
+def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
+    """As when a scheduler was asked for its timesteps before it knew the number of steps."""
+    fast = fast_twin(model)
+    with toca_fx.session(timesteps=torch.arange(999, -1, -1)) as run:
+        run_all(fast, make_inputs(12))
+    (warning,) = [warning for warning in run.report().warnings if "was planned for" in warning]
+    assert "planned for 1000 steps and had 12" in warning
+    stack = contextlib.ExitStack()
+    run = stack.enter_context(toca_fx.session())
+    run_all(fast, make_inputs(2))
+    with pytest.raises(MemoryError), stack:
+        raise MemoryError
+    assert run.report().warnings == (), "what failed has other troubles"
+    with toca_fx.session() as run:
+        run_all(fast, make_inputs(2))
+        run.close()
+    assert run.report().warnings == (), "closed early on purpose"
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (7, "a generation ended after 7 steps; the policy has 12"),
+        (20, "a generation went on after them"),
+    ],
+)
+def test_without_a_session_another_number_of_steps_is_noticed(
+    model: nn.Module, steps: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = fast_twin(model)
+    for _ in range(2):
+        run_all(fast, make_inputs(steps))
+    assert [message for message in caplog.messages if words in message]
+    caplog.clear()
+    current_session().close()
+    for _ in range(3):
+        run_all(fast, make_inputs(12))
+    assert not caplog.messages
+
+
+def test_listed_steps_refuse_another_number_of_steps(model: nn.Module) -> None:
+    fast = fast_twin(model, N={"full_steps": [0, 5]})
+    with (
+        pytest.raises(PolicyError, match="hold for its 12 steps only; this session has 20"),
+        toca_fx.session(num_steps=20),
+    ):
+        run_all(fast, make_inputs(2))
+    with toca_fx.session(num_steps=12) as run:
+        run_all(fast, make_inputs(6))
+    assert [step.kind for step in run.report().steps] == ["full", *["partial"] * 4, "full"]

@@ -1,0 +1,58 @@
+"""What Dynamo calls the inputs of its graphs, and the modules that nodes come from."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+# "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']"
+# -> blocks.0.attn
+_PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
+_PATH_NOISE = frozenset(
+    {"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"}
+)
+_SOURCES = "toca_fx_input_sources"
+
+
+def clean_path(source: str) -> str:
+    """The module path inside Dynamo's name for it: ``blocks.0.attn`` for
+    ``L['self']._modules['blocks'].0.attn``.
+    """
+    tokens = (quoted or plain for quoted, plain in _PATH_TOKEN.findall(source))
+    return ".".join(token for token in tokens if token not in _PATH_NOISE)
+
+
+def model_class() -> str:
+    """The class name of the model that Dynamo is capturing right now, "" if it captures no method
+    or nothing at all.
+    """
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return ""
+    owner = frame.f_locals.get("self") if frame is not None else None
+    return type(owner).__name__ if isinstance(owner, torch.nn.Module) else ""
+
+
+def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
+    """Per placeholder of Dynamo's graph, the name of the argument or parameter it comes from ("" if
+    unknown).
+
+    Dynamo forgets them when it has compiled: the first call has to be made in the backend, and
+    later ones tell the same.
+    """
+    if _SOURCES not in captured.meta:
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        captured.meta[_SOURCES] = tuple(map(_source, placeholders))
+    found: tuple[str, ...] = captured.meta[_SOURCES]
+    return found
+
+
+def _source(placeholder: fx.Node) -> str:
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    # A method up to some release of PyTorch, a property since.
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)

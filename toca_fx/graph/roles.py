@@ -1,0 +1,113 @@
+"""Which input of a graph is what: the one answer to that question.
+
+state       a parameter or buffer of the model, or a number: the same at every step
+timestep    what says how noisy the latents are
+latents     what the model's output is shaped like
+condition   whatever else comes in: captions, labels, masks, sizes, positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+Role = Literal["state", "timestep", "latents", "condition"]
+
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")  # arguments of forward, best first
+_ATTRIBUTES = ("_modules[", "_buffers[", "_parameters[")
+
+
+def is_state(source: str, value: object) -> bool:
+    """Whether an input of that name (see ``capture/sources.py``) is a parameter or a buffer."""
+    named = source.startswith("L['self']") or any(part in source for part in _ATTRIBUTES)
+    return named or isinstance(value, torch.nn.Parameter)
+
+
+def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None:
+    """Set ``meta["role"]`` of the placeholders, and ``meta["constant"]`` of all nodes: whether a
+    node depends on state only.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, source, value in zip(placeholders, sources, inputs, strict=True):
+        constant = is_state(source, value) or not isinstance(value, Tensor)
+        node.meta["constant"] = constant
+        node.meta["role"] = "state" if constant else "condition"
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            node.meta["constant"] = node.op != "output" and all(
+                operand.meta["constant"] for operand in node.all_input_nodes
+            )
+    timestep = timestep_position(sources, inputs)
+    if timestep is not None:
+        placeholders[timestep].meta["role"] = "timestep"
+    for node in _latents(graph):
+        node.meta["role"] = "latents"
+
+
+def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
+    """The input that holds the timestep, by the name of the forward's argument or else by its
+    shape; None if none can be told.
+    """
+    for name in _TIMESTEPS:
+        for position, source in enumerate(sources):
+            if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
+                return position
+    # Else the one input that has a number for each sample, or for all of them.
+    candidates = [
+        position
+        for position, (source, value) in enumerate(zip(sources, inputs, strict=True))
+        if source
+        and not is_state(source, value)
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() <= 1
+    ]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _latents(graph: fx.Graph) -> list[fx.Node]:
+    """For each tensor that the model returns, the condition so far that is shaped most like it."""
+    (returned,) = graph.find_nodes(op="output")
+    values = [node.meta.get("val") for node in returned.all_input_nodes]
+    inputs = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if node.meta["role"] == "condition" and node.meta["val"].is_floating_point()
+    ]
+    found = []
+    for value in values:
+        if not isinstance(value, Tensor):
+            continue
+        alike = [node for node in inputs if node.meta["val"].dim() == value.dim()]
+        # The output may have other channels than the latents: a variance as well, or none of a
+        # condition that came with them.
+        differences = [_differences(node.meta["val"].shape, value.shape) for node in alike]
+        if alike:
+            found.append(alike[differences.index(min(differences))])
+    return found
+
+
+def _differences(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=True))
+
+
+def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:
+    """The positions of the inputs with a role."""
+    nodes = graph.find_nodes(op="placeholder")
+    return tuple(at for at, node in enumerate(nodes) if node.meta["role"] == role)
+
+
+def latents_shape(graph: fx.Graph) -> torch.Size | None:
+    """The shape of the first latents; None if nothing that comes in is shaped like the output."""
+    nodes = graph.find_nodes(op="placeholder")
+    at = positions(graph, "latents")
+    return nodes[at[0]].meta["val"].shape if at else None
+
+
+def aspect(graph: fx.Graph) -> tuple[int, int] | None:
+    """Height and width of the latents, if they are images [B, C, H, W]."""
+    shape = latents_shape(graph)
+    return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else None

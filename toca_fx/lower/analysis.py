@@ -1,0 +1,169 @@
+"""A captured model under a policy: what is known before anything is compiled or run."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from toca_fx.graph import roles
+from toca_fx.lower.cost import StepCost, flops_of, nbytes_of
+from toca_fx.lower.fake_inputs import FakeInputs
+from toca_fx.lower.flops import Autocast
+from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.plan import Plan
+from toca_fx.plan.planner import Planner
+from toca_fx.plan.schedule import Modes
+from toca_fx.rewrite.hoist import find_hoistable
+from toca_fx.rewrite.step import rewrite
+from toca_fx.rewrite.step_graph import StepGraph, extract
+from toca_fx.rewrite.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positions among the inputs of a graph, and the ``device`` of the first tensor that it uses.
+
+    Of the tensors that it uses, ``state`` stays where it is from call to call and ``varying`` does
+    not. ``timestep`` is None if none was recognised.
+    """
+
+    state: tuple[int, ...]
+    varying: tuple[int, ...]
+    timestep: int | None
+    device: torch.device
+    on_one_device: bool
+
+
+def _inputs_of(graph: fx.Graph) -> Inputs:
+    nodes = graph.find_nodes(op="placeholder")
+    used = [
+        at for at, node in enumerate(nodes) if node.users and isinstance(node.meta["val"], Tensor)
+    ]
+    state = set(roles.positions(graph, "state"))
+    devices = [nodes[at].meta["val"].device for at in used]
+    timestep = roles.positions(graph, "timestep")
+    return Inputs(
+        tuple(at for at in used if at in state),
+        tuple(at for at in used if at not in state),
+        timestep[0] if timestep else None,
+        devices[0] if devices else torch.device("cpu"),
+        len(set(devices)) <= 1,
+    )
+
+
+class Analysis:
+    """The model's graph ``aten`` for one set of input shapes, what was matched in it, its plans,
+    and what its steps need not compute.
+    """
+
+    def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
+        self.aten, self.matches = aten, planner.matches
+        self.settings, self.plan = planner.settings, planner.plan
+        self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
+        self.inputs = _inputs_of(aten.graph)
+        self._autocast = Autocast()
+        self._lock = threading.RLock()
+        self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
+
+    def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
+        """The graph for steps in these modes."""
+        return rewrite(self.aten, plan.step(modes, self.hoisted.names))
+
+    @cached_property
+    def conditions(self) -> StepGraph:
+        """What depends on conditions only; it returns the values of ``hoisted.conditions``."""
+        return extract(self.aten, self.hoisted.conditions)
+
+    @cached_property
+    def timed(self) -> StepGraph:
+        """What depends on the timestep as well, given the conditions; it returns the values of
+        ``hoisted.timed``.
+        """
+        return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
+
+    @cached_property
+    def uncached_flops(self) -> int:
+        """FLOPs of one run of the model as it was captured."""
+        with self._autocast.again():
+            return flops_of(self.aten)
+
+    @cached_property
+    def uncached_bytes(self) -> int:
+        """Bytes of what one run of the model as it was captured has to read: weights and inputs."""
+        inputs = self.aten.graph.find_nodes(op="placeholder")
+        return nbytes_of(node.meta.get("val") for node in inputs)
+
+    @cached_property
+    def hoisted_flops(self) -> tuple[int, int]:
+        """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
+        with self._autocast.again():
+            return flops_of(self.conditions.module), flops_of(self.timed.module)
+
+    @cached_property
+    def hoisted_bytes(self) -> tuple[int, int]:
+        """Bytes of the values of ``conditions``, and of ``timed`` for one timestep."""
+        sizes = {name: value.nbytes for name, value in self.hoisted_examples.items()}
+        conditions = sum(sizes[name] for name in self.hoisted.conditions)
+        return conditions, sum(sizes[name] for name in self.hoisted.timed)
+
+    @property
+    def hoisted_examples(self) -> dict[str, Tensor]:
+        """Fake tensors like the hoisted values, by name."""
+        names = set(self.hoisted.names)
+        nodes = self.aten.graph.nodes
+        return {node.name: node.meta["val"] for node in nodes if node.name in names}
+
+    def table_fits(self, timesteps: int) -> bool:
+        """Whether the values of so many timesteps fit into the memory that the policy allows for
+        what is hoisted.
+        """
+        conditions, timed = self.hoisted_bytes
+        return conditions + timed * timesteps <= self.settings.hoisting_bytes
+
+    def queued_because(self, nbytes: int, beside: int = 0) -> str:
+        """Why the policy has steps queued whose memories (hoisted values included) take ``nbytes``;
+        "" if it has them recorded.
+
+        ``beside`` are bytes that other recordings of the model hold already.
+        """
+        most = self.settings.recording_bytes
+        if beside + nbytes <= most:
+            return ""
+        held = f" beside {beside / 2**20:.0f} of other generations" if beside else ""
+        return (
+            f"{nbytes / 2**20:.0f} MiB of memories{held}, and recorded steps keep "
+            f"{most / 2**20:.0f} at most (recording.memory)"
+        )
+
+    def flops(self, plan: Plan) -> int:
+        """FLOPs of a generation, scoring included; conditions are computed once."""
+        costs = self.costs(plan)
+        conditions, timed = self.hoisted_flops
+        return sum(costs[step.modes].flops(step) + timed for step in plan.steps) + conditions
+
+    def nbytes(self, plan: Plan) -> int:
+        """Bytes of the caches, scores and counters of a generation."""
+        made = Tensors(self.aten, plan)
+        with FakeTensorMode():
+            kept = sum(made.new(buffer).nbytes for buffer in plan.kept)
+            counters = sum(made.new(Buffer("score", i)).nbytes for i in plan.scored)
+        return kept + counters
+
+    def costs(self, plan: Plan) -> dict[Modes, StepCost]:
+        """The costs of the step graphs of ``plan``, none of them compiled; those of the plan that
+        was asked for last are kept.
+        """
+        with self._lock:
+            if self._costs is None or self._costs[0] is not plan:
+                modes = dict.fromkeys(step.modes for step in plan.steps)
+                self._costs = plan, {each: self._cost(plan, each) for each in modes}
+            return self._costs[1]
+
+    def _cost(self, plan: Plan, modes: Modes) -> StepCost:
+        graph = self.step_graph(plan, modes)
+        return StepCost(graph, FakeInputs(graph, self.aten, plan), plan)

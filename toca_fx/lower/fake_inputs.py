@@ -1,0 +1,99 @@
+"""Fake inputs of a step graph, for counting its work and for compiling it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    StrictMinMaxConstraint,
+)
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.plan import Plan
+from toca_fx.rewrite.step_graph import StepGraph
+from toca_fx.rewrite.tensors import Tensors
+
+_INT32_MAX = torch.iinfo(torch.int32).max
+
+
+class FakeInputs:
+    """Makes the inputs of ``graph`` in the order of the call, tensors of the fake ``mode``.
+
+    ``symbols`` are those that have stood for numbers of fresh tokens so far, with the buffers whose
+    size they are.
+    """
+
+    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
+        # Every K has a symbol of its own.
+        self.shapes = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.symbols: dict[sympy.Expr, Buffer] = {}
+        self._graph, self._source, self._plan = graph, source, plan
+
+    def whole(self) -> list[Any]:
+        """For a step that computes all tokens of all sites."""
+        return self._made(self._tokens)
+
+    def of_counts(self, counts: Mapping[Buffer, int]) -> list[Any]:
+        """For a step with so many fresh tokens, by the buffers of role ``ranks``."""
+        return self._made(counts.__getitem__)
+
+    def symbolic(self) -> list[Any]:
+        """For steps with any number of fresh tokens."""
+        return self._made(self._symbol)
+
+    def _made(self, count: Callable[[Buffer], Any]) -> list[Any]:
+        placeholders = self._source.graph.find_nodes(op="placeholder")
+        made = Tensors(self._source, self._plan)
+        inputs = [like(self.mode, placeholders[at].meta["val"]) for at in self._graph.kept]
+        for buffer in self._graph.buffers:
+            number = count(buffer) if buffer.role == "ranks" else None
+            with self.mode:
+                inputs.append(made.example(buffer, number))
+        return inputs
+
+    def _tokens(self, buffer: Buffer) -> int:
+        return self._plan.sites[buffer.site].tokens
+
+    def _symbol(self, buffer: Buffer) -> Any:
+        """A symbol for the number of fresh tokens of a site: anything up to all of them.
+
+        The range lets a compiler prove what it would guard otherwise: that 32 bits are enough for
+        an index. Where it can prove nothing it goes by the example, and for all tokens it takes 64
+        bits if any number of tokens needs them.
+        """
+        tokens, fresh = self._tokens(buffer), self._graph.fresh_nodes[buffer.site]
+        nodes = self._graph.module.graph.nodes
+        values = (node.meta.get("val") for node in nodes if node.name in fresh)
+        wide = any(isinstance(value, Tensor) and value.numel() > _INT32_MAX for value in values)
+        # It must not be 0 or 1, which would be taken for constants.
+        example = torch.empty(max(2, tokens if wide else tokens // 8), device="meta")
+        range_ = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, max(2, tokens)))
+        context: Any = StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[range_]
+        )
+        source = ConstantSource(buffer.name)
+        fake: Any = self.mode.from_tensor(example, source=source, symbolic_context=context)
+        size: Any = fake.shape[0]
+        self.symbols[size.node.expr] = buffer
+        return size
+
+
+def like(mode: FakeTensorMode, value: Any) -> Any:
+    """A fake tensor of ``mode`` like ``value``; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        return torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )

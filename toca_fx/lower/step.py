@@ -1,0 +1,139 @@
+"""One step graph, compiled."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from toca_fx.graph.ops import aten
+from toca_fx.kernels.few_rows import LINEAR
+from toca_fx.lower.blocks import compile_regions
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.cost import StepCost
+from toca_fx.lower.fake_inputs import FakeInputs
+from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.plan import Plan
+from toca_fx.rewrite.step_graph import StepGraph
+
+log = logging.getLogger(__name__)
+
+_MOST_SPECIAL = 8  # numbers of fresh tokens that a step is compiled for one by one
+
+
+class CompiledStep:
+    """A step graph compiled by the inner backend, for every number of fresh tokens.
+
+    ``conditions`` are what the compiler asks of the numbers of fresh tokens; none, hopefully.
+    Called with the model's inputs, the buffers of a generation and the chosen rows; returns the
+    model's outputs.
+    """
+
+    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
+        self.graph = graph
+        self._fake = FakeInputs(graph, source, plan)
+        self.cost = StepCost(graph, self._fake, plan)
+        self._inner, self._plan, self._compiling = inner, plan, threading.Lock()
+        self._of_inputs, self._of_tensors = picker(graph.kept), picker(graph.buffers)
+        self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._holds: dict[tuple[int, ...], bool] = {}
+        # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
+        # (some steps compute no token at all) is shown by test_inductor.py, not by the compiler.
+        self._run = self._compile(self._fake.symbolic())
+        self._symbols = dict(self._fake.symbols)
+        self.conditions = [guard.expr for guard in self._fake.shapes.guards]
+        if self.conditions:
+            self._warn()
+
+    def _warn(self) -> None:
+        """Say what the compiler's code does not hold for."""
+        stand_for = ", ".join(
+            f"where {symbol} is the number of fresh tokens of `{self._plan.sites[of.site].path}`"
+            for symbol, of in self._symbols.items()
+        )
+        log.warning(
+            "%s asks for %s, %s; partial steps with other numbers are compiled one by one, and "
+            "more than %d of them run uncompiled. `R: {multiple: ...}` in the policy makes them "
+            "fewer",
+            self._inner.backend,
+            " and ".join(map(str, self.conditions)),
+            stand_for,
+            _MOST_SPECIAL,
+        )
+
+    def __call__(self, inputs: Sequence[Any], tensors: Mapping[Buffer, Tensor]) -> Any:
+        """Run the step; of the tensors the kept ones are written in place."""
+        given = (*self._of_inputs(inputs), *self._of_tensors(tensors))
+        run = self._run if not self.conditions else self._for_counts(tensors)
+        return run(*given)
+
+    def _for_counts(self, tensors: Mapping[Buffer, Tensor]) -> Callable[..., Any]:
+        """What runs a step with these numbers of fresh tokens, as the compiler's code holds for
+        some only.
+        """
+        counts = {buffer: len(tensors[buffer]) for buffer in self._symbols.values()}
+        key = tuple(counts.values())
+        if key not in self._holds:
+            self._holds[key] = self._hold_for(
+                {symbol: counts[buffer] for symbol, buffer in self._symbols.items()}
+            )
+        if self._holds[key]:
+            return self._run
+        with self._compiling:
+            if key not in self._special:
+                if len(self._special) == _MOST_SPECIAL:
+                    return self.graph.module
+                self._special[key] = self._compile(self._fake.of_counts(counts))
+            return self._special[key]
+
+    def _hold_for(self, numbers: Mapping[sympy.Expr, int]) -> bool:
+        """Whether what the compiler asked for is so with these numbers."""
+        try:
+            return all(
+                condition.subs(numbers) == True  # noqa: E712 - sympy's own truth
+                for condition in self.conditions
+            )
+        except (ArithmeticError, TypeError):  # a remainder by 0
+            return False
+
+    def _compile(self, examples: list[Any]) -> Callable[..., Any]:
+        # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
+        module = fx.GraphModule(self.graph.module, copy.deepcopy(self.graph.module.graph))
+        if self._inner.backend == "inductor":
+            use_few_rows(module.graph, set().union(*self.graph.fresh_nodes.values()))
+            module.recompile()
+        with torch.no_grad():
+            return compile_regions(module, examples, self._inner, self._fake.mode)
+
+
+def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
+    """Let the linear layers among the nodes ``fresh``, which work on fresh tokens only, decide by
+    their number of rows (see ``kernels/few_rows.py``).
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        weight, *bias = node.args[1:]
+        layer = [operand for operand in (weight, *bias) if operand is not None]
+        if node.name in fresh and _is_plain(node) and all(map(_is_plain, layer)):
+            node.target = LINEAR
+            node.args = (node.args[0], weight, bias[0] if bias else None)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    # Of a layer: for all tokens, and under autocast in the type that it casts to.
+    value = node.meta["val"]
+    on_cpu = value.device.type == "cpu" and value.dtype == torch.float32
+    return bool(on_cpu and value.is_contiguous())
+
+
+def picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """What stands at ``keys`` in something, as a tuple."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda values: tuple(values[key] for key in keys)

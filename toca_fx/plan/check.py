@@ -1,0 +1,71 @@
+"""What a policy asks for that the model, or the number of steps, does not have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from toca_fx.diagnostics import PolicyError, Problem
+from toca_fx.match.sites import Matches, Site
+from toca_fx.policy import Policy, Rule, SitePolicy
+
+
+def check_rules(policy: Policy, matches: Matches) -> None:
+    """Raise PolicyError naming every rule that matches no site, with what came nearest."""
+    number = len(matches.sites)
+    problems = [
+        Problem.at(
+            rule.position,
+            f"the rule matches none of the {number} sites; {_nearest_miss(rule, matches)}",
+        )
+        for rule in policy.rules
+        if not any(rule.applies(site.kind, site.path, site.layer) for site in matches.sites)
+    ]
+    if problems:
+        raise PolicyError(problems)
+
+
+def _nearest_miss(rule: Rule, matches: Matches) -> str:
+    """Relax one selector at a time and say which one was in the way."""
+    sites = matches.sites
+    if not sites:
+        reasons = "; ".join(f"{miss.path}: {miss.reason}" for miss in matches.misses[:3])
+        return "the model has none" + (f" ({reasons})" if reasons else "")
+    typed = [site for site in sites if rule.match in (None, site.kind)]
+    if not typed:
+        kinds = ", ".join(sorted({site.kind for site in sites}))
+        return f"the model has no {rule.match}, only {kinds}"
+    if rule.path is not None:
+        paths = [site.path for site in typed]
+        if not any(Rule.path_matches(rule.path, path) for path in paths):
+            close = difflib.get_close_matches(rule.path, paths, n=1, cutoff=0.0)
+            return f"no path matches `{rule.path}`; the nearest is `{close[0]}`"
+    layers = sorted(site.layer for site in typed)
+    return f"those that match otherwise have layers {layers[0]} to {layers[-1]}"
+
+
+def check_batch(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePolicy]) -> None:
+    """Raise PolicyError if two halves of a batch are to share a selection, and there are none."""
+    if policy.guidance.selection != "shared":
+        return
+    for site, own in zip(sites, policies, strict=True):
+        batch = site.shape[0]
+        if own.action.mode == "partial" and batch % 2:
+            message = (
+                "guidance.selection is shared, which needs both halves in one batch; "
+                f"`{site.path}` has a batch of {batch}"
+            )
+            raise PolicyError([Problem.at(policy.source, message)])
+
+
+def check_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: int) -> None:
+    """Raise PolicyError if steps are listed by index, and ``total`` is not the policy's number."""
+    planned = policy.sampler.steps
+    listed = any(own.N.full_steps is not None or own.N.extra_full_steps for own in policies)
+    if total != planned and listed:
+        message = (
+            f"policy `{policy.name}` lists full steps by index, which hold for its {planned} steps "
+            f"only; this session has {total}. Use base, drift and windows instead, or run "
+            f"{planned} steps"
+        )
+        raise PolicyError([Problem.at(policy.source, message)])

@@ -1,0 +1,130 @@
+"""Sites x policy x number of steps -> plan. Pure, and without torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+from toca_fx.match.sites import Matches
+from toca_fx.plan import scores
+from toca_fx.plan.check import check_batch, check_explicit_steps, check_rules
+from toca_fx.plan.grids import spatial_bonus
+from toca_fx.plan.plan import Plan, Settings, StepPlan
+from toca_fx.plan.schedule import fresh_tokens, full_steps, layer_spans, site_column
+from toca_fx.policy import Policy
+
+
+class Planner:
+    """The plans of one model under one policy, by the number of steps.
+
+    ``aspect`` is the height and width of the latent image, if it is one.
+    """
+
+    def __init__(
+        self, policy: Policy, matches: Matches, aspect: tuple[int, int] | None = None
+    ) -> None:
+        self.settings = resolve(policy)
+        self.matches = matches
+        self._policy, self._aspect = policy, aspect
+        self._plans: dict[int, Plan] = {}
+        self._lock = threading.Lock()
+
+    def plan(self, num_steps: int | None = None) -> Plan:
+        """The plan for a generation of ``num_steps`` model calls; None: the policy's own number.
+
+        Raises:
+            PolicyError: see ``make_plan``.
+        """
+        total = self.settings.steps if num_steps is None else num_steps
+        with self._lock:
+            if total not in self._plans:
+                self._plans[total] = make_plan(self.matches, self._policy, total, self._aspect)
+            return self._plans[total]
+
+
+def resolve(policy: Policy) -> Settings:
+    """What holds for whole generations."""
+    return Settings(
+        policy=policy.name,
+        steps=policy.sampler.steps,
+        seed=policy.seed,
+        shared=policy.guidance.selection == "shared",
+        separate=policy.guidance.layout == "separate",
+        hoisting_bytes=policy.hoisting.memory_bytes,
+        recording_bytes=policy.recording.memory_bytes,
+    )
+
+
+def make_plan(
+    matches: Matches,
+    policy: Policy,
+    num_steps: int | None = None,
+    aspect: tuple[int, int] | None = None,
+) -> Plan:
+    """Lay ``policy`` over the matched sites for ``num_steps`` model calls; None: its own number.
+
+    Raises:
+        PolicyError: a rule matches no site; explicit step lists meet another step count than they
+            were written for; the policy asks for what the inputs do not have (an even batch for
+            shared selections, a grid of tokens for a spatial bonus).
+    """
+    total = policy.sampler.steps if num_steps is None else num_steps
+    check_rules(policy, matches)
+    sites = matches.sites
+    policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in sites)
+    check_batch(policy, sites, policies)
+    check_explicit_steps(policy, policies, total)
+    ascending = policy.sampler.order == "ascending"
+    indices = tuple(range(total) if ascending else range(total - 1, -1, -1))
+    spans = layer_spans(sites)
+    columns = []
+    for site, own in zip(sites, policies, strict=True):
+        full = full_steps(own.N, indices, total)
+        fresh = tuple(
+            fresh_tokens(own, s, total, site.layer, spans[site.block], site.tokens) for s in indices
+        )
+        columns.append(site_column(site, own, indices, full, fresh))
+    steps = tuple(
+        StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))
+        for at, s in enumerate(indices)
+    )
+    plan = Plan(sites, policies, steps, resolve(policy))
+    spatial = tuple(
+        spatial_bonus(site, own.spatial, aspect, policy.source) if i in plan.scored else None
+        for i, (site, own) in enumerate(zip(sites, policies, strict=True))
+    )
+    read = tuple(replace(step, read=plan.is_read(at)) for at, step in enumerate(steps))
+    return replace(plan, steps=read, spatial=spatial, warnings=tuple(_doubts(plan)))
+
+
+def _doubts(plan: Plan) -> Iterator[str]:
+    """One warning per kind of score that some sites cannot have, and one for caches that nobody
+    shares.
+    """
+    kinds: tuple[tuple[scores.Source, str], ...] = (
+        ("influence", "self- or joint attention"),
+        ("entropy", "cross-attention"),
+    )
+    for source, what in kinds:
+        names = [name for name, score in scores.SCORES.items() if score.source == source]
+        paths = [
+            plan.sites[i].path
+            for i in plan.scored
+            if scores.from_source(plan.policies[i].scores, source)
+            and getattr(plan.sites[i], source) is None
+        ]
+        if paths:
+            more = f" (and {len(paths) - 1} more sites)" if len(paths) > 1 else ""
+            *others, last = names
+            listed = f"{', '.join(others)} and {last} count" if others else f"{last} counts"
+            yield (
+                f"no {what} of the same block and tokens judges `{paths[0]}`{more}: "
+                f"the score {listed} as 0 there"
+            )
+    grains = [plan.policies[i].cache.grain for i in plan.cached]
+    if grains and not plan.runs and all(grain == "block" for grain in grains):
+        yield (
+            "cache.grain is block, but no two modules that follow each other in a block are always "
+            "reused together: each has its own"
+        )

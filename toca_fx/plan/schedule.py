@@ -1,0 +1,114 @@
+"""On which steps a site is full, and how many of its tokens it computes on the others."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+from toca_fx.match.sites import Site
+from toca_fx.policy import Interval, Ratio, SitePolicy
+
+Modes = tuple[str, ...]
+
+
+def site_column(
+    site: Site,
+    policy: SitePolicy,
+    indices: Sequence[int],
+    full: frozenset[int],
+    fresh: tuple[int, ...],
+) -> tuple[Modes, tuple[int, ...]]:
+    """Modes and token counts of one site over all steps."""
+    mode = policy.action.mode
+    if mode == "compute" or all(s in full for s in indices):
+        return ("compute",) * len(indices), (site.tokens,) * len(indices)
+    wanted = [count for s, count in zip(indices, fresh, strict=True) if s not in full]
+    if mode == "reuse" or not any(wanted):
+        partial, fresh = "reuse", (0,) * len(indices)
+    else:
+        partial = "partial"
+    # An attention of no queries is none: the kernels fail on it. An MLP of no tokens runs through
+    # the graph of any other number.
+    none = "reuse" if site.kind != "mlp" else partial
+    modes = tuple(
+        "full" if s in full else partial if count else none
+        for s, count in zip(indices, fresh, strict=True)
+    )
+    return modes, tuple(
+        site.tokens if s in full else count for s, count in zip(indices, fresh, strict=True)
+    )
+
+
+def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:
+    """The step indices s, among ``indices`` in the order of the calls, on which everything is
+    computed.
+
+    The interval is re-evaluated at full steps: N(s) = round_half_even(base / (1 + w - 2 w s / T)),
+    w = ``drift`` (ToCa, section 3.3, and the authors' force scheduler). ``phase: modulo`` is the
+    authors' rule: a step is full when s is a multiple of the interval in force and of the one
+    re-evaluated at s; either way the latter is in force from then on.
+    """
+    forced = {
+        *indices[: interval.first],
+        *indices[len(indices) - interval.last :],
+        *interval.extra_full_steps,
+    }
+    if interval.full_steps is not None:
+        return frozenset({*interval.full_steps, *forced})
+    full: set[int] = set()
+    current, since = 1, 0
+    for s in indices:
+        since += 1
+        if interval.phase == "modulo":
+            due = s % current == 0
+            if due or s in indices[: interval.first]:
+                current = _interval_at(interval, s, total)
+            due = due and s % current == 0
+            if due or s in forced:
+                full.add(s)
+        elif since >= current or s in forced:
+            full.add(s)
+            current, since = _interval_at(interval, s, total), 0
+    return frozenset(full)
+
+
+def _interval_at(interval: Interval, s: int, total: int) -> int:
+    for window in interval.windows:
+        if window.start * total <= s < window.stop * total:
+            return window.interval
+    # Python's round is half to even, as the authors' numpy one is.
+    return max(1, round(interval.base / (1 + interval.drift - 2 * interval.drift * s / total)))
+
+
+def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, tokens: int) -> int:
+    """K = trunc(rho * tokens), rho = clamp((1 - R) * step factor * layer factor * module weight, 0,
+    1) in float32.
+
+    ``span`` is the highest layer index, used unless the policy says ``layer_span``. The factors
+    fall linearly from 1 + w to 1 - w over the steps and over the layers (ToCa, section 3.3). Then K
+    is rounded up to the policy's ``multiple``.
+    """
+    ratio: Ratio = policy.R
+    step_factor = 1 + ratio.step_weight - 2 * ratio.step_weight * s / total
+    layer_factor = (
+        1 + ratio.layer_weight - 2 * ratio.layer_weight * layer / (ratio.layer_span or max(span, 1))
+    )
+    # 1 - 0.93 is not 0.07 in binary; the rounding undoes the subtraction's last bits.
+    share = round(1 - ratio.base, 12) * layer_factor * step_factor * policy.action.weight
+    count = math.trunc(_float32(_float32(min(max(share, 0.0), 1.0)) * tokens))
+    return min(tokens, -(-count // ratio.multiple) * ratio.multiple)
+
+
+def _float32(value: float) -> float:
+    """``value`` rounded to single precision."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def layer_spans(sites: Sequence[Site]) -> dict[str, int]:
+    """The highest layer index of each list of blocks."""
+    spans: dict[str, int] = {}
+    for site in sites:
+        spans[site.block] = max(spans.get(site.block, 0), site.layer)
+    return spans

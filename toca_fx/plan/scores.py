@@ -1,0 +1,26 @@
+"""What a plan has to know of the scores that tokens are chosen by; they are declared with their
+weights in the policy room, and ``kernels/scores.py`` has a formula for each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from toca_fx.policy import Scores, scores_of
+
+Known = Literal["full", "ahead", "inside"]
+Source = Literal["influence", "entropy"]
+
+SCORES = scores_of()
+
+
+def weights(scores: Scores, known: Known) -> tuple[tuple[str, float], ...]:
+    """The weights other than 0 of the scores that are known at one moment, by name."""
+    return tuple(
+        (name, weight) for name, weight in scores.weights.items() if SCORES[name].known == known
+    )
+
+
+def from_source(scores: Scores, source: Source) -> tuple[str, ...]:
+    """The names of the scores, of weights other than 0, that are made of one attention."""
+    return tuple(name for name in scores.weights if SCORES[name].source == source)

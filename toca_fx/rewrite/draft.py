@@ -1,0 +1,93 @@
+"""A copy of the model's graph on its way to a step graph, and what passes leave for each other."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from toca_fx.graph.ops import aten
+from toca_fx.plan.buffers import FEATURES, Buffer
+from toca_fx.plan.step import StepSpec
+
+
+@dataclass(frozen=True)
+class Merge:
+    """``scattered`` puts the fresh part of ``value`` into what ``site`` keeps of it, ``buffer``."""
+
+    site: int
+    value: fx.Node
+    buffer: fx.Node
+    scattered: fx.Node
+
+
+class Draft:
+    """The graph, changed in place by one pass after the other.
+
+    ``nodes`` are those of the source by name; a pass that puts something in the place of one of
+    them writes it there. ``scores`` are those of an attention by its anchor and the score's name,
+    ``entropies`` those of cross-attentions by site, ``fresh_nodes`` the names of the nodes that
+    work on fresh tokens only, and ``kept`` the positions of the model's inputs that are still read.
+    """
+
+    def __init__(self, source: fx.GraphModule, spec: StepSpec) -> None:
+        self.module = fx.GraphModule(source, copy.deepcopy(source.graph))
+        self.graph = self.module.graph
+        self.spec = spec
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.inputs: list[fx.Node] = self.graph.find_nodes(op="placeholder")
+        (self.end,) = self.graph.find_nodes(op="output")
+        self.buffers: dict[Buffer, fx.Node] = {}
+        self.scores: dict[tuple[str, str], fx.Node] = {}
+        self.entropies: dict[int, fx.Node] = {}
+        self.merges: list[Merge] = []
+        self.fresh_nodes: dict[int, frozenset[str]] = {}
+        self.kept = tuple(range(len(self.inputs)))
+        self._last_input = self.inputs[-1]
+
+    @property
+    def last_input(self) -> fx.Node:
+        """Behind it stands the first node that computes something."""
+        return self._last_input
+
+    def buffer(self, buffer: Buffer, like: fx.Node | None = None) -> fx.Node:
+        """The placeholder of a buffer; at the first time it is made, for values ``like`` those of
+        a node.
+        """
+        found = self.buffers.get(buffer)
+        if found is None:
+            with self.graph.inserting_after(self._last_input):
+                node = self.graph.placeholder(buffer.name)
+            node.meta["buffer"] = buffer
+            if like is not None:
+                value: Tensor = like.meta["val"]
+                node.meta["val"] = value.to(kept_dtype(self.spec.dtypes, buffer, value.dtype))
+            found = self.buffers[buffer] = self._last_input = node
+        return found
+
+    def write(self, buffer: Buffer, value: fx.Node) -> None:
+        """Update a buffer. One trailing copy each: inductor turns it into the write in place."""
+        target = self.buffer(buffer, value)
+        with self.graph.inserting_before(self.end):
+            self.graph.call_function(aten.copy_.default, (target, value))
+
+    def cast(self, node: fx.Node, like: fx.Node, *, after: fx.Node) -> fx.Node:
+        """``node`` in the dtype of ``like``."""
+        dtype = like.meta["val"].dtype
+        if node.meta["val"].dtype == dtype:
+            return node
+        with self.graph.inserting_after(after):
+            converted = self.graph.call_function(aten.to.dtype, (node, dtype))
+        converted.meta["val"] = node.meta["val"].to(dtype)
+        return converted
+
+
+def kept_dtype(dtypes: tuple[str, ...], buffer: Buffer, computed: torch.dtype) -> torch.dtype:
+    """The type in which a buffer holds values that are ``computed`` in another: for features what
+    the policy says, ``dtypes`` by site.
+    """
+    wanted = dtypes[buffer.site] if buffer.role in FEATURES else "model"
+    found: torch.dtype = computed if wanted == "model" else getattr(torch, wanted)
+    return found

@@ -1,0 +1,150 @@
+"""Pass: attentions tell, on the steps that compute them, how much their tokens matter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from toca_fx.graph.edit import inline
+from toca_fx.graph.ops import aten
+from toca_fx.kernels.influence import of_segment
+from toca_fx.kernels.scores import OF_ATTENTION, OfAttention
+from toca_fx.match.anchors import Attention, attention_at, attention_scale
+from toca_fx.plan.buffers import READ, Buffer
+from toca_fx.plan.step import AttentionScore
+from toca_fx.rewrite.draft import Draft
+from toca_fx.rewrite.report import PassReport
+
+
+def score_attentions(draft: Draft) -> PassReport:
+    """Put the entropies and base scores that this kind of step renews into the graph; the scores
+    are written, the entropies wait for ``keep_features``.
+    """
+    before = len(draft.graph.nodes)
+    spec = draft.spec
+    attentions = _Attentions(draft)
+    for i in spec.entropies:
+        # Of the two halves of a guidance batch: their entropies sum to that of both maps.
+        share = 0.5 if spec.shared else 1.0
+        draft.entropies[i] = attentions.score(i, "cross_attention", {"share": share})
+    for score in spec.scores:
+        draft.write(Buffer("score", score.site), _base_score(draft, attentions, score))
+    sites = (*spec.entropies, *(score.site for score in spec.scores))
+    return PassReport("scores of attention", sites, nodes=len(draft.graph.nodes) - before)
+
+
+def _base_score(draft: Draft, attentions: _Attentions, score: AttentionScore) -> fx.Node:
+    """The weighted sum of the scores of a site's tokens, [B, N]; each is normalised."""
+    site, source = draft.spec.sites[score.site], draft.spec.sites[score.attention]
+    segment = functools.partial(of_segment, start=source.segment or 0, count=site.tokens)
+    total: fx.Node | None = None
+    for name, weight in score.weights:
+        found = attentions.score(score.attention, name, {"every": score.every})
+        with draft.graph.inserting_before(draft.end):
+            own = inline(draft.graph, segment, (found,))
+            scaled = draft.graph.call_function(aten.mul.Tensor, (own, weight))
+            scaled.meta["val"] = own.meta["val"]
+            if total is not None:
+                scaled = draft.graph.call_function(aten.add.Tensor, (total, scaled))
+                scaled.meta["val"] = own.meta["val"]
+        total = scaled
+    if total is None:
+        raise AssertionError("plan.step lists sites with a score of attention only")
+    return total
+
+
+class _Attentions:
+    """The attentions of a draft as they were found; the scores of each are computed once, however
+    many sites they tell about.
+    """
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._found: dict[str, Attention | None] = {
+            site.anchor: attention_at(draft.nodes[site.anchor])
+            for site in draft.spec.sites
+            if site.kind != "mlp"
+        }
+
+    def score(self, site: int, name: str, options: Mapping[str, Any]) -> fx.Node:
+        """A score of the keys, or of the queries, of the attention of a site; [B, M]."""
+        draft, source = self._draft, self._draft.spec.sites[site]
+        attention, formula = self._found[source.anchor], OF_ATTENTION[name]
+        if attention is None:
+            raise AssertionError(f"{source.anchor} is no attention")
+        if (source.anchor, name) not in draft.scores:
+            given: dict[str, Any] = {option: options[option] for option in formula.options}
+            plain = attention.output.target is aten.scaled_dot_product_attention.default
+            if plain and formula.attention is not None:
+                function = functools.partial(formula.attention, **given)
+                found = self._replace(source.anchor, attention, function, "every" in given)
+            else:
+                found = self._beside(attention, source.shape[0], formula, given)
+            draft.scores[source.anchor, name] = found
+        return draft.scores[source.anchor, name]
+
+    def _replace(
+        self, anchor: str, attention: Attention, function: Callable[..., Any], may_skip: bool
+    ) -> fx.Node:
+        """Put ``function``, which returns output and score, in the place of an attention.
+
+        It takes what the attention takes; on a GPU it ``may_skip`` a score that nobody will read.
+        """
+        draft, output = self._draft, attention.output
+        further = {"read": self._is_read(output)} if may_skip and _on_gpu(output) else {}
+        score: fx.Node
+        with draft.graph.inserting_before(output):
+            new, score = inline(draft.graph, function, output.args, {**output.kwargs, **further})
+        output.replace_all_uses_with(new)
+        if draft.nodes[anchor] is output:  # the cached output itself, if no projection follows
+            draft.nodes[anchor] = new
+        return score
+
+    def _is_read(self, attention: fx.Node) -> fx.Node:
+        """The input that says whether the scores of this step will be read: on the CPU, where
+        reading it waits for nothing.
+        """
+        node = self._draft.buffer(READ)
+        value: Tensor = attention.meta["val"]
+        node.meta["val"] = value.new_zeros((), dtype=torch.bool, device="cpu")
+        return node
+
+    def _beside(
+        self, attention: Attention, batch: int, formula: OfAttention, options: Mapping[str, Any]
+    ) -> fx.Node:
+        """Compute a score from the map in the graph, or from operands, beside an attention that
+        stays as it is.
+        """
+        given_scale = attention_scale(attention.output)
+        of_map = formula.of_map if attention.weights is not None else None
+
+        def score(*operands: Tensor) -> Tensor:
+            shaped = [
+                _heads(operand, attention, batch, name == "key" and attention.weights is not None)
+                for name, operand in zip(reads, operands, strict=True)
+            ]
+            if of_map is not None:
+                return of_map(*shaped, **options)
+            default = shaped[0].shape[-1] ** -0.5 if given_scale is None else given_scale
+            return formula.formula(*shaped, *([default] if formula.scaled else []), **options)
+
+        reads = ("weights",) if of_map is not None else formula.reads
+        nodes = tuple(getattr(attention, name) for name in reads)
+        with self._draft.graph.inserting_before(attention.output):
+            return inline(self._draft.graph, score, nodes)  # type: ignore[no-any-return]
+
+
+def _heads(operand: Tensor, attention: Attention, batch: int, transposed: bool) -> Tensor:
+    """An operand of an attention as [B, heads, tokens, width], whatever its layout."""
+    if attention.layout == "bnhd":
+        return operand.transpose(1, 2)
+    operand = operand.transpose(-1, -2) if transposed else operand
+    return operand if operand.dim() == 4 else operand.reshape(batch, -1, *operand.shape[1:])
+
+
+def _on_gpu(node: fx.Node) -> bool:
+    return bool(node.meta["val"].device.type == "cuda")

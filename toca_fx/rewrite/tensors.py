@@ -1,0 +1,60 @@
+"""The tensors behind the buffers of a plan; fake ones under a fake mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from toca_fx.kernels.columns import score_dtype
+from toca_fx.plan.buffers import FEATURES, Buffer
+from toca_fx.plan.plan import Plan
+from toca_fx.rewrite.draft import kept_dtype
+
+
+class Tensors:
+    """Makes the tensors for the sites of one graph, ``source``, and plan."""
+
+    def __init__(self, source: fx.GraphModule, plan: Plan) -> None:
+        self._plan = plan
+        self._dtypes = tuple(policy.cache.dtype for policy in plan.policies)
+        self._nodes = {node.name: node for node in source.graph.nodes}
+        # What a run keeps has the type of the stream behind its last site.
+        self._ends = {run[0]: plan.sites[run[-1]].residual for run in plan.runs}
+
+    def new(self, buffer: Buffer) -> Tensor:
+        """A buffer to be kept, or an example of a value given for a whole step: features
+        uninitialised (a full step comes first), everything else zero.
+        """
+        if buffer.role == "read":
+            return torch.ones((), dtype=torch.bool)
+        if buffer.role == "hoisted":
+            value = self._value(str(buffer.part))
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        site = self._plan.sites[buffer.site]
+        value = self._value(site.output)
+        if buffer.role in FEATURES:
+            if buffer.role == "keys":
+                value = self._value(site.projections[int(buffer.part)])
+            elif buffer.site in self._ends:
+                value = self._value(self._ends[buffer.site])
+            dtype = kept_dtype(self._dtypes, buffer, value.dtype)
+            return torch.empty(value.shape, dtype=dtype, device=value.device)
+        dtype = torch.bool if buffer.role == "picked" else score_dtype(value)
+        return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)
+
+    def example(self, buffer: Buffer, count: Any) -> Tensor:
+        """What a step with ``count`` (a number or a symbol) fresh tokens per sample is given."""
+        if buffer.role not in ("order", "known", "ranks"):
+            return self.new(buffer)
+        value = self._value(self._plan.sites[buffer.site].output)
+        shape = (count,) if buffer.role == "ranks" else value.shape[:2]
+        dtype = score_dtype(value) if buffer.role == "known" else torch.int64
+        return torch.zeros(shape, dtype=dtype, device=value.device)
+
+    def _value(self, name: str) -> Tensor:
+        value = self._nodes[name].meta["val"]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, not a tensor")
+        return value

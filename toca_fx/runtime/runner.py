@@ -1,0 +1,125 @@
+"""A program, and what its generations share: memory, recordings, and what is known of devices."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toca_fx.lower.cuda_graphs import Recordings, recorder_for
+from toca_fx.lower.program import Program
+from toca_fx.plan.plan import Plan
+from toca_fx.runtime.selector import Selector
+from toca_fx.runtime.storage import Storage
+from toca_fx.runtime.watch import Watch
+
+
+class Runner:
+    """Hands out the storages of generations of ``program``, and takes them back.
+
+    ``inputs`` are those of the first call.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+        self.program = program
+        self._lock = threading.RLock()
+        self._idle: dict[tuple[int, int], list[Storage]] = {}
+        self._recorded: weakref.WeakSet[Storage] = weakref.WeakSet()
+        self._seen: set[Hashable] = set()
+        self._watches: list[Watch] = []
+        self._schedules: set[tuple[float, ...]] = set()
+        found = program.analysis.inputs
+        self._recorder = recorder_for(found.device)
+        self._classes = {type(inputs[at]) for at in found.state}
+
+    def acquire(self, plan: Plan, timesteps: int) -> Storage:
+        """What a generation of ``plan`` keeps, for ``timesteps`` known timesteps; 0: they are not
+        known, or their values do not fit.
+        """
+        steps = timesteps if self.program.analysis.table_fits(timesteps) else 0
+        with self._lock:
+            idle = self._idle.get((id(plan), steps))
+            held = idle.pop() if idle else None
+        # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated
+        # outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if held is None:
+                return self._new(plan, steps)
+            if self._recorder is not None:
+                # The last generation may have run on another stream.
+                self._recorder.after(held.mark)
+            held.clear()
+            return held
+
+    def _new(self, plan: Plan, steps: int) -> Storage:
+        kept = self.program.new_buffers(plan)
+        hoisted, selector = self.program.new_hoisted(steps), Selector(plan, kept)
+        storage = Storage((id(plan), steps), kept, hoisted, selector)
+        if self._recorder is not None:
+            with self._lock:
+                storage.reason = self._queued_because(storage)
+                if not storage.reason:
+                    found = self.program.analysis.inputs
+                    storage.recordings = Recordings(
+                        self._recorder, found.state, found.varying, self._seen
+                    )
+                    self._recorded.add(storage)
+        return storage
+
+    def _queued_because(self, storage: Storage) -> str:
+        """Why steps on this storage are not recorded; "" if they are."""
+        records = self.program.inner.records
+        if records is False:
+            return "the inner backend or its mode says so"
+        if storage.selector.draws:
+            return "scores.random draws numbers"
+        if not self._classes <= {Tensor, nn.Parameter}:
+            return "a parameter is a tensor of a class of its own"
+        if not self.program.analysis.inputs.on_one_device:
+            return "an input is on another device"
+        if records:
+            return ""
+        queued_because = self.program.analysis.queued_because
+        if queued_because(storage.total_bytes, self._recorded_bytes):
+            self._idle.clear()  # of generations of other lengths
+        return queued_because(storage.total_bytes, self._recorded_bytes)
+
+    @property
+    def _recorded_bytes(self) -> int:
+        return sum(storage.total_bytes for storage in self._recorded)
+
+    def release(self, storage: Storage) -> None:
+        """A generation is over: what its steps were recorded on is kept for the next one, anything
+        else goes back to the allocator.
+        """
+        if storage.recordings is None or self._recorder is None:
+            return
+        with self._lock:
+            if len(storage.recordings):
+                storage.mark = self._recorder.mark()
+                self._idle.setdefault(storage.key, []).append(storage)
+            else:
+                self._recorded.discard(storage)
+
+    def confirm(self, timesteps: Tensor) -> None:
+        """The model was called at the first of ``timesteps``: they are in its units."""
+        self._schedules.add(tuple(timesteps.tolist()))
+
+    def is_confirmed(self, timesteps: Tensor) -> bool:
+        """Whether ``timesteps`` have been confirmed."""
+        return tuple(timesteps.tolist()) in self._schedules
+
+    def leave_watch(self, watch: Watch) -> None:
+        """A generation is over, and the device has not come as far."""
+        with self._lock:
+            self._watches.append(watch)
+
+    def take_watches(self) -> list[Watch]:
+        """The watches that earlier generations left."""
+        with self._lock:
+            found, self._watches = self._watches, []
+            return found
