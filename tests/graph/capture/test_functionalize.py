@@ -75,9 +75,6 @@ def assert_equal(module: nn.Module) -> fx.Graph:
     return graph.graph
 
 
-# One write; x is returned
-
-
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 def test_a_write_becomes_a_value(write: Write) -> None:
     graph = assert_equal(Writing(write))

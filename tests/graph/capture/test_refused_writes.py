@@ -11,8 +11,6 @@ from torch import Tensor
 from tests.graph.capture.writes import Outer, Outputs, Writing, traced
 from toca_fx.diagnostics import UnsupportedModelError
 
-# What is refused
-
 
 def test_the_refusal_says_what_where_why_and_what_to_do() -> None:
     with pytest.raises(UnsupportedModelError) as caught:

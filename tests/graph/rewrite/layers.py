@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# All of these sizes differ: a shape tells what an operator works on.
 BATCH, TOKENS, CHANNELS, WIDE, TEXT = 2, 7, 8, 20, 5
 Function = Callable[["Layers", Tensor, Tensor], Tensor]
 

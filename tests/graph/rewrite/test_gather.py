@@ -13,9 +13,6 @@ from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.planner import make_plan
 from toca_fx.rewrite.step import rewrite
 
-# Where the gather stops: operators that mix tokens or have no rule, operands that carry the token
-# axis
-
 
 class Block(nn.Module):
     """x + mlp(between(x)), with something odd between the stream and the MLP."""

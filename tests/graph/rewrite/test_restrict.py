@@ -58,8 +58,7 @@ from toca_fx.rewrite.restrict import Restriction
 
 aten = torch.ops.aten
 
-# K; all of these sizes differ, and so do B * K and B * N: a shape tells what an operator works on
-FRESH = 3
+FRESH = 3  # K; it differs from the sizes of the layers, and B * K from B * N: a shape tells all
 
 Shapes = dict[Any, list[tuple[int, ...]]]
 

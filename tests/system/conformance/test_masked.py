@@ -23,8 +23,6 @@ from toca_fx.plan.buffers import Buffer
 from toca_fx.policy import Guidance, Policy
 from toca_fx.runtime.session import Session
 
-# Masked inputs
-
 
 def picked(run: Session) -> dict[str, list[set[int]]]:
     """Of each module that computed some of its tokens in the last call, per sample which."""

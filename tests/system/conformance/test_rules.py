@@ -46,6 +46,3 @@ def test_the_rules_give_the_authors_numbers(name: str) -> None:
         assert error <= TOLERANCE, f"call {call}"
     assert compared
     assert reordered <= NEAR_TIES
-
-
-# Masked inputs

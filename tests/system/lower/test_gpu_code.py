@@ -60,6 +60,7 @@ def test_no_size_is_guarded(model: str, dtype: str) -> None:
         assert found[kind].kernels, kind
 
 
+@pytest.mark.slow(reason="lowers one more system for a GPU")
 def test_half_precision_takes_the_kernels_that_are_expected() -> None:
     """Full: attention and s1 in one operator. Partial: no attention at all, as all of it is reused;
     a handful of launches a block.

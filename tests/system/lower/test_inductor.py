@@ -106,6 +106,7 @@ def test_a_constant_number_of_tokens(kept: float) -> None:
     assert all(close(a, b) for a, b in zip(*outputs, strict=True))
 
 
+@pytest.mark.slow(reason="inductor in another precision")
 def test_no_token_and_one_token_in_bfloat16() -> None:
     """There the lowering of matmuls reasons about K = 1, so that what holds in float32 has to be
     shown again.
@@ -129,6 +130,7 @@ def test_no_token_and_one_token_in_bfloat16() -> None:
         assert (plain[number] - expected[number]).abs().max() > 0.5 * scale
 
 
+@pytest.mark.slow(reason="inductor; the model of the paper is one of diffusers too")
 def test_a_diffusers_model_with_scores_from_its_attention() -> None:
     """The choice itself may differ in single precision; full steps, and steps that compute all or
     nothing, do not.

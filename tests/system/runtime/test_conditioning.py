@@ -78,9 +78,9 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        ["PixArtTransformer2DModel", "WanTransformer3DModel"],
+        ["PixArtTransformer2DModel"],
         CLASSES,
-        "of the classes, one for images and one for videos are enough",
+        "of the classes, one is enough",
     ),
 )
 def test_hoisting_changes_no_result(name: str) -> None:
@@ -253,7 +253,14 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("accelerator")
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["DiTTransformer2DModel"],
+        ["DiTTransformer2DModel", "FluxTransformer2DModel"],
+        "of the classes, one is enough",
+    ),
+)
 def test_on_an_accelerator_timesteps_are_looked_up_there(name: str) -> None:
     model, calls = generation(name)
     plain, _ = run(model, calls, OFF)

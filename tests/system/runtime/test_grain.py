@@ -17,6 +17,7 @@ from tests.helpers import (
     text_inputs,
     tiny,
 )
+from tests.marks import slow_but
 from toca_fx.examples import build, examples
 from toca_fx.graph.ops import aten
 
@@ -110,7 +111,7 @@ def test_a_partial_step_adds_what_the_last_full_one_added() -> None:
     assert report.cache_bytes == 3 * 2 * 64 * 32 * 8
 
 
-@pytest.mark.parametrize("kind", ["cross", "joint"])
+@pytest.mark.parametrize("kind", slow_but(["joint"], ["cross", "joint"], "one model is enough"))
 def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) -> None:
     model, inputs = tiny(kind, layers=2).double(), text_inputs()
     inputs = [(x, inputs[0][1], text) for x, _, text in inputs]
@@ -138,14 +139,18 @@ def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "DiTTransformer2DModel",
-        "PixArtTransformer2DModel",
-        "FluxTransformer2DModel",
-        "SD3Transformer2DModel",
-    ],
+    slow_but(
+        ["DiTTransformer2DModel"],
+        [
+            "DiTTransformer2DModel",
+            "PixArtTransformer2DModel",
+            "FluxTransformer2DModel",
+            "SD3Transformer2DModel",
+        ],
+        "of the classes, one is enough",
+    ),
 )
-@pytest.mark.parametrize("dtype", ["model", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["model", "bfloat16"], "one dtype"))
 def test_bytes_are_predicted_and_fewer(name: str, dtype: str) -> None:
     model, inputs = build(examples()[name], dtype=torch.float64)
     captured, flat = capture(model, **inputs)

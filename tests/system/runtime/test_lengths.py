@@ -14,8 +14,6 @@ from tests.system.runtime.generations import fast_twin, uncached
 from toca_fx import PolicyError
 from toca_fx.runtime.session import current_session
 
-# Numbers of steps
-
 
 def test_calls_beyond_the_last_step_are_full(
     model: nn.Module, caplog: pytest.LogCaptureFixture

@@ -14,9 +14,6 @@ from tests.helpers import call, make_inputs, run_all, tiny
 from tests.marks import slow_but
 from tests.system.runtime.generations import DEFAULT, fast_twin
 
-# Reports
-
-
 KEYS = {
     "steps",
     "sites",

@@ -27,9 +27,6 @@ VALID = sorted((POLICIES / "valid").glob("*.yaml"))
 FAULTY = sorted([*(POLICIES / "invalid").glob("*.yaml"), *(POLICIES / "warnings").glob("*.yaml")])
 
 
-# Problems and their positions
-
-
 @pytest.mark.parametrize("file", FAULTY, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_problems_are_the_expected_ones(file: Path) -> None:
     found = [str(problem).replace(str(file), file.name, 1) for problem in validate_file(file)]

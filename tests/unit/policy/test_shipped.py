@@ -24,9 +24,6 @@ from toca_fx.policy import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
-# The shipped policies
-
-
 @pytest.mark.parametrize("name", shipped_policies())
 def test_shipped_policies_are_clean_and_carry_their_name(name: str) -> None:
     assert validate_file(shipped_policies()[name]) == ()
