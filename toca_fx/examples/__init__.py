@@ -1,9 +1,8 @@
-"""Example models of diffusers: every transformer that denoises latents with attention blocks, tiny,
-and a few in real size.
+"""Example models of diffusers, with random weights: nothing is downloaded.
 
-Weights are random, so nothing is downloaded. ``examples()`` are the tiny ones by class name,
-``PRESETS`` the others; ``build()`` makes a model and the inputs of one call, ``vary()`` the inputs
-of a later step.
+Every transformer of diffusers that denoises latents with attention blocks has a tiny example,
+``examples()`` by class name; a few are in real size, ``PRESETS``. ``build()`` makes a model and the
+inputs of one call, ``vary()`` the inputs of a later step.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from toca_fx.examples import image, sound, video
+from toca_fx.examples import flux, hunyuan, image, ltx, sound, video, wan
 from toca_fx.examples.example import Draw, Example
 from toca_fx.examples.presets import PRESETS, pixart_alpha_256
 
@@ -34,7 +33,15 @@ __all__ = [
     "vary",
 ]
 
-_FAMILIES = (image.EXAMPLES, video.EXAMPLES, sound.EXAMPLES)
+_FAMILIES = (
+    flux.EXAMPLES,
+    hunyuan.EXAMPLES,
+    image.EXAMPLES,
+    ltx.EXAMPLES,
+    sound.EXAMPLES,
+    video.EXAMPLES,
+    wan.EXAMPLES,
+)
 
 _QUERY_OR_KEY = re.compile(r"(^|[._])(q|k|qk|kv|qkv|query|key)([._]|$)")
 
@@ -43,9 +50,14 @@ UNSUPPORTED: Mapping[str, str] = {
     "DualTransformer2DModel": "a stage of a U-Net, not a denoiser by itself",
     "MiniMaxMusic3RVQDepthDecoder": "autoregressive: predicts codes, without a timestep",
     "PriorTransformer": "denoises one embedding vector, a single token",
-    "T5FilmDecoder": "denoises spectrograms of a deprecated pipeline; its inputs are the encodings of two other models",
+    "T5FilmDecoder": (
+        "denoises spectrograms of a deprecated pipeline; its inputs are the encodings of two other "
+        "models"
+    ),
     "TransformerTemporalModel": "a stage of a U-Net, not a denoiser by itself",
-    "WanAnimate2Transformer3DModel": "a step reads a cache that another call fills, and compiles a FlexAttention mask on the way",
+    "WanAnimate2Transformer3DModel": (
+        "a step reads a cache that another call fills, and compiles a FlexAttention mask on the way"
+    ),
 }
 """The transformer classes of diffusers without an example, and why."""
 
@@ -69,12 +81,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in eval mode without gradients, with random weights, and the keyword arguments of
-    one call.
+    """The model of an example, and the keyword arguments of one call.
 
-    Floating-point inputs take ``dtype`` too. Below 32 bits, what diffusers keeps in float32 stays
-    so. On the device "meta" there are no weights, and no memory is taken for them. On a GPU the
-    weights are made in place, and differ from those on the CPU.
+    The model has random weights, is in eval mode and without gradients. Floating-point inputs take
+    ``dtype`` too. Below 32 bits, what diffusers keeps in float32 stays so. On the device "meta"
+    there are no weights, and no memory is taken for them. On a GPU the weights are made in place,
+    and differ from those on the CPU.
     """
     device = torch.device(device)
     # 12 billion parameters are 48 GB in float32 and take minutes to draw on a CPU, but 24 GB and
@@ -93,20 +105,21 @@ def build(
             if kept.intersection(name.split(".")):
                 tensor.data = tensor.data.float()
 
-    def place(value: Any) -> Any:
+    def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     return model, {
-        **tree_map(place, example.inputs(Draw(batch or example.batch, seed))),
+        **tree_map(move, example.inputs(Draw(batch or example.batch, seed))),
         "return_dict": False,
     }
 
 
 def prediction(output: Any) -> list[Tensor]:
-    """What a model called with ``return_dict=False`` predicts: one tensor, or one per sample; other
-    outputs are left out.
+    """What a model called with ``return_dict=False`` predicts: one tensor, or one per sample.
+
+    Other outputs of the model are left out.
     """
     return [
         value
@@ -118,32 +131,27 @@ def prediction(output: Any) -> list[Tensor]:
 def vary(
     example: Example, inputs: Mapping[str, Any], step: int, steps: int, seed: int = 0
 ) -> dict[str, Any]:
-    """The inputs of step ``step`` of ``steps``: other latents, and timesteps that fall from those
-    of ``inputs`` towards 0.
+    """The inputs of step ``step`` of ``steps``: ``inputs`` with other latents and timesteps.
+
+    Latents are random, and timesteps fall from those of ``inputs`` towards 0.
     """
     generator = torch.Generator().manual_seed(seed * steps + step)
 
     def redraw(value: Any) -> Any:
-        return (
-            torch.randn(value.shape, generator=generator).to(value)
-            if isinstance(value, Tensor)
-            else value
-        )
+        if not isinstance(value, Tensor):
+            return value
+        return torch.randn(value.shape, generator=generator).to(value)
 
     def lower(value: Any) -> Any:
         return (value * (1 - step / steps)).to(value.dtype) if isinstance(value, Tensor) else value
 
-    latent, timestep = (
-        tree_map(redraw, inputs[example.latent]),
-        tree_map(lower, inputs[example.timestep]),
-    )
+    latent = tree_map(redraw, inputs[example.latent])
+    timestep = tree_map(lower, inputs[example.timestep])
     return {**inputs, example.latent: latent, example.timestep: timestep}
 
 
 def _construct(example: Example, dtype: torch.dtype) -> nn.Module:
-    """The model as its class makes it, on the device in force; ``dtype`` where the class says
-    none.
-    """
+    """The model as its class makes it, on the default device; ``dtype`` is the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -155,8 +163,9 @@ def _construct(example: Example, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _randomize(model: nn.Module, seed: int) -> None:
-    """Weights that leave nothing degenerate: no zero gates or outputs, attention maps far from
-    uniform, streams of order 1.
+    """Draw weights that leave nothing degenerate.
+
+    No gates or outputs are zero, attention maps are far from uniform, hidden states of order 1.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -164,20 +173,16 @@ def _randomize(model: nn.Module, seed: int) -> None:
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
     for name, parameter in model.named_parameters():
-        mean, deviation = (
-            0.0,
-            0.3,
-        )  # tables of shifts, scales and gates, learned queries and positions
+        # The default is for tables of shifts, scales and gates, learned queries and positions.
+        mean, deviation = 0.0, 0.3
         if id(parameter) in embeddings:
             deviation = 1.0
         elif name.endswith("bias"):
             deviation = 0.2
         elif name.endswith(("weight", "gamma")):
-            mean, deviation = (
-                (1.0, 0.1) if parameter.ndim == 1 else (0.0, parameter[0].numel() ** -0.5)
-            )
+            is_norm = parameter.ndim == 1
+            mean, deviation = (1.0, 0.1) if is_norm else (0.0, parameter[0].numel() ** -0.5)
             if _QUERY_OR_KEY.search(name):
                 mean, deviation = 1.5 * mean, 1.5 * deviation
-        parameter.copy_(
-            torch.randn(parameter.shape, generator=generator, device=device) * deviation + mean
-        )
+        noise = torch.randn(parameter.shape, generator=generator, device=device)
+        parameter.copy_(noise * deviation + mean)

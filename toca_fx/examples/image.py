@@ -1,4 +1,4 @@
-"""Tiny image models: depth 2, hidden size 32 to 96, 64 to 80 image tokens and fewer of text."""
+"""The other tiny image models: depth 2 to 4, 64 to 80 image tokens and fewer of text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ from typing import Any
 
 import torch
 
-from toca_fx.examples.example import HEADS, Draw, Example, grid, rotary
+from toca_fx.examples.example import HEADS, Draw, Example, grid
 
-_DEPTH = {"num_layers": 2, "num_single_layers": 2}
-_FLUX = {
-    **HEADS,
-    **_DEPTH,
-    "in_channels": 16,
-    "joint_attention_dim": 24,
-    "axes_dims_rope": (4, 6, 6),
-}
 _COGVIEW = {
     "in_channels": 4,
     "out_channels": 4,
@@ -26,21 +18,6 @@ _COGVIEW = {
     "pos_embed_max_size": 16,
     "sample_size": 16,
 }
-
-
-def _packed(d: Draw, time: float = 0.5, axes: int = 3) -> dict[str, Any]:
-    """What the Flux family takes: 8 x 10 packed image tokens and 12 text tokens, with their
-    positions.
-    """
-    positions = torch.zeros(80, axes)
-    positions[:, 1:3] = grid(8, 10)
-    return {
-        "hidden_states": d.normal(80, 16),
-        "encoder_hidden_states": d.normal(12, 24),
-        "timestep": d.full(time),
-        "img_ids": positions,
-        "txt_ids": torch.zeros(12, axes),
-    }
 
 
 def _text_to_image(d: Draw, time: float = 500, text: int = 24, channels: int = 4) -> dict[str, Any]:
@@ -95,11 +72,6 @@ EXAMPLES = (
         },
     ),
     Example(
-        "FluxTransformer2DModel",
-        {**_FLUX, "pooled_projection_dim": 24, "guidance_embeds": True},
-        lambda d: {**_packed(d), "pooled_projections": d.normal(24), "guidance": d.full(3.5)},
-    ),
-    Example(
         "SD3Transformer2DModel",
         {
             **HEADS,
@@ -115,24 +87,6 @@ EXAMPLES = (
             "qk_norm": "rms_norm",
         },
         lambda d: {**_text_to_image(d, 500.0), "pooled_projections": d.normal(32)},
-    ),
-    Example(
-        "QwenImageTransformer2DModel",
-        {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 16,
-            "out_channels": 4,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        lambda d: {
-            "hidden_states": d.normal(80, 16),
-            "encoder_hidden_states": d.normal(12, 24),
-            "encoder_hidden_states_mask": d.mask(12),
-            "timestep": d.full(0.5),
-            "img_shapes": [[(1, 8, 10)]] * d.batch,
-        },
     ),
     Example(
         "Lumina2Transformer2DModel",
@@ -185,19 +139,6 @@ EXAMPLES = (
         lambda d: _text_to_image(d, 0.5),
     ),
     Example(
-        "BriaTransformer2DModel",
-        _FLUX,
-        lambda d: _packed(d, 500.0),
-    ),
-    Example(
-        "BriaFiboTransformer2DModel",
-        {**_FLUX, "text_encoder_dim": 20},
-        lambda d: {
-            **_packed(d, 500.0),
-            "text_encoder_layers": [d.normal(12, 20) for _ in range(4)],
-        },
-    ),
-    Example(
         "BriaFibo2Transformer2DModel",
         {
             "in_channels": 4,
@@ -220,19 +161,6 @@ EXAMPLES = (
             "hidden_states": d.normal(4, 16, 20),
             "encoder_hidden_states": d.normal(2, 12, 24),
             "timestep": d.full(0.5),
-        },
-    ),
-    Example(
-        "ChromaTransformer2DModel",
-        {
-            **_FLUX,
-            "approximator_num_channels": 16,
-            "approximator_hidden_dim": 32,
-            "approximator_layers": 2,
-        },
-        lambda d: {
-            **_packed(d),
-            "attention_mask": torch.cat([d.mask(12, torch.bool), d.full(1, 80).bool()], dim=1),
         },
     ),
     Example(
@@ -265,16 +193,6 @@ EXAMPLES = (
         },
     ),
     Example(
-        "Flux2Transformer2DModel",
-        {**_FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32},
-        lambda d: {**_packed(d, axes=4), "guidance": d.full(4.0)},
-    ),
-    Example(
-        "Flux3Transformer2DModel",
-        {**_FLUX, "axes_dims_rope": (4, 4, 4, 4), "cond_in_channels": 16, "timestep_channels": 32},
-        lambda d: _packed(d, axes=4),
-    ),
-    Example(
         "GlmImageTransformer2DModel",
         {
             **HEADS,
@@ -298,7 +216,8 @@ EXAMPLES = (
         "HiDreamImageTransformer2DModel",
         {
             **HEADS,
-            **_DEPTH,
+            "num_layers": 2,
+            "num_single_layers": 2,
             "patch_size": 2,
             "in_channels": 4,
             "caption_channels": [24, 20],
@@ -315,78 +234,6 @@ EXAMPLES = (
             "pooled_embeds": d.normal(16),
         },
         timestep="timesteps",
-    ),
-    Example(
-        "HunyuanDiT2DModel",
-        {
-            **HEADS,
-            "in_channels": 4,
-            "patch_size": 2,
-            "sample_size": 8,
-            "hidden_size": 48,
-            "num_layers": 4,
-            "cross_attention_dim": 24,
-            "cross_attention_dim_t5": 16,
-            "pooled_projection_dim": 16,
-            "text_len": 8,
-            "text_len_t5": 12,
-        },
-        lambda d: {
-            "hidden_states": d.normal(4, 16, 20),
-            "timestep": d.full(500.0),
-            "encoder_hidden_states": d.normal(8, 24),
-            "text_embedding_mask": d.mask(8),
-            "encoder_hidden_states_t5": d.normal(12, 16),
-            "text_embedding_mask_t5": d.mask(12),
-            "image_meta_size": d.full(256.0, 6),
-            "style": d.full(0),
-            "image_rotary_emb": rotary(grid(8, 10), 16),
-        },
-    ),
-    Example(
-        "HunyuanImageTransformer2DModel",
-        {
-            **HEADS,
-            **_DEPTH,
-            "in_channels": 8,
-            "out_channels": 8,
-            "num_refiner_layers": 1,
-            "text_embed_dim": 24,
-            "text_embed_2_dim": 20,
-            "rope_axes_dim": (8, 8),
-        },
-        lambda d: {
-            "hidden_states": d.normal(8, 8, 10),
-            "timestep": d.full(500.0),
-            "encoder_hidden_states": d.normal(12, 24),
-            "encoder_attention_mask": d.mask(12),
-            "encoder_hidden_states_2": d.normal(8, 20),
-            "encoder_attention_mask_2": d.mask(8),
-        },
-    ),
-    Example(
-        "Ideogram4Transformer2DModel",
-        {
-            **HEADS,
-            "in_channels": 8,
-            "num_layers": 2,
-            "intermediate_size": 128,
-            "adaln_dim": 32,
-            "llm_features_dim": 24,
-            "mrope_section": (4, 2, 2),
-        },
-        lambda d: {
-            "hidden_states": torch.cat([torch.zeros(d.batch, 12, 8), d.normal(80, 8)], dim=1),
-            "timestep": d.full(0.5),
-            "encoder_hidden_states": torch.cat(
-                [d.normal(12, 24), torch.zeros(d.batch, 80, 24)], dim=1
-            ),
-            "position_ids": torch.cat([grid(12).expand(12, 3), 65536 + grid(1, 8, 10)])
-            .long()
-            .repeat(d.batch, 1, 1),
-            "segment_ids": d.full(0, 92),
-            "indicator": torch.cat([d.full(3, 12), d.full(2, 80)], dim=1),
-        },
     ),
     Example(
         "JoyImageEditTransformer3DModel",
@@ -423,38 +270,6 @@ EXAMPLES = (
         },
     ),
     Example(
-        "Krea2Transformer2DModel",
-        {
-            "in_channels": 16,
-            "num_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 168,
-            "timestep_embed_dim": 32,
-            "text_hidden_dim": 24,
-            "num_text_layers": 3,
-            "text_num_attention_heads": 2,
-            "text_num_key_value_heads": 2,
-            "text_intermediate_size": 64,
-            "num_layerwise_text_blocks": 1,
-            "num_refiner_text_blocks": 1,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        lambda d: {
-            "hidden_states": d.normal(80, 16),
-            "encoder_hidden_states": d.normal(12, 3, 24),
-            "timestep": d.full(0.5),
-            "position_ids": torch.cat([torch.zeros(12, 3), grid(1, 8, 10)]),
-            "encoder_attention_mask": d.mask(12, torch.bool),
-        },
-    ),
-    Example(
-        "LongCatImageTransformer2DModel",
-        {**_FLUX, "pooled_projection_dim": 24},
-        _packed,
-    ),
-    Example(
         "LuminaNextDiT2DModel",
         {
             "sample_size": 16,
@@ -472,30 +287,6 @@ EXAMPLES = (
             "image_rotary_emb": torch.polar(
                 torch.ones(32, 32, 8), grid(32, 32).repeat(1, 4).reshape(32, 32, 8)
             ),
-        },
-    ),
-    Example(
-        "NucleusMoEImageTransformer2DModel",
-        {
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "joint_attention_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-            "dense_moe_strategy": "leave_first_block_dense",
-            "num_experts": 4,
-            "moe_intermediate_dim": 48,
-            "capacity_factors": 2.0,
-        },
-        lambda d: {
-            "hidden_states": d.normal(80, 16),
-            "img_shapes": [(1, 8, 10)] * d.batch,
-            "encoder_hidden_states": d.normal(12, 24),
-            "encoder_hidden_states_mask": d.mask(12),
-            "timestep": d.full(0.5),
         },
     ),
     Example(
@@ -524,7 +315,6 @@ EXAMPLES = (
             "position_ids": torch.arange(77).repeat(d.batch, 1),
         },
     ),
-    Example("OvisImageTransformer2DModel", {**_FLUX, "out_channels": 16}, _packed),
     Example(
         "PRXTransformer2DModel",
         {
@@ -536,25 +326,6 @@ EXAMPLES = (
             "axes_dim": [8, 8],
         },
         lambda d: {**_text_to_image(d, 0.5), "attention_mask": d.mask(12, torch.bool)},
-    ),
-    Example(
-        "QwenImage21Transformer2DModel",
-        {
-            **HEADS,
-            "num_layers": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "context_in_dim": 24,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        lambda d: {
-            "hidden_states": d.normal(80, 16),
-            "encoder_hidden_states": d.normal(12, 24),
-            "encoder_hidden_states_mask": d.mask(12),
-            "timestep": d.full(0.5),
-            "img_shapes": [[(1, 8, 10)]] * d.batch,
-            "img_mask": torch.cat([d.full(0, 12), d.full(1, 20)], dim=1).bool(),
-        },
     ),
     Example(
         "Transformer2DModel",

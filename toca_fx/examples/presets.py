@@ -1,6 +1,4 @@
-"""Models in the size they are released in, for counting work on the device "meta" and for the
-benchmark.
-"""
+"""Models in the size they are released in, for counting FLOPs on "meta" and for the benchmark."""
 
 from __future__ import annotations
 
@@ -40,8 +38,9 @@ def pixart_alpha_256(text: int = 27) -> Example:
 
 
 def _pixart_alpha(side: int, text: int) -> Example:
-    """PixArt-alpha XL/2 on latents of ``side`` x ``side``; the one for 1024 pixels is told the size
-    of the picture too.
+    """PixArt-alpha XL/2 on latents of ``side`` x ``side``.
+
+    The model for 1024 pixels, ``side`` 128, takes the size of the image as a condition too.
     """
     sized = side == 128
 
@@ -142,8 +141,9 @@ def _flux_inputs(d: Draw, side: int) -> dict[str, object]:
 
 
 def _wan_1_3b(frames: int, height: int, width: int, text: int = 512) -> Example:
-    """Wan 2.1 1.3B on ``frames`` latents of ``height`` x ``width``: pixels / 8, and (frames of the
-    clip + 3) / 4.
+    """Wan 2.1 1.3B on ``frames`` latents of ``height`` x ``width``.
+
+    The sizes are those of the video in pixels / 8, and (its frames + 3) / 4.
     """
     return Example(
         "WanTransformer3DModel",

@@ -1,6 +1,4 @@
-"""Tiny models of sound, and of proteins: depth 2, hidden size 48 to 64, 72 or more tokens and fewer
-of text.
-"""
+"""Tiny models of sound, and of proteins: depth 2, 72 or more tokens and fewer of text."""
 
 from __future__ import annotations
 
