@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def explain(
         model=name,
         policy=chosen.name,
         steps=tuple((step.index, step.kind) for step in plan.steps),
-        sites=_sites(plan, chosen),
+        sites=_sites(plan, chosen, _gathers(found, plan)),
         skipped=tuple(_skipped(miss, found.aten.graph) for miss in found.matches.misses),
         flops_done=found.flops(plan),
         flops_uncached=found.uncached_flops * len(plan.steps),
@@ -80,10 +81,31 @@ def explain(
         recordable_bytes=recordable,
         queued_because=found.queued_because(recordable),
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
+        passes=tuple(_passes(found, plan)),
     )
 
 
-def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:
+def _passes(found: Analysis, plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What the passes did to the graph of the first step of each kind, one line each."""
+    kinds = {step.kind: step.modes for step in reversed(plan.steps)}
+    for kind in sorted(kinds):
+        reports = found.costs(plan)[kinds[kind]].graph.reports
+        yield kind, tuple(str(report) for report in reports if report.sites or report.nodes)
+
+
+def _gathers(found: Analysis, plan: Plan) -> dict[int, tuple[str, ...]]:
+    """By site, what is said of its gathers that could not be moved up to the stream."""
+    gathers: dict[int, dict[str, None]] = {}
+    for cost in found.costs(plan).values():
+        for report in cost.graph.reports:
+            for gather in report.gathers:
+                gathers.setdefault(gather.site, {})[str(gather)] = None
+    return {site: tuple(texts) for site, texts in gathers.items()}
+
+
+def _sites(
+    plan: Plan, policy: Policy, gathers: Mapping[int, tuple[str, ...]]
+) -> tuple[SiteExplanation, ...]:
     def path(index: int | None) -> str | None:
         return None if index is None else plan.sites[index].path
 
@@ -100,6 +122,7 @@ def _sites(plan: Plan, policy: Policy) -> tuple[SiteExplanation, ...]:
             influence=path(site.influence),
             entropy=path(site.entropy),
             scores=tuple(own.scores.weights.items()),
+            gathers=gathers.get(i, ()),
         )
         for i, (site, own) in enumerate(zip(plan.sites, plan.policies, strict=True))
     )

@@ -22,7 +22,8 @@ class SiteExplanation:
     ``modes`` and ``computed`` hold one entry per step: the mode (see ``plan``) and the tokens per
     sample. ``action`` is what the policy asks for, ``says`` the entry or rule that asks for it.
     ``influence`` and ``entropy`` are the paths of the attentions that give s1 and s2 of its tokens,
-    ``scores`` the weights other than 0.
+    ``scores`` the weights other than 0. ``gathers`` say which operators run on all tokens in partial
+    steps, because one behind them cannot be restricted to some.
     """
 
     path: str
@@ -36,6 +37,7 @@ class SiteExplanation:
     influence: str | None
     entropy: str | None
     scores: tuple[tuple[str, float], ...]
+    gathers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return describe([self])
@@ -55,6 +57,7 @@ class SiteExplanation:
             "influence": self.influence,
             "entropy": self.entropy,
             "scores": dict(self.scores),
+            "gathers": list(self.gathers),
         }
 
 
@@ -101,6 +104,7 @@ class Explanation:
     recordable_bytes: int
     queued_because: str
     warnings: tuple[str, ...]
+    passes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -133,6 +137,7 @@ class Explanation:
             "listed_bytes": self.listed_bytes,
             "recordable_bytes": self.recordable_bytes,
             "queued_because": self.queued_because,
+            "passes": {kind: list(reports) for kind, reports in self.passes},
             "warnings": list(self.warnings),
         }
 
@@ -164,6 +169,9 @@ class Explanation:
                 "rules that would include what the policy computes:",
                 *(f"  {rule}" for rule in self.suggestions),
             ]
+        for kind, reports in self.passes:
+            lines += ["", f"passes that make the graph of a {kind} step:"]
+            lines += [f"  {report}" for report in reports]
         if self.warnings:
             lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         return "\n".join(lines)
@@ -219,8 +227,9 @@ def describe(sites: Sequence[SiteExplanation]) -> str:
 def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
     groups: dict[tuple[object, ...], list[SiteExplanation]] = {}
     for site in sites:
-        by = (_pattern(site.influence or ""), _pattern(site.entropy or ""), site.scores)
+        by = (_pattern(site.influence or ""), _pattern(site.entropy or ""))
         key = (_pattern(site.path), site.kind, site.tokens, site.modes, site.action, site.says, *by)
+        key = (*key, site.scores, site.gathers)
         groups.setdefault(key, []).append(site)
     if not groups:
         yield "no sites: the model would run uncached"
@@ -231,6 +240,8 @@ def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
         yield f"{name:<{width}}  {group[0].kind:<15}  {group[0].tokens:>{widest}} tokens  {describe(group)}"
         if "partial" in group[0].modes:
             yield f"{'':<{width}}  chosen by {', '.join(_scores(group[0]))}"
+        for gather in group[0].gathers:
+            yield f"{'':<{width}}  {gather}"
 
 
 def _scores(site: SiteExplanation) -> Iterator[str]:

@@ -36,5 +36,6 @@ class PassReport:
 
     def __str__(self) -> str:
         changed = f"{abs(self.nodes)} nodes {'added' if self.nodes >= 0 else 'removed'}"
+        sites = [f"{len(self.sites)} sites"] if self.sites else []
         gathers = dict.fromkeys(map(str, self.gathers))
-        return "; ".join([f"{self.name}: {len(self.sites)} sites", changed, *gathers])
+        return f"{self.name}: {'; '.join([*sites, changed, *gathers])}"
