@@ -1,11 +1,10 @@
-"""Column sums of an attention map in O(N) memory: in plain PyTorch, and on a GPU as one operator
-with the attention itself.
+"""Column sums of an attention map in O(N) memory.
 
-columns[b, h, j] = sum_i exp(scale q_i . k_j - logsumexp_i)
+    columns[b, h, j] = sum_i exp(scale q_i . k_j - logsumexp_i)
 
-The sum runs over the queries i that are looked at. Where those are every n-th only, it is an
-estimate of the n-th part of the whole sum: scores are L2-normalised before they are compared, so
-the factor does not matter.
+They are made in plain PyTorch, or on a GPU by one operator together with the attention. The sum may
+run over every n-th query i only: it is an estimate of the n-th part of the whole sum then, and as
+scores are L2-normalised before they are compared, the factor does not matter.
 """
 
 from __future__ import annotations
@@ -21,25 +20,21 @@ aten = torch.ops.aten
 
 _QUERY_CHUNK = 512
 _KERNEL_BYTES = 512  # of a query, for one head: more does not fit into a GPU's shared memory
-_CUDNN, _FLASH, _EFFICIENT, _MATH = (
-    backend.value
-    for backend in (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    )
-)
+_CUDNN = SDPBackend.CUDNN_ATTENTION.value
+_FLASH = SDPBackend.FLASH_ATTENTION.value
+_EFFICIENT = SDPBackend.EFFICIENT_ATTENTION.value
+_MATH = SDPBackend.MATH.value
 
 
 def score_dtype(tensor: Tensor) -> torch.dtype:
-    """Scores of a float64 model are float64, of every other float32."""
+    """The dtype of scores: float64 for a tensor in float64, float32 for any other."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def look_at(tensor: Tensor, every: int) -> Tensor:
-    """The queries that are looked at, 0, ``every``, 2 ``every``, ...: [B, H, N, ...] -> [B, H,
-    ceil(N / every), ...], a view.
+    """The queries 0, ``every``, 2 ``every``, ... as a view.
+
+    [B, H, N, ...] -> [B, H, ceil(N / every), ...].
     """
     return tensor[:, :, ::every] if every > 1 else tensor
 
@@ -51,15 +46,14 @@ def column_sums(
     logsumexp: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Columns [B, H, M] of [B, H, N, D] queries and [B, H, M, D] keys, summed over chunks of all
-    the N queries given.
+    """Columns [B, H, M] of queries [B, H, N, D] and keys [B, H, M, D], in chunks of queries.
 
-    ``logsumexp`` [B, H, N], natural, of scale q k^T is computed where no kernel returned it;
-    ``mask`` broadcasts to [B, H, N, M], boolean (True takes part) or added to the logits.
+    ``logsumexp`` [B, H, N] is that of scale q k^T, natural; it is computed where no kernel returned
+    it. ``mask`` broadcasts to [B, H, N, M], and is boolean (True takes part) or added to the
+    logits.
     """
-    if (
-        query.device.type == "cpu"
-    ):  # products in half precision are slow on many, and rounded logits would count
+    if query.device.type == "cpu":
+        # Products in half precision are slow on many, and rounded logits would count.
         query, key = query.to(score_dtype(query)), key.to(score_dtype(key))
     columns = []
     for start in range(0, query.shape[2], _QUERY_CHUNK):
@@ -67,32 +61,31 @@ def column_sums(
         logits = ((query[:, :, rows] * scale) @ key.transpose(-1, -2)).to(score_dtype(query))
         if mask is not None:
             part = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-            logits = (
-                logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
-            )
+            is_boolean = part.dtype == torch.bool
+            logits = logits.masked_fill(~part, -torch.inf) if is_boolean else logits + part
         total = logits.logsumexp(-1) if logsumexp is None else logsumexp[:, :, rows]
         if mask is not None:
-            total = total.masked_fill(
-                total == -torch.inf, 0.0
-            )  # a query that may attend to nothing adds nothing
+            # A query that may attend to nothing adds nothing.
+            total = total.masked_fill(total == -torch.inf, 0.0)
         columns.append((logits - total.unsqueeze(-1)).exp().sum(dim=2))
     return torch.stack(columns).sum(0)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether ``attention_and_columns`` is made for such operands: on a GPU of NVIDIA's, where
-    Triton is installed.
+    """Whether ``attention_and_columns`` takes such operands.
 
-    A model on the device "meta" is explained as if it were there.
+    It runs on a GPU of NVIDIA's, where Triton is installed. A model on the device "meta" is
+    explained as if it were there.
     """
-    operands, nbytes = (query, key, value), query.shape[-1] * query.element_size()
+    nbytes = query.shape[-1] * query.element_size()
+    alike = all(
+        operand.device.type in ("cuda", "meta")
+        and operand.dtype == query.dtype
+        and operand.stride(-1) == 1
+        for operand in (query, key, value)
+    )
     return (
-        all(
-            operand.device.type in ("cuda", "meta")
-            and operand.dtype == query.dtype
-            and operand.stride(-1) == 1
-            for operand in operands
-        )
+        alike
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and nbytes % 16 == 0
         and nbytes <= _KERNEL_BYTES
@@ -110,14 +103,13 @@ def attention_and_columns(
     every: int = 1,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the kernel that scaled_dot_product_attention would choose, and the columns of
-    its map.
+    """Attention by the kernel that scaled_dot_product_attention would choose, with columns.
 
-    Nothing waits for the device, but in the first call for sizes of an order (see
-    ``columns_triton.launch``). Query [B, H, N, D], key [B, H, M, D], value [B, H, M, E] -> output
-    [B, H, N, E], with heads next to channels in memory, and columns [B, H, M] in float32, of every
-    ``every``-th query. ``read`` [], boolean and on the CPU, says whether anybody will read the
-    columns: if not, they are zeros and only the attention is computed.
+    Query [B, H, N, D], key [B, H, M, D], value [B, H, M, E] -> output [B, H, N, E], with heads next
+    to channels in memory, and columns [B, H, M] in float32, of every ``every``-th query. ``read``
+    [], boolean and on the CPU, says whether the columns are used afterwards: if not, they are zeros
+    and only the attention is computed. Only the first call for sizes of an order of magnitude waits
+    for the device (see ``columns_triton.launch``).
     """
     # The types are those of the graph: an autocast of the caller's was applied when that was made.
     with torch.autocast(query.device.type, enabled=False):
@@ -125,16 +117,14 @@ def attention_and_columns(
             output, columns = F.scaled_dot_product_attention(query, key, value, scale=scale), None
         else:
             output, logsumexp = _attend(query, key, value, scale)
-            columns = _columns(
-                look_at(query, every),
-                key,
-                scale,
-                None if logsumexp is None else look_at(logsumexp, every),
-            )
+            totals = None if logsumexp is None else look_at(logsumexp, every)
+            columns = _columns(look_at(query, every), key, scale, totals)
     # Heads next to channels in memory, as most kernels leave them by themselves; models may rely on
     # it with a view.
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output, key.new_zeros(key.shape[:3], dtype=torch.float32) if columns is None else columns
+    if columns is None:
+        columns = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    return output, columns
 
 
 @attention_and_columns.register_fake
@@ -154,9 +144,7 @@ def _(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Output, and the log-sum-exp [B, H, N] if the kernel that these operands get here and now
-    returns one.
-    """
+    """The output [B, H, N, E], and the log-sum-exp [B, H, N] if torch's kernel returns one."""
     choice = torch._fused_sdp_choice(query, key, value, scale=scale) if query.is_cuda else _MATH
     if choice == _CUDNN:
         output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention.default(
@@ -186,6 +174,7 @@ def _columns(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None)
     from toca_fx.kernels.columns_triton import launch
 
     columns = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         launch(query, key, logsumexp, columns, scale)
     return columns

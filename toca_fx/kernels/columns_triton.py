@@ -1,9 +1,9 @@
-"""The Triton kernel behind ``columns``: the first half of an attention, with the roles of queries
-and keys exchanged.
+"""The Triton kernel for column sums of an attention map.
 
-A program keeps a block of keys and runs over all queries, so that nothing is written but the sums,
-and each by one program only. Of the block of the map, keys x queries, each warp owns whole rows: it
-sums them up without the other warps, and waits for the queries only.
+It is the first half of an attention, with the roles of queries and keys exchanged. A program keeps
+a block of keys and runs over all queries, so that nothing is written but the sums, and each by one
+program only. Of the block of the map, keys x queries, each warp owns whole rows: it sums them up
+without the other warps, and waits for the queries only.
 """
 
 from __future__ import annotations
@@ -24,17 +24,13 @@ def _tiles(keys: int, rows: int, warps: int, stages: int) -> triton.Config:
     return triton.Config({"KEYS": keys, "ROWS": rows}, num_warps=warps, num_stages=stages)
 
 
-# tests/system/kernels/test_columns.py compiles them and looks at instructions, registers and shared memory.
-_WIDE = [
-    _tiles(256, 64, 8, 3),
-    _tiles(128, 64, 8, 3),
-    _tiles(64, 64, 4, 3),
-]  # for the matrix instructions of Hopper and Blackwell
-_TALL = [
-    _tiles(128, 32, 4, 3),
-    _tiles(64, 16, 4, 2),
-]  # elsewhere warps would share the rows of a block that is less tall
-_SINGLE = _TALL[-1:]  # float32, where each operand becomes two in registers
+# tests/system/kernels/test_columns.py compiles all of these and looks at instructions, registers
+# and shared memory. The wide ones are for the matrix instructions of Hopper and Blackwell;
+# elsewhere warps would share the rows of a block that is less tall. In float32 each operand becomes
+# two in registers.
+_WIDE = [_tiles(256, 64, 8, 3), _tiles(128, 64, 8, 3), _tiles(64, 64, 4, 3)]
+_TALL = [_tiles(128, 32, 4, 3), _tiles(64, 16, 4, 2)]
+_SINGLE = _TALL[-1:]
 _tuning = threading.Lock()  # Triton's autotuner keeps the call that it works on in itself
 
 
@@ -46,8 +42,9 @@ def configurations(capability: tuple[int, int], dtype: torch.dtype) -> list[trit
 
 
 def parts(width: int) -> tuple[int, int]:
-    """Channels as one or two powers of two, to pad as few as possible: 72 -> 64 + 16, 96 -> 64 +
-    32, 128 -> 128 + 0.
+    """Channels as one or two powers of two, to pad as few as possible.
+
+    72 -> 64 + 16, 96 -> 64 + 32, 128 -> 128 + 0.
     """
     main = max(16, 1 << (width.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(width - main)) if width > main else 0
@@ -62,23 +59,21 @@ def launch(
     scale: float,
     config: triton.Config | None = None,
 ) -> None:
-    """Write the column sums of queries [B, H, N, D] and keys [B, H, M, D] to ``columns`` [B, H, M],
-    float32 and contiguous.
+    """Write the column sums of queries [B, H, N, D] and keys [B, H, M, D] to ``columns``.
 
-    ``logsumexp`` [B, H, N] is natural and in float32; channels of queries and keys have a stride of
-    1. All are on one device, the current one. Without ``config`` it is the fastest of
-    ``configurations``, which is found at the first call for sizes of this order: that call waits
-    for the device, unless what it finds is on disk already, and cannot be recorded into a CUDA
-    graph.
+    ``columns`` [B, H, M] is float32 and contiguous, ``logsumexp`` [B, H, N] natural and in float32;
+    channels of queries and keys have a stride of 1. All are on one device, the current one. Without
+    ``config`` it is the fastest of ``configurations``, which is found at the first call for sizes
+    of this order: that call waits for the device, unless what it finds is on disk already, and
+    cannot be recorded into a CUDA graph.
     """
     batch, heads, rows, width = query.shape
     keys = key.shape[2]
     main, rest = parts(width)
     capability = torch.cuda.get_device_capability(query.device) if config is None else (0, 0)
     possible = configurations(capability, query.dtype) if config is None else [config]
-    problem = int(
-        f"{capability[0]}{capability[1]}{rows.bit_length():02}{(batch * heads * keys).bit_length():02}"
-    )
+    magnitudes = f"{rows.bit_length():02}{(batch * heads * keys).bit_length():02}"
+    problem = int(f"{capability[0]}{capability[1]}{magnitudes}")
     arguments = (
         *(query, key, logsumexp, columns, scale * _LOG2_E.value, heads, rows, keys),
         *(*query.stride()[:3], *key.stride()[:3], *logsumexp.stride()),
@@ -87,9 +82,8 @@ def launch(
     constants = {"WIDTH": width, "MAIN": main, "REST": rest}
 
     def grid(given: dict[str, Any]) -> tuple[int]:
-        return (
-            batch * heads * triton.cdiv(keys, given["KEYS"]),
-        )  # one axis: the others end at 65535
+        programs: int = batch * heads * triton.cdiv(keys, given["KEYS"])
+        return (programs,)  # one axis: the others end at 65535
 
     kernel: Any = _column_sums if len(possible) == 1 else _tuned
     chosen = possible[0].all_kwargs() if len(possible) == 1 else {}
@@ -123,8 +117,9 @@ def _column_sums(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``factor`` is scale * log2(e). Nothing is made of ``problem``: it tells devices and orders of
-    sizes apart for the tuning.
+    """The sums of a block of keys; ``factor`` is scale * log2(e).
+
+    ``problem`` is not used here: tuning tells devices and orders of magnitude apart by it.
     """
     blocks = tl.cdiv(keys, KEYS)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
@@ -217,8 +212,10 @@ def _load(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """Channels FIRST to FIRST + COUNT of rows; zeros beyond WIDTH, and where CUT for rows that are
-    not there. No mask without need.
+    """Channels FIRST to FIRST + COUNT of rows, with zeros beyond WIDTH.
+
+    With CUT, rows may be missing (``there`` is false), and are zeros too. Loads have no mask that
+    they do not need.
     """
     channels = FIRST + tl.arange(0, COUNT)
     pointers = pointer + rows[:, None] * stride + channels[None, :]
@@ -242,12 +239,14 @@ def _suitable(
 
 
 def _milliseconds(run: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
-    """The median time of some runs on the device, for all ``quantiles``; Triton's own way takes 256
-    MiB, and longer.
+    """The median time of some runs on the device, in ms, once per quantile.
+
+    Triton's own way of measuring takes 256 MiB, and longer.
     """
     times = []
     for _ in range(6):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        events = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began, ended = events
         began.record()
         run()
         ended.record()

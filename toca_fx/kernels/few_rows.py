@@ -16,8 +16,9 @@ _WIDENING_ROWS, _OTHER_ROWS = 256, 64
 
 @torch.library.custom_op("toca_fx::linear", mutates_args=(), device_types="cpu")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of x [..., in] and weight [out, in]; which library multiplies is decided by the
-    number of rows.
+    """``F.linear`` of x [..., in], weight [out, in] and bias [out].
+
+    The number of rows decides which library multiplies.
     """
     rows = x.numel() // x.shape[-1]
     most = _WIDENING_ROWS if weight.shape[0] > weight.shape[1] else _OTHER_ROWS

@@ -1,20 +1,21 @@
-"""What an attention tells about its tokens (ToCa, section 3.2): s1 without an N x N map in memory,
-and s2.
+"""The scores of tokens that an attention gives, s1 and s2 (ToCa, section 3.2).
 
-    influence  s1_j = sum_i c_ij                     how much token j is attended to; self- and joint attention
-    entropy    H_i = - sum_k c_ik ln(c_ik + 1e-7)    how undecided token i is about the text; cross-attention
+    influence  s1_j = sum_i c_ij
+               how much token j is attended to, in self- and joint attention
+    entropy    H_i = - sum_k c_ik ln(c_ik + 1e-7)
+               how undecided token i is about the text, in cross-attention
 
 with the head-mean map c_ij = mean_h softmax(scale q_i . k_j). Both are normalised when tokens are
-chosen: L2 over the tokens of one stream, s2 as 1 + H. For s1 there are three ways, fastest first;
-all return the attention's output to rounding:
+chosen: L2 over the tokens of one stream, s2 as 1 + H. s1 is made without an N x N map in memory, in
+one of three ways, fastest first; all return the attention's output to rounding:
 
-    in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries that stay in the cache of
-                the processor. Both products are those of the attention itself, so s1 costs a sum
-                over the block.
-    fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second product gives the columns;
-                on CUDA in one operator (``columns``).
-    recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as it is, and the
-                log-sum-exp computed beside it.
+    in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries
+                that stay in the cache of the processor. Both products are those of the attention
+                itself, so s1 costs a sum over the block.
+    fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second
+                product gives the columns; on CUDA in one operator (``columns``).
+    recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as
+                it is, and the log-sum-exp computed beside it.
 
 With ``every`` above 1 the sum of s1 runs over the queries 0, ``every``, 2 ``every``, ... only: an
 estimate of a part of s1 which is the same for all tokens, and so, once normalised, of s1. The map
@@ -31,11 +32,11 @@ from toca_fx.kernels.columns import attention_and_columns, column_sums, look_at,
 
 aten = torch.ops.aten
 
-_BLOCK_ELEMENTS = (
-    2**22
-)  # of the map, heads and batch included: 16 MiB in float32, which a CPU's last cache holds
+# Elements of a map count heads and batch. A block is 16 MiB in float32, which a CPU's last cache
+# holds; the map of a cross-attention is 256 MiB at most.
+_BLOCK_ELEMENTS = 2**22
 _MOST_BLOCKS = 16
-_MAP_ELEMENTS = 2**26  # of a cross-attention, heads and batch included: 256 MiB in float32
+_MAP_ELEMENTS = 2**26
 
 
 def normalize(score: Tensor) -> Tensor:
@@ -45,8 +46,9 @@ def normalize(score: Tensor) -> Tensor:
 
 
 def of_segment(values: Tensor, start: int, count: int) -> Tensor:
-    """The scores of one stream's tokens out of those of all keys: [B, M] -> [B, count],
-    L2-normalised among themselves.
+    """The scores of one stream's tokens out of those of all keys: [B, M] -> [B, count].
+
+    They are L2-normalised among themselves.
     """
     return normalize(values[:, start : start + count])
 
@@ -58,14 +60,12 @@ def feature_norm(feature: Tensor) -> Tensor:
 
 
 def map_influence(weights: Tensor, every: int = 1) -> Tensor:
-    """s1 of a map that is there, by every ``every``-th query: [B, H, N, M] -> [B, M]."""
+    """s1 of an attention map, by every ``every``-th query: [B, H, N, M] -> [B, M]."""
     return look_at(weights, every).to(score_dtype(weights)).mean(dim=1).sum(dim=1)
 
 
 def map_entropy(weights: Tensor, share: float) -> Tensor:
-    """H of a map that is there, scaled by ``share`` before the logarithm: [B, H, N, M] -> [B,
-    N].
-    """
+    """H of an attention map: [B, H, N, M] -> [B, N]; ``share`` scales the map beforehand."""
     return _entropy(weights.to(score_dtype(weights)).mean(dim=1), share)
 
 
@@ -86,11 +86,11 @@ def attention_and_entropy(
     enable_gqa: bool = False,
     share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and H of the N queries: ([B, H, N,
-    D], [B, N]).
+    """``scaled_dot_product_attention``, and H of its queries.
 
-    ``share`` scales the map before the logarithm: 0.5 for a half of a guidance batch, whose two
-    halves' entropies then sum to that of the concatenated maps.
+    Query [B, H, N, D], key [B, H, M, D], value [B, H, M, E] -> [B, H, N, E] and [B, N]. ``share``
+    scales the map before the logarithm: 0.5 for a half of a guidance batch, whose two halves'
+    entropies then sum to that of the concatenated maps.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     groups = query.shape[1] // key.shape[1]
@@ -117,10 +117,8 @@ def entropy(
     for head in range(heads):
         own = slice(head, head + 1)
         part = mask if mask is None or mask.dim() < 4 or mask.shape[1] == 1 else mask[:, own]
-        weights = _softmax(
-            (query[:, own] * scale) @ key[:, head // groups : head // groups + 1].transpose(-1, -2),
-            part,
-        )
+        keys = key[:, head // groups : head // groups + 1]
+        weights = _softmax((query[:, own] * scale) @ keys.transpose(-1, -2), part)
         total = weights if total is None else total + weights
     if total is None:
         raise ValueError("an attention without heads")
@@ -132,9 +130,8 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         # A query that may attend to nothing gets zeros, as from the fused kernels; softmax would
         # make it NaN.
-        logits = (
-            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        )
+        is_boolean = mask.dtype == torch.bool
+        logits = logits.masked_fill(~mask, -torch.inf) if is_boolean else logits + mask
         return logits.softmax(-1).masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)
     return logits.softmax(-1)
 
@@ -152,12 +149,12 @@ def attention_and_influence(
     every: int = 1,
     read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``scaled_dot_product_attention`` of [B, H, N, D] operands, and s1 of the M keys, not
-    normalised: ([B, H, N, D], [B, M]).
+    """``scaled_dot_product_attention``, and s1 of its keys, not normalised.
 
-    s1 is what every ``every``-th query adds to it. ``read`` [], a boolean on the CPU: whether
-    anybody will read s1. Where it is false, the operator for CUDA returns zeros in its place;
-    nothing else looks at it.
+    Query [B, H, N, D], key [B, H, M, D], value [B, H, M, E] -> [B, H, N, E] and [B, M]. s1 is what
+    every ``every``-th query adds to it. ``read`` [], a boolean on the CPU, says whether s1 is used
+    afterwards: where it is not, the operator for CUDA returns zeros in its stead. The other ways
+    ignore ``read``.
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     plain = (
@@ -167,11 +164,10 @@ def attention_and_influence(
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
     )
     if plain and query.device.type == "cpu":
-        if (
-            query.dtype in (torch.float32, torch.float64)
-            and (blocks := _blocks(query, key)) is not None
-        ):
-            return _in_blocks(query, key, value, factor, every, *blocks)
+        if query.dtype in (torch.float32, torch.float64):
+            blocks = _blocks(query, key)
+            if blocks is not None:
+                return _in_blocks(query, key, value, factor, every, *blocks)
         if query.shape[-1] == value.shape[-1]:
             output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
                 query, key, value, scale=scale
@@ -185,18 +181,16 @@ def attention_and_influence(
     )
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if is_causal:
-        attn_mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
+        every_pair = (query.shape[2], key.shape[2])
+        attn_mask = torch.ones(every_pair, dtype=torch.bool, device=query.device).tril()
     return output, influence(query, key, factor, None, attn_mask, every)
 
 
 def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
-    """How many samples, and queries of each, have a map that stays in the cache; None if those are
-    too many blocks to write out.
+    """How many samples, and queries of each, have a map that stays in the cache.
 
-    Whole maps as long as one fits: a product of few queries with all keys, for many samples, is
-    slow.
+    Blocks are whole maps as long as one fits: a product of few queries with all keys, for many
+    samples, is slow. None if there would be more blocks than a graph should have.
     """
     batch, heads, queries, _ = query.shape
     of_query = max(1, heads * key.shape[2])
@@ -209,9 +203,8 @@ def _in_blocks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, every: int, samples: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     outputs, columns = [], []
-    for q, k, v in zip(
-        *(torch.split(operand, samples) for operand in (query, key, value)), strict=True
-    ):
+    split = (torch.split(operand, samples) for operand in (query, key, value))
+    for q, k, v in zip(*split, strict=True):
         parts = [
             _of_block(part * scale, k, v, every, -at * rows % every)
             for at, part in enumerate(torch.split(q, rows, dim=2))
@@ -226,18 +219,17 @@ def _in_blocks(
 def _of_block(
     query: Tensor, key: Tensor, value: Tensor, every: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Output and columns [B, M] of a block of queries, of which ``first``, ``first`` + ``every``,
-    ... are looked at.
+    """Output and columns [B, M] of a block of queries.
+
+    The columns are those of the queries ``first``, ``first`` + ``every``, ...
     """
     logits = query @ key.transpose(-1, -2)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     reciprocal = weights.sum(-1, keepdim=True).reciprocal()
-    looked = (
-        (weights, reciprocal)
-        if every == 1
-        else (weights[:, :, first::every], reciprocal[:, :, first::every])
-    )
-    return (weights @ value) * reciprocal, (looked[0] * looked[1]).sum(dim=(1, 2))
+    output = (weights @ value) * reciprocal
+    if every > 1:
+        weights, reciprocal = weights[:, :, first::every], reciprocal[:, :, first::every]
+    return output, (weights * reciprocal).sum(dim=(1, 2))
 
 
 def influence(
@@ -248,8 +240,9 @@ def influence(
     mask: Tensor | None = None,
     every: int = 1,
 ) -> Tensor:
-    """s1 [B, M] by a second product, in chunks of the queries that are looked at: memory O(N). For
-    the arguments see ``column_sums``.
+    """s1 [B, M] by a second product, in chunks of queries, which takes memory O(N).
+
+    The arguments are those of ``column_sums``; every ``every``-th query counts.
     """
     if mask is not None and mask.shape[-2] > 1:
         mask = mask[..., ::every, :]

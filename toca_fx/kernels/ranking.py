@@ -1,5 +1,6 @@
-"""The order in which tokens are computed: by descending score, with the spatial bonus (s4; ToCa,
-section 3.2).
+"""The order in which tokens are computed: by descending score, with the spatial bonus.
+
+The bonus is s4 of ToCa, section 3.2.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from torch import Tensor
 from toca_fx.kernels.influence import normalize
 
 Spatial = tuple[tuple[int, int], int, float]
-"""Grid of the tokens (rows, columns), cells of so many tokens squared, bonus."""
+"""The grid of the tokens (rows, columns), the side of a cell in tokens, the bonus."""
 
 
 def spatial_bonus(score: Tensor, grid: tuple[int, int], block: int, bonus: float) -> Tensor:
-    """s4: in each ``block`` x ``block`` cell of the token ``grid``, multiply the best token's score
-    by 1 + ``bonus``.
+    """Multiply the best score of each ``block`` x ``block`` cell of the grid by 1 + ``bonus``.
 
-    ``score`` [..., N], N = rows x columns. The first maximum wins a tie; cells at the border may be
-    cut off.
+    ``score`` is [..., N], N = rows x columns of ``grid``. The first maximum wins a tie; cells at
+    the border may be cut off.
     """
     rows, columns = grid
     pad_rows, pad_columns = -rows % block, -columns % block
@@ -26,9 +26,8 @@ def spatial_bonus(score: Tensor, grid: tuple[int, int], block: int, bonus: float
     cells = torch.nn.functional.pad(cells, (0, pad_columns, 0, pad_rows), value=-torch.inf)
     down, across = cells.shape[1] // block, cells.shape[2] // block
     cells = cells.reshape(-1, down, block, across, block).transpose(2, 3).flatten(3)
-    best = torch.zeros_like(cells, dtype=torch.bool).scatter_(
-        3, cells.argmax(3, keepdim=True), True
-    )
+    first = cells.argmax(3, keepdim=True)
+    best = torch.zeros_like(cells, dtype=torch.bool).scatter_(3, first, True)
     best = best.reshape(-1, down, across, block, block).transpose(2, 3)
     best = best.reshape(-1, down * block, across * block)[:, :rows, :columns]
     return torch.where(best.reshape(score.shape), score + score * bonus, score)
@@ -47,16 +46,14 @@ def ranked(
     H), times ``weight``. With ``shared`` the two halves of the batch get one score: the mean of the
     known ones, and s2 of the summed entropies.
     """
-    score = (
-        _halves(known).mean(-3, keepdim=True).expand_as(_halves(known)).flatten(-3, -2)
-        if shared
-        else known
-    )
+    score = known
+    if shared:
+        both = _halves(known)
+        score = both.mean(-3, keepdim=True).expand_as(both).flatten(-3, -2)
     if entropy is not None:
         if shared:
-            entropy = (
-                _halves(entropy).sum(-3, keepdim=True).expand_as(_halves(entropy)).flatten(-3, -2)
-            )
+            both = _halves(entropy)
+            entropy = both.sum(-3, keepdim=True).expand_as(both).flatten(-3, -2)
         score = score + weight * normalize(1 + entropy)
     if spatial is not None:
         score = spatial_bonus(score, *spatial)
@@ -64,5 +61,5 @@ def ranked(
 
 
 def _halves(score: Tensor) -> Tensor:
-    """[..., B, N] -> [..., 2, B / 2, N]."""
+    """The two halves of the batch: [..., B, N] -> [..., 2, B / 2, N]."""
     return score.reshape(*score.shape[:-2], 2, -1, score.shape[-1])

@@ -27,9 +27,9 @@ class OfAttention:
 
     ``formula`` takes the operands ``reads``, [B, H, tokens, width] each, then the scale if
     ``scaled``, then ``options`` by keyword, and returns [B, tokens]. ``attention``, if there is
-    one, stands in for scaled_dot_product_attention and returns its output and the score;
-    ``of_map`` makes the score of a map [B, H, N, M] that the graph has. ``every`` is the distance
-    of the queries that are looked at, ``share`` what a map is scaled by.
+    one, stands in for scaled_dot_product_attention and returns its output and the score; ``of_map``
+    makes the score of a map [B, H, N, M] that the graph has. ``every`` is the distance of the
+    queries that count, ``share`` what a map is scaled by.
     """
 
     reads: tuple[Operand, ...]
@@ -64,8 +64,10 @@ OF_ATTENTION: Mapping[str, OfAttention] = {
 
 @dataclass(frozen=True)
 class Ahead:
-    """What is known ahead of a step of some sites: ``stale`` [S, B, N], for how many steps each
-    token has not been computed, and a generator of random numbers (None on the device "meta").
+    """What is known of S sites ahead of a step.
+
+    ``stale`` [S, B, N] says for how many steps each token has not been computed; ``generator``
+    makes random numbers, and is None on the device "meta".
     """
 
     stale: Tensor
@@ -73,7 +75,7 @@ class Ahead:
 
 
 def _staleness(known: Ahead) -> Tensor:
-    """[S, B, N]; its weight is divided by N0."""
+    """The steps since a token was computed: [S, B, N]; the weight is divided by N0."""
     return known.stale
 
 
@@ -91,4 +93,4 @@ def _random(known: Ahead) -> Tensor:
 
 AHEAD: Mapping[str, Callable[[Ahead], Tensor]] = {"staleness": _staleness, "random": _random}
 DRAWS = frozenset({"random"})
-"""Those that draw random numbers, which a recorded step would draw once for all."""
+"""The scores that draw random numbers, which a recorded step would draw once for all."""
