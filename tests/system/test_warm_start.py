@@ -62,6 +62,9 @@ def run(folder: Path, policy: dict[str, Any], *arguments: str) -> dict[str, floa
     return found
 
 
+pytestmark = pytest.mark.slow(reason="processes that compile with empty caches")
+
+
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     folder = tmp_path_factory.mktemp("inductor")
@@ -76,7 +79,6 @@ def test_a_second_process_compiles_nothing(cold: tuple[Path, dict[str, float]]) 
     assert second["error"] < TOLERANCE
 
 
-@pytest.mark.slow(reason="two more processes that compile")
 @pytest.mark.parametrize(
     ("policy", "arguments"),
     [({"scores": {"key_norm": 1.0}}, ()), (POLICY, ("changed",))],

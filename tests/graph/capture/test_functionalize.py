@@ -22,7 +22,6 @@ from tests.graph.capture.writes import (
     slice_of_tokens,
     traced,
 )
-from toca_fx.capture.functionalize import is_mutable
 
 aten = torch.ops.aten
 
@@ -71,7 +70,7 @@ def assert_equal(module: nn.Module) -> fx.Graph:
     assert [value.dtype for value in found] == [value.dtype for value in expected]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "the inputs stay"
-    assert not any(is_mutable(node) for node in graph.graph.nodes)
+    assert not any(is_mutable(node.target) for node in graph.graph.nodes)
     return graph.graph
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import analysis_of, capture, make_policy
+from tests.marks import slow_but
 from toca_fx.examples import build, examples
 from toca_fx.lower import blocks as regions
 from toca_fx.lower.analysis import Analysis
@@ -21,13 +22,17 @@ from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.rewrite.step_graph import StepGraph
 from toca_fx.rewrite.tensors import Tensors
 
-MODELS = [
-    "DiTTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "FluxTransformer2DModel",
-    "SD3Transformer2DModel",
-    "LatteTransformer3DModel",
-]
+MODELS = slow_but(
+    ["DiTTransformer2DModel", "FluxTransformer2DModel"],
+    [
+        "DiTTransformer2DModel",
+        "PixArtTransformer2DModel",
+        "FluxTransformer2DModel",
+        "SD3Transformer2DModel",
+        "LatteTransformer3DModel",
+    ],
+    "of the classes, one stream and two are enough",
+)
 
 
 @cache

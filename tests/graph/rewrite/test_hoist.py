@@ -90,7 +90,10 @@ def test_joint_streams_stay_in_the_step() -> None:
         "DiTTransformer2DModel",
         "PixArtTransformer2DModel",
         "FluxTransformer2DModel",
-        "HunyuanVideoTransformer3DModel",
+        pytest.param(
+            "HunyuanVideoTransformer3DModel",
+            marks=pytest.mark.slow(reason="of the classes, three are enough"),
+        ),
     ],
 )
 def test_no_site_and_nothing_behind_one_is_hoisted(name: str) -> None:

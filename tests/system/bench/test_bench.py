@@ -160,6 +160,7 @@ def test_bench_prints_writes_and_draws_every_figure(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow(reason="the same from end to end, as on a GPU")
 @pytest.mark.usefixtures("on_a_gpu")
 def test_bench_on_a_gpu_has_two_baselines_the_time_of_the_host_launches_and_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -214,6 +215,7 @@ def test_bench_on_a_gpu_has_two_baselines_the_time_of_the_host_launches_and_memo
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow(reason="one more bench from end to end")
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_baseline_that_fails_is_named_with_its_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def test_attention_is_compiled_once_for_all_blocks() -> None:
     assert targets[aten.scaled_dot_product_attention.default] == 1
 
 
+@pytest.mark.slow(reason="two models of five blocks")
 def test_a_block_that_does_something_else_is_compiled_by_itself() -> None:
     def compiled(**sections: Any) -> int:
         inner = Compiled()

@@ -109,6 +109,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow(reason="two processes; generations are compared in one")
 def test_two_generations_in_one_process_equal_two_processes() -> None:
     def run(*seeds: int) -> dict[str, Tensor]:
         command = [sys.executable, "-c", _SCRIPT, json.dumps(seeds)]
