@@ -1,9 +1,8 @@
-"""Rules of operators: along which axes an output is made position by position, and where those lie
-in the operands.
+"""Rules of operators: along which axes an output is made position by position.
 
 A rule takes a node and an axis of its output, and returns the operands that carry the axis with the
-axis in each; None if positions along it are mixed. Which operator goes by which rule says the table
-in ``graph.ops``.
+axis in each; None if positions along it are mixed. The table in ``graph.ops`` says which operator
+has which rule.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ Rule = Callable[[fx.Node, int], Axes | None]
 
 
 def shape_of(node: fx.Node) -> torch.Size:
-    """The shape of a node's output; raises TypeError for a node that returns no single tensor."""
+    """The shape of a node's output.
+
+    Raises:
+        TypeError: the node returns no single tensor.
+    """
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         raise TypeError(f"{node} returns {type(value).__name__}, not a tensor")
@@ -41,7 +44,11 @@ def tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def first_operand(node: fx.Node) -> fx.Node:
-    """The first argument, which has to be a node."""
+    """The first argument.
+
+    Raises:
+        TypeError: it is no node.
+    """
     first = node.args[0]
     if not isinstance(first, fx.Node):
         raise TypeError(f"{node}: the first argument is {first!r}, not a node")
@@ -49,7 +56,11 @@ def first_operand(node: fx.Node) -> fx.Node:
 
 
 def axis_argument(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
-    """An axis argument, counted from the front; it is given by position or as ``dim``."""
+    """An axis argument, counted from the front; it is given by position or as ``dim``.
+
+    Raises:
+        TypeError: it is no integer.
+    """
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     if not isinstance(dim, int):
         raise TypeError(f"{node}: the axis is {dim!r}, not an integer")
@@ -57,8 +68,9 @@ def axis_argument(node: fx.Node, position: int, rank: int, default: int = 0) -> 
 
 
 def pointwise(node: fx.Node, axis: int) -> Axes | None:
-    """Broadcasting aligns axes from the right; an operand of size 1 there serves every token as it
-    is.
+    """Operands are broadcast: axes are aligned from the right.
+
+    An operand of size 1 along the axis is the same for every token, and does not carry it.
     """
     shape = shape_of(node)
     carried: Axes = {}
@@ -71,7 +83,7 @@ def pointwise(node: fx.Node, axis: int) -> Axes | None:
 
 
 def all_but_last(node: fx.Node, axis: int) -> Axes | None:
-    """What makes the last axis, the channels: a linear layer, complex numbers as pairs."""
+    """The last axis is mixed, the others are kept: a linear layer, complex numbers as pairs."""
     return {first_operand(node): axis} if axis != len(shape_of(node)) - 1 else None
 
 
@@ -83,13 +95,8 @@ def mm(node: fx.Node, axis: int) -> Axes | None:
 def addmm(node: fx.Node, axis: int) -> Axes | None:
     """Rows of the left operand, times one matrix, plus one row for all of them."""
     bias, rows, _ = node.args
-    if (
-        axis != 0
-        or not isinstance(rows, fx.Node)
-        or (isinstance(bias, fx.Node) and len(shape_of(bias)) > 1)
-    ):
-        return None
-    return {rows: 0}
+    many = isinstance(bias, fx.Node) and len(shape_of(bias)) > 1
+    return {rows: 0} if axis == 0 and isinstance(rows, fx.Node) and not many else None
 
 
 def matmul(node: fx.Node, axis: int) -> Axes | None:
@@ -102,12 +109,14 @@ def matmul(node: fx.Node, axis: int) -> Axes | None:
         return None
     if axis == rank - 2:
         return {left: axis} if left is not right else None
+    size = shape_of(node)[axis]
     aligned = {left: axis, right: axis - rank + len(shape_of(right))}
-    return {
+    carried = {
         operand: at
         for operand, at in aligned.items()
-        if at >= 0 and shape_of(operand)[at] == shape_of(node)[axis] != 1
-    } or None
+        if at >= 0 and shape_of(operand)[at] == size != 1
+    }
+    return carried or None
 
 
 def attention(node: fx.Node, axis: int) -> Axes | None:
@@ -130,21 +139,13 @@ def attention(node: fx.Node, axis: int) -> Axes | None:
 
 
 def convolution(node: fx.Node, axis: int) -> Axes | None:
-    """With a kernel of one position a convolution is a linear layer on channels that come
-    second.
-    """
+    """A kernel of one position makes a linear layer, on channels along the second axis."""
     weight = node.args[1]
-    if (
-        not isinstance(weight, fx.Node)
-        or axis == 1
-        or any(size != 1 for size in shape_of(weight)[2:])
-    ):
+    if not isinstance(weight, fx.Node) or axis == 1:
         return None
-    return (
-        {first_operand(node): axis}
-        if shape_of(node) == (*shape_of(node)[:2], *shape_of(first_operand(node))[2:])
-        else None
-    )
+    one_position = all(size == 1 for size in shape_of(weight)[2:])
+    source = first_operand(node)
+    return {source: axis} if one_position and shape_of(node)[2:] == shape_of(source)[2:] else None
 
 
 def layer_norm(node: fx.Node, axis: int) -> Axes | None:
@@ -159,8 +160,9 @@ def same_axis(node: fx.Node, axis: int) -> Axes | None:
 
 
 def along_dim(position: int, default: int) -> Rule:
-    """Operators that act along one axis (softmax, chunk, ...): per token if that axis is not the
-    token axis.
+    """The rule of operators that act along one axis (softmax, chunk, ...): the others are kept.
+
+    The axis is the argument at ``position``, or ``default``.
     """
 
     def rule(node: fx.Node, axis: int) -> Axes | None:
@@ -173,8 +175,9 @@ def along_dim(position: int, default: int) -> Rule:
 
 
 def reduction(position: int) -> Rule:
-    """Sums, means and norms over other axes: those of the argument at ``position``, in front of
-    ``keepdim``.
+    """The rule of sums, means and norms over some axes: the others are kept.
+
+    The axes are the argument at ``position``, and ``keepdim`` is the next.
     """
 
     def rule(node: fx.Node, axis: int) -> Axes | None:
@@ -195,11 +198,8 @@ def reduction(position: int) -> Rule:
 
 def cat(node: fx.Node, axis: int) -> Axes | None:
     """Parts side by side along another axis."""
-    return (
-        dict.fromkeys(node.all_input_nodes, axis)
-        if axis_argument(node, 1, len(shape_of(node))) != axis
-        else None
-    )
+    joined = axis_argument(node, 1, len(shape_of(node)))
+    return dict.fromkeys(node.all_input_nodes, axis) if axis != joined else None
 
 
 def stack(node: fx.Node, axis: int) -> Axes | None:
@@ -256,9 +256,7 @@ def select(node: fx.Node, axis: int) -> Axes | None:
 
 
 def view(node: fx.Node, axis: int) -> Axes | None:
-    """A view keeps the token axis if an input axis has the same size and the same number of
-    elements before it.
-    """
+    """A view keeps an axis if an input axis has its size, and as many elements before it."""
     target, source = shape_of(node), shape_of(first_operand(node))
     before = math.prod(target[:axis])
     for candidate in range(len(source)):
@@ -271,11 +269,8 @@ def expand(node: fx.Node, axis: int) -> Axes | None:
     """Axes of one position are broadcast; the others stay as they are."""
     source = shape_of(first_operand(node))
     aligned = axis - len(shape_of(node)) + len(source)
-    return (
-        {first_operand(node): aligned}
-        if aligned >= 0 and source[aligned] == shape_of(node)[axis]
-        else None
-    )
+    kept = aligned >= 0 and source[aligned] == shape_of(node)[axis]
+    return {first_operand(node): aligned} if kept else None
 
 
 def slice_scatter(node: fx.Node, axis: int) -> Axes | None:

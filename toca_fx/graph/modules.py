@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from torch import fx
 
 
 def numbered_block(path: str) -> tuple[str, int | None]:
-    """``transformer_blocks.3.ff`` -> ("transformer_blocks", 3): the outermost numbered module
-    list.
+    """The outermost module list of a path, and the number in it.
+
+    ``transformer_blocks.3.ff`` -> ("transformer_blocks", 3); ("", None) if there is no list.
     """
     parts = path.split(".")
     for position, part in enumerate(parts):
@@ -26,9 +28,6 @@ def common_path(nodes: Iterable[fx.Node]) -> str:
         if common is None:
             common = stack
         else:
-            length = next(
-                (i for i, (a, b) in enumerate(zip(common, stack, strict=False)) if a != b),
-                min(len(common), len(stack)),
-            )
-            common = common[:length]
+            pairs = zip(common, stack, strict=False)
+            common = tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return common[-1] if common else ""

@@ -1,9 +1,9 @@
-"""Which input of a graph is what: the one answer to that question.
+"""The roles of a graph's inputs.
 
 state       a parameter or buffer of the model, or a number: the same at every step
 timestep    what says how noisy the latents are
 latents     what the model's output is shaped like
-condition   whatever else comes in: captions, labels, masks, sizes, positions
+condition   all other inputs: captions, labels, masks, sizes, positions
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def is_state(source: str, value: object) -> bool:
 
 
 def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None:
-    """Set ``meta["role"]`` of the placeholders, and ``meta["constant"]`` of all nodes: whether a
-    node depends on state only.
+    """Set ``meta["role"]`` of the placeholders, and ``meta["constant"]`` of all nodes.
+
+    A node is constant if it depends on state only.
     """
     placeholders = graph.find_nodes(op="placeholder")
     for node, source, value in zip(placeholders, sources, inputs, strict=True):
@@ -48,14 +49,15 @@ def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None
 
 
 def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
-    """The input that holds the timestep, by the name of the forward's argument or else by its
-    shape; None if none can be told.
+    """The position of the input that holds the timestep, None if it is not clear which one does.
+
+    It is found by the name of the forward's argument, or else by its shape.
     """
     for name in _TIMESTEPS:
         for position, source in enumerate(sources):
             if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
                 return position
-    # Else the one input that has a number for each sample, or for all of them.
+    # Otherwise it is the one input that has a number for each sample, or for all of them.
     candidates = [
         position
         for position, (source, value) in enumerate(zip(sources, inputs, strict=True))
@@ -69,7 +71,7 @@ def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | No
 
 
 def _latents(graph: fx.Graph) -> list[fx.Node]:
-    """For each tensor that the model returns, the condition so far that is shaped most like it."""
+    """For each tensor that the model returns, the condition whose shape is most like its own."""
     (returned,) = graph.find_nodes(op="output")
     values = [node.meta.get("val") for node in returned.all_input_nodes]
     inputs = [
@@ -101,7 +103,7 @@ def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:
 
 
 def latents_shape(graph: fx.Graph) -> torch.Size | None:
-    """The shape of the first latents; None if nothing that comes in is shaped like the output."""
+    """The shape of the first latents; None if no input is shaped like the output."""
     nodes = graph.find_nodes(op="placeholder")
     at = positions(graph, "latents")
     return nodes[at[0]].meta["val"].shape if at else None

@@ -46,8 +46,9 @@ Segment = tuple[fx.Node, Tokens]
 
 
 def operands(node: fx.Node, where: Tokens) -> Operands | None:
-    """Operands of ``node`` that carry its tokens, and where; None if it mixes tokens or samples, or
-    has no rule.
+    """The operands that carry the tokens of ``node``, and where.
+
+    None if the operator mixes tokens or samples, or has no rule.
     """
     if node.op != "call_function":
         return None
@@ -77,17 +78,16 @@ def operands(node: fx.Node, where: Tokens) -> Operands | None:
 
 
 def segment(node: fx.Node, where: Tokens) -> Segment | None:
-    """For a slice or a concatenation along the token axis: the one operand that the tokens come
-    from, unchanged.
+    """The one operand that the tokens come from, unchanged, and where they lie in it.
+
+    That is so for slices, concatenations and the like along the token axis; None for others.
     """
     rule = _SEGMENTS.get(node.target)
     return rule(node, where) if rule is not None and not where.flat else None
 
 
 def _batch_operands(node: fx.Node, axis: int, batch: int) -> axes.Axes | None:
-    """Like ``ops.operands`` for the batch axis, except that a batch of one counts and that
-    operands may lack it.
-    """
+    """``ops.operands`` for the batch axis, which may be of size 1, and missing in operands."""
     rule = ops.axis_rule(node)
     if rule is not axes.pointwise:
         return rule(node, axis) if rule is not None else None
@@ -101,8 +101,9 @@ def _batch_operands(node: fx.Node, axis: int, batch: int) -> axes.Axes | None:
 
 
 def _is_shared(node: fx.Node, operand: fx.Node, batch_axis: int) -> bool:
-    """Whether an operand has no samples and is broadcast over those of the output; keys, say, may
-    have them elsewhere and mix them.
+    """Whether an operand is broadcast over the samples of the output.
+
+    An operand that is not may have the samples along another axis and mix them, as keys can.
     """
     shape = axes.shape_of(operand)
     aligned = batch_axis - len(axes.shape_of(node)) + len(shape)
@@ -128,18 +129,15 @@ def _view_samples(node: fx.Node, where: Tokens) -> Operands | None:
         if size == both:
             return {axes.first_operand(node): replace(where, batch_axis=candidate, axis=candidate)}
         if where.flat and source[candidate : candidate + 2] == (where.batch, where.count):
-            return {
-                axes.first_operand(node): replace(where, batch_axis=candidate, axis=candidate + 1)
-            }
+            there = replace(where, batch_axis=candidate, axis=candidate + 1)
+            return {axes.first_operand(node): there}
     return None
 
 
 def _splits(node: fx.Node, axis: int) -> bool:
     """Whether an unflatten spells out the size of ``axis``."""
-    dim, sizes = (
-        axes.axis_argument(node, 1, len(axes.shape_of(axes.first_operand(node)))),
-        node.args[2],
-    )
+    rank, sizes = len(axes.shape_of(axes.first_operand(node))), node.args[2]
+    dim = axes.axis_argument(node, 1, rank)
     return isinstance(sizes, (list, tuple)) and dim <= axis < dim + len(sizes)
 
 
@@ -162,9 +160,9 @@ def _narrow_segment(node: fx.Node, where: Tokens) -> Segment | None:
     start: Any = node.args[2]
     if axes.axis_argument(node, 1, len(axes.shape_of(node))) != where.axis:
         return None
-    return axes.first_operand(node), replace(
-        where, offset=where.offset + start % axes.shape_of(axes.first_operand(node))[where.axis]
-    )
+    source = axes.first_operand(node)
+    begin = start % axes.shape_of(source)[where.axis]
+    return source, replace(where, offset=where.offset + begin)
 
 
 def _item_segment(node: fx.Node, where: Tokens) -> Segment | None:
@@ -197,12 +195,9 @@ def _scatter_segment(node: fx.Node, where: Tokens) -> Segment | None:
     """``x[:, start:end] = y``: the tokens lie in y, or in the part of x that stays."""
     given: tuple[Any, ...] = tuple(node.args)
     whole, part, dim, start, end, step = given + (0, None, None, 1)[len(given) - 2 :]
-    if (
-        not isinstance(whole, fx.Node)
-        or not isinstance(part, fx.Node)
-        or not isinstance(dim, int)
-        or step != 1
-    ):
+    if not isinstance(whole, fx.Node) or not isinstance(part, fx.Node):
+        return None
+    if not isinstance(dim, int) or step != 1:
         return None
     if dim % len(axes.shape_of(node)) != where.axis:
         return None

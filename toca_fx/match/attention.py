@@ -45,20 +45,17 @@ def attention_sites(
         yield NearMiss(kind, path, "its output is not added to the stream that it reads")
     for add in ends:
         output = module_output((node,), add, flow, merges)
-        place = path if len(ends) == 1 else output.meta["path"]
-        site = site_at(kind, place, node, output, add, flow)
+        site_path = path if len(ends) == 1 else output.meta["path"]
+        site = site_at(kind, site_path, node, output, add, flow)
         if isinstance(site, NearMiss):
             yield site
         else:
-            yield Found(
-                _with_map(site, attention, output, flow),
-                add,
-                is_sequence_first(attention, output, site.shape, flow),
-            )
+            sequence_first = is_sequence_first(attention, output, site.shape, flow)
+            yield Found(_with_map(site, attention, output, flow), add, sequence_first)
 
 
 def _with_map(site: Site, attention: Attention, output: fx.Node, flow: Flow) -> Site:
-    """``site`` with what can be told of the rows and columns of its attention's map."""
+    """``site`` with what is known of the rows and columns of its attention's map."""
     segment = segment_of(attention, output, site.shape, flow)
     if segment is None or site.kind == "cross_attention":
         return replace(site, segment=segment)

@@ -1,6 +1,4 @@
-"""From an anchor to the residual stream: which add joins a module's output to it, and which value
-is the output.
-"""
+"""From an anchor to the residual stream: the module's output, and the add that joins the two."""
 
 from __future__ import annotations
 
@@ -18,8 +16,10 @@ from toca_fx.match.sites import NearMiss, Site
 
 @dataclass(frozen=True)
 class Found:
-    """A site, and the ``add`` of the residual stream that it ends in. ``sequence_first`` tells that
-    its attention runs along the first axis of its output, so that the second holds samples.
+    """A site, and the ``add`` of the residual stream that it ends in.
+
+    ``sequence_first``: its attention runs along the first axis of its output, so that the second
+    holds samples.
     """
 
     site: Site
@@ -56,8 +56,9 @@ def _adds_to_input(add: fx.Node, anchor: fx.Node, flow: Flow) -> bool:
 def module_output(
     anchors: Sequence[fx.Node], add: fx.Node, flow: Flow, merges: Set[fx.Node] = frozenset()
 ) -> fx.Node:
-    """The last node before the gates, on the way from ``anchors`` to ``add``; in front of the first
-    of ``merges`` that the way passes.
+    """The last node before the gates, on the way from ``anchors`` to ``add``.
+
+    Where the way passes one of ``merges``, it is the node in front of the first of these.
     """
     branch = flow.residuals[add][1]
     ways = [flow.between(anchor, branch) for anchor in anchors if flow.reaches(anchor, branch)]
@@ -105,7 +106,7 @@ def site_at(
 def unexplained(
     flow: Flow, found: Iterable[Found], misses: Iterable[NearMiss]
 ) -> Iterator[NearMiss]:
-    """The residual branches in numbered blocks that neither a site nor a near miss tells about."""
+    """The residual branches in numbered blocks that no site and no near miss accounts for."""
     ends = {one.add for one in found}
     known = {miss.path for miss in misses}
     for add, (stream, branch) in flow.residuals.items():
@@ -114,13 +115,10 @@ def unexplained(
             continue
         region = flow.between(flow.read_by(branch, stream) or root(stream), branch)
         heavy = [node for node in region if node.op == "call_function" and not is_cheap(node)]
-        place = common_path(heavy) or path
-        explained = any(other == place or other.startswith(f"{place}.") for other in known)
+        module = common_path(heavy) or path
+        explained = any(other == module or other.startswith(f"{module}.") for other in known)
         if explained or any(attention_at(node) for node in region):
             continue
         products = ", ".join(sorted({str(node.target) for node in heavy}))
-        yield NearMiss(
-            "module",
-            place,
-            f"no softmax attention and no linear-activation-linear in it, but {products}",
-        )
+        reason = f"no softmax attention and no linear-activation-linear in it, but {products}"
+        yield NearMiss("module", module, reason)

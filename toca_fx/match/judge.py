@@ -1,6 +1,4 @@
-"""What sites tell of each other: whose attention map judges whose tokens, and which site follows
-which.
-"""
+"""Relations between sites: whose attention scores whose tokens, and which site follows which."""
 
 from __future__ import annotations
 
@@ -15,14 +13,12 @@ from toca_fx.match.branches import Found
 from toca_fx.match.sites import Site
 
 
-def judged(found: Sequence[Found], flow: Flow) -> Iterator[Site]:
-    """The sites, each with the attentions whose maps tell about its tokens, and with the one that
-    it follows.
-    """
+def related(found: Sequence[Found], flow: Flow) -> Iterator[Site]:
+    """The sites, each with the attentions that score its tokens, and the site that it follows."""
     ends = {one.add for one in found}
     for index, one in enumerate(found):
         chain = _chain(one.add, ends, flow)
-        peers = [at for at, other in enumerate(found) if _tells_of(other.site, one.site)]
+        peers = [at for at, other in enumerate(found) if _maps_tokens(other.site, one.site)]
         # On the same stream first; then what ran before, nearest first.
         peers.sort(key=lambda at: (found[at].add not in chain, at > index, abs(at - index)))
         crossing = [at for at in peers if found[at].site.kind == "cross_attention"]
@@ -36,9 +32,7 @@ def judged(found: Sequence[Found], flow: Flow) -> Iterator[Site]:
 
 
 def _chain(add: fx.Node, ends: set[fx.Node], flow: Flow) -> set[fx.Node]:
-    """``add``, and those of ``ends`` before it on the same stream, as long as there is no other add
-    in between.
-    """
+    """``add`` and the adds before it on the same stream, as far back as all are in ``ends``."""
     chain, node = {add}, root(flow.residuals[add][0])
     while node in ends:
         chain.add(node)
@@ -46,7 +40,7 @@ def _chain(add: fx.Node, ends: set[fx.Node], flow: Flow) -> set[fx.Node]:
     return chain
 
 
-def _tells_of(attention: Site, site: Site) -> bool:
+def _maps_tokens(attention: Site, site: Site) -> bool:
     """Whether the map of ``attention``, in the same block, has the tokens of ``site``."""
     return (
         attention.segment is not None
@@ -60,7 +54,7 @@ def _same_block(one: Site, other: Site) -> bool:
 
 
 def _followed(index: int, found: Sequence[Found], flow: Flow) -> int | None:
-    """The site that ``follows`` is to name for the site at ``index``."""
+    """The index for ``follows`` of the site at ``index``; None if it follows none."""
     add = found[index].add
     stream = flow.residuals[add][0]
     for at in reversed(range(index)):
@@ -70,12 +64,10 @@ def _followed(index: int, found: Sequence[Found], flow: Flow) -> int | None:
         if other.add is add:
             return at if _joins_sites_only(add, found, flow) else None
         if other.add is stream:
-            alone = (
-                _is_read_within(flow.between(stream, add))
-                and _joins_sites_only(add, found, flow)
-                and _joins_sites_only(stream, found, flow)
+            is_alone = _is_read_within(flow.between(stream, add)) and all(
+                _joins_sites_only(end, found, flow) for end in (add, stream)
             )
-            return at if alone else None
+            return at if is_alone else None
     return None
 
 

@@ -26,7 +26,7 @@ from toca_fx.graph.stream import Flow
 from toca_fx.match.anchors import attention_at
 from toca_fx.match.attention import attention_sites
 from toca_fx.match.branches import Found, unexplained
-from toca_fx.match.judge import judged
+from toca_fx.match.judge import related
 from toca_fx.match.mlp import mlp_sites, mlps_of
 from toca_fx.match.sites import Matches, NearMiss, Site
 
@@ -34,12 +34,12 @@ from toca_fx.match.sites import Matches, NearMiss, Site
 def match(graph: fx.Graph) -> Matches:
     """Match every attention and MLP of ``graph``, which comes from ``capture.aten.to_aten``."""
     flow = Flow(graph)
-    looked_at = list(_candidates(graph, flow))
-    found = _distinct(one for one in looked_at if isinstance(one, Found))
-    misses = [one for one in looked_at if isinstance(one, NearMiss)]
+    candidates = list(_candidates(graph, flow))
+    found = _distinct(one for one in candidates if isinstance(one, Found))
+    misses = [one for one in candidates if isinstance(one, NearMiss)]
     misses += unexplained(flow, found, misses)
     found, refused = _without_sequence_first(found)
-    return Matches(tuple(judged(found, flow)), (*misses, *refused))
+    return Matches(tuple(related(found, flow)), (*misses, *refused))
 
 
 def _candidates(graph: fx.Graph, flow: Flow) -> Iterator[Found | NearMiss]:
@@ -63,23 +63,24 @@ def _distinct(found: Iterable[Found]) -> list[Found]:
 
 
 def _without_sequence_first(found: Sequence[Found]) -> tuple[list[Found], list[NearMiss]]:
-    """Sites with tokens to choose among, and those without: where attention runs along the first
-    axis, the second holds samples, in all sites of the block that have this shape.
+    """Sites whose outputs are [batch, tokens, channels], and near misses of the others.
+
+    Where an attention runs along the first axis, the second holds samples, in all sites of the
+    block that have this shape.
     """
     refused = {_tokens_of(one.site) for one in found if one.sequence_first}
-    return (
-        [one for one in found if _tokens_of(one.site) not in refused],
-        [
-            NearMiss(
-                site.kind,
-                site.path,
-                f"its output has shape {site.shape}: [tokens, batch, channels], "
-                "not [batch, tokens, channels]",
-            )
-            for site in (one.site for one in found)
-            if _tokens_of(site) in refused
-        ],
-    )
+    kept, misses = [], []
+    for one in found:
+        site = one.site
+        if _tokens_of(site) not in refused:
+            kept.append(one)
+            continue
+        reason = (
+            f"its output has shape {site.shape}: [tokens, batch, channels], "
+            "not [batch, tokens, channels]"
+        )
+        misses.append(NearMiss(site.kind, site.path, reason))
+    return kept, misses
 
 
 def _tokens_of(site: Site) -> tuple[str, int, tuple[int, ...]]:

@@ -26,11 +26,11 @@ from toca_fx.match.sites import NearMiss
 
 @dataclass(frozen=True)
 class Mlp:
-    """linear -> activation -> linear. ``merge`` is the concatenation with an attention's output, if
-    there is one.
+    """linear -> activation -> linear.
 
-    ``last`` are the linears that read the activated features: one, or two where a low-rank pair is
-    added to it.
+    ``first`` are the linears in front of the activation, ``last`` those that read the activated
+    features: one, or two where a low-rank pair is added to it. ``merge`` is the concatenation with
+    an attention's output, if there is one.
     """
 
     first: tuple[fx.Node, ...]
@@ -39,8 +39,9 @@ class Mlp:
 
 
 def mlps_of(graph: fx.Graph, flow: Flow) -> dict[fx.Node, Mlp]:
-    """All MLPs by the (first) linear that they end in; the embedders of timesteps and captions are
-    among them.
+    """All MLPs, by the first of the linears that they end in.
+
+    The embedders of timesteps and captions are among them.
     """
     readers: dict[fx.Node | None, list[Mlp]] = {}
     for node in graph.nodes:
@@ -56,8 +57,8 @@ def mlps_of(graph: fx.Graph, flow: Flow) -> dict[fx.Node, Mlp]:
 def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
     """The sites of an MLP, one per stream that its output is added to, or why there is none.
 
-    Nothing at all for what reads no residual stream, or lies in no numbered block: embedders of
-    timesteps and conditions are linear-activation-linear, too.
+    An MLP that reads no residual stream, or lies in no numbered block, is not even a near miss:
+    embedders of timesteps and conditions are such.
     """
     path = common_path([*mlp.first, *mlp.last])
     if numbered_block(path)[1] is None or not flow.reads_a_stream(mlp.first[0]):
@@ -81,9 +82,7 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
 
 
 def _is_channels_first(mlp: Mlp, output: fx.Node) -> bool:
-    """Whether the output is that of a convolution, as it comes: its second axis, mixed, has the
-    channels.
-    """
+    """Whether the output is that of a convolution as it is: its second axis has the channels."""
     last = mlp.last[0]
     return (
         last.target in CONVOLUTIONS
@@ -94,8 +93,10 @@ def _is_channels_first(mlp: Mlp, output: fx.Node) -> bool:
 
 
 def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
-    """Walk back from a linear layer, through pointwise operators, splits and an activation, to
-    earlier ones.
+    """The MLP that ends in the linear layer ``last``; None if none does.
+
+    It is found by walking back, through pointwise operators, splits and an activation, to earlier
+    linear layers.
     """
     source = linear_input(last)
     if source is None:
@@ -125,6 +126,5 @@ def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
         pending += fresh
     if not first or not activated or (attends and merge is None):
         return None
-    return Mlp(
-        tuple(sorted(first, key=flow.position.__getitem__)), (last,), merge if attends else None
-    )
+    first.sort(key=flow.position.__getitem__)
+    return Mlp(tuple(first), (last,), merge if attends else None)

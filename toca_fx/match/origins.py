@@ -1,5 +1,6 @@
-"""Where the operands of an attention come from: which streams it reads, and which of its rows, keys
-and values belong to one of them.
+"""Where the operands of an attention come from.
+
+The questions are which streams it reads, and which of its rows, keys and values belong to one.
 """
 
 from __future__ import annotations
@@ -16,30 +17,31 @@ from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.anchors import Attention
 
-# Of one tensor in another shape or dtype; parts of it are something else.
+# The same tensor in another shape or dtype, and not a part of it.
 _RESHAPED = RESHAPES | SAME
 
 
 def attention_kind(attention: Attention) -> str | None:
-    """Which kind of site it is: "self_attention", "cross_attention" or "joint_attention"; None if
-    query or key has no projection.
+    """The kind of site: "self_attention", "cross_attention" or "joint_attention".
+
+    None if query or key has no projection.
     """
     query, key = (list(_source_linears(node)) for node in (attention.query, attention.key))
     if query and is_constant(attention.key):
         return "cross_attention"  # to something learnt
     if not query or not key:
         return None
-    query_inputs, key_inputs = (
-        {projected(linear) for linear in linears} for linears in (query, key)
-    )
+    query_inputs = {projected(linear) for linear in query}
+    key_inputs = {projected(linear) for linear in key}
     if query_inputs != key_inputs:
         return "cross_attention"
     return "self_attention" if len(query_inputs) == 1 else "joint_attention"
 
 
 def _source_linears(value: object) -> Iterator[fx.Node]:
-    """The nearest linears upstream of a query or key: through views, norms, rotary embeddings and
-    scaling.
+    """The nearest linears upstream of a query or key.
+
+    Views, norms, rotary embeddings and scaling may lie in between.
     """
     pending, seen = [value], set()
     while pending:
@@ -54,7 +56,7 @@ def _source_linears(value: object) -> Iterator[fx.Node]:
 
 
 def projected(linear: fx.Node) -> fx.Node | None:
-    """What a projection reads; of a low-rank pair (LoRA), what the first of the two reads."""
+    """The input of a projection; for a low-rank pair (LoRA), that of the first of the two."""
     source = linear_input(linear)
     while source is not None and (earlier := linear_input(root(source))) is not None:
         source = earlier
@@ -66,10 +68,10 @@ def projected(linear: fx.Node) -> fx.Node | None:
 def segment_of(
     attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
 ) -> int | None:
-    """The query from which on an attention's queries are the tokens of ``output`` [batch, tokens,
-    channels]; None if they are others.
+    """The number of the query that is the first token of ``output`` [batch, tokens, channels].
 
-    Operands have four axes, or three, with the heads of a sample side by side in the first.
+    The queries behind it are the other tokens. None if the queries are something else. Operands
+    have four axes, or three, with the heads of a sample side by side in the first.
     """
     batch, count, _ = shape
     heads = axes.shape_of(attention.output)
@@ -79,29 +81,23 @@ def segment_of(
         return None
     if len(heads) == 4:
         # An axis of one position cannot be followed, nor does it have to be.
-        samples = (
-            _followed(attention, output, Tokens(count, batch, batch_axis=1, axis=0), flow)
-            if batch > 1
-            else replace(tokens, axis=0)
-        )
-        return (
-            tokens.offset
-            if samples is not None and samples.axis == 0 and heads[0] == batch
-            else None
-        )
-    # Without an axis of heads only a map that is there can be read.
-    return (
-        tokens.offset
-        if len(heads) == 3 and attention.weights is not None and _samples_first(attention, batch)
-        else None
-    )
+        samples: Tokens | None = replace(tokens, axis=0)
+        if batch > 1:
+            first = Tokens(count, batch, batch_axis=1, axis=0)
+            samples = _followed(attention, output, first, flow)
+        is_first = samples is not None and samples.axis == 0 and heads[0] == batch
+        return tokens.offset if is_first else None
+    # Without an axis of heads the map can be read only if the graph has it.
+    has_map = len(heads) == 3 and attention.weights is not None
+    return tokens.offset if has_map and _samples_first(attention, batch) else None
 
 
 def is_sequence_first(
     attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
 ) -> bool:
-    """Whether an attention takes ``output`` for [tokens, batch, channels]: queries lie along its
-    first axis, samples along its second.
+    """Whether an attention takes ``output`` for [tokens, batch, channels].
+
+    Then queries lie along its first axis, and samples along its second.
     """
     rows, columns, _ = shape
     queries = len(axes.shape_of(attention.output)) - 2 if attention.layout == "bhnd" else 1
@@ -111,8 +107,9 @@ def is_sequence_first(
 
 
 def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) -> Tokens | None:
-    """Where the positions at ``where`` of ``output`` lie in an attention's result; None if they
-    cannot be followed there.
+    """Where the positions at ``where`` of ``output`` lie in an attention's result.
+
+    None if they cannot be followed there.
     """
     ends: set[Tokens] = set()
     pending, seen = [(output, where)], set()
@@ -140,31 +137,25 @@ def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) 
 
 
 def _samples_first(attention: Attention, batch: int) -> bool:
-    """Whether the first axis [batch * heads] of an attention's result has the heads of a sample
-    side by side.
-    """
+    """Whether the heads of a sample lie side by side, in a result [batch * heads, ...]."""
     shapes = [list(getattr(user.meta.get("val"), "shape", ())) for user in attention.output.users]
     return any(len(shape) == 4 and shape[0] == batch for shape in shapes)
 
 
 def same_tokens(attention: Attention, shape: tuple[int, int, int], segment: int) -> bool:
-    """Whether key i and query i, from ``segment`` on, come from the same token of what the
-    projections read.
-    """
+    """Whether key i and query i, from ``segment`` on, are projections of the same token."""
     rank = len(axes.shape_of(attention.output))
     queries = rank - 2 if attention.layout == "bhnd" else 1
     batch, count, _ = shape
     # A key that is multiplied explicitly is transposed.
     keys = rank - 1 if attention.weights is not None else queries
-    query, key = (
-        _read(operand, Tokens(batch, count, axis=axis, offset=segment))
-        for operand, axis in ((attention.query, queries), (attention.key, keys))
-    )
+    query = _read(attention.query, Tokens(batch, count, axis=queries, offset=segment))
+    key = _read(attention.key, Tokens(batch, count, axis=keys, offset=segment))
     return bool(query & key)
 
 
 def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int]]:
-    """What the projections behind a query or key read, and axis and offset of the tokens in it."""
+    """The inputs of the projections behind a query or key, and axis and offset of the tokens."""
     found: set[tuple[fx.Node | None, int, int]] = set()
     pending, seen = [(operand, where)], set()
     while pending:
@@ -190,9 +181,7 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int
 
 
 def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
-    """The parts of a concatenation along the tokens, and which of the tokens at ``where`` each of
-    them has.
-    """
+    """The parts of a concatenation along the tokens, each with its share of those at ``where``."""
     begin = 0
     parts: Any = node.args[0]
     for part in parts:
@@ -204,7 +193,7 @@ def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
 
 
 def unshaped(node: fx.Node | None) -> fx.Node | None:
-    """What a node is in another dtype."""
+    """The node that ``node`` is a copy of, perhaps in another dtype."""
     while node is not None and node.target in SAME and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -213,11 +202,11 @@ def unshaped(node: fx.Node | None) -> fx.Node | None:
 def projections_of(
     attention: Attention, shape: tuple[int, int, int], segment: int, flow: Flow
 ) -> tuple[str, ...]:
-    """Keys and values of one stream, [batch, tokens, ...], as early as they are apart from queries;
-    empty if they cannot be followed.
+    """The nodes that hold keys and values of one stream, [batch, tokens, ...].
 
-    Where no such node is apart from queries (one projection split along an axis in front of the
-    tokens), queries are remembered, too.
+    They are the earliest that hold no queries; where there are none (one projection split along an
+    axis in front of the tokens), those with the queries. Empty if keys or values cannot be
+    followed.
     """
     batch, count, _ = shape
     axis = 2 if attention.layout == "bhnd" else 1
@@ -240,8 +229,9 @@ def projections_of(
 
 
 def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
-    """The nodes that carry the tokens at ``where`` from their projections to ``start``, in order,
-    and where in each; tensors only.
+    """The nodes that carry the tokens at ``where`` from their projections to ``start``.
+
+    They are in order, each with where the tokens lie in it; tensors only.
     """
     found: dict[fx.Node, Tokens] = {}
     pending = [(start, where)]

@@ -13,15 +13,15 @@ class Site:
     """One matched module. Nodes are named, not referenced, so that a site is plain data.
 
     ``output`` is the node whose value is cached, [batch, tokens, channels]. ``anchor`` is the
-    attention's result, or the first linear of an MLP. ``segment`` tells of an attention that the
-    rows of its map are, from that row on, the tokens of the output; None, if they are others
-    (windows, say). ``influence`` and ``entropy`` are indices, among the sites, of the self- or
-    joint attention that tells how much this site's tokens are attended to, and of the
-    cross-attention in which they are the queries. ``projections`` are the keys and values of an
-    attention as nodes [batch, tokens, width]. ``residual`` is the add that joins the output, gated,
-    to the ``stream``. ``follows`` is the site of the block that changed the stream last, if nothing
-    but this site reads the state between them, or that ends in the same add; and if neither add
-    joins anything to the stream that is no site.
+    attention's result, or the first linear of an MLP. ``segment`` is the row of an attention's map
+    from which on the rows are the tokens of the output; None if they are others (windows, say).
+    ``influence`` and ``entropy`` are indices, among the sites, of the self- or joint attention that
+    gives s1 of this site's tokens, and of the cross-attention in which they are the queries.
+    ``projections`` are the keys and values of an attention as nodes [batch, tokens, width].
+    ``residual`` is the add that joins the output, gated, to the ``stream``. ``follows`` is the site
+    of the block that changed the stream last, if nothing but this site reads the state between
+    them, or that ends in the same add; and if neither add joins anything to the stream that is no
+    site.
     """
 
     kind: str
