@@ -22,6 +22,7 @@ from tests.graph.capture.writes import (
     slice_of_tokens,
     traced,
 )
+from toca_fx.torch_private import is_mutable
 
 aten = torch.ops.aten
 
