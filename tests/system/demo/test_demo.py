@@ -12,6 +12,7 @@ import toca_fx
 from toca_fx.demo import digits, run
 
 
+@pytest.mark.slow(reason="the demo command recognises its digits too")
 def test_samples_show_the_class_that_was_asked_for() -> None:
     classes = torch.arange(10).repeat(2)
     samples = digits.sample(digits.load_denoiser(), classes, steps=12, seed=1)

@@ -9,6 +9,7 @@ import torch
 
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
+from tests.marks import slow_but
 from tests.models import OriginalDiT, tiny_dit
 from toca_fx import examples as integration
 from toca_fx.describe.explanation import Explanation
@@ -54,7 +55,14 @@ def test_a_session_does_what_was_explained(kind: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["PixArtTransformer2DModel"],
+        ["PixArtTransformer2DModel", "FluxTransformer2DModel"],
+        "of the classes, one is enough",
+    ),
+)
 def test_models_on_the_meta_device(name: str) -> None:
     model, inputs = integration.build(integration.examples()[name], device="meta")
     told = toca_fx.explain(model, make_policy(modules=PARTIAL), num_steps=6, **inputs)

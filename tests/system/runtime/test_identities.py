@@ -24,6 +24,7 @@ from tests.helpers import (
     run_all,
     tiny,
 )
+from tests.marks import slow_but
 
 aten = torch.ops.aten
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +79,7 @@ def test_full_steps_equal_the_uncached_model(kind: str) -> None:
     assert equal == [step.kind == "full" for step in run.report().steps] == [True, False, False] * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["diffusers"], KINDS, "one model is enough"))
 def test_a_second_generation_equals_a_fresh_compile(kind: str) -> None:
     model, policy = tiny(kind), make_policy(**AUTHORS)
     first, second = make_inputs(20, seed=1), make_inputs(20, seed=2)
@@ -126,7 +127,7 @@ def test_two_generations_in_one_process_equal_two_processes() -> None:
     assert (together["2"] - apart["2"]).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["diffusers"], KINDS, "one model is enough"))
 def test_a_sample_in_a_batch_equals_the_sample_alone(kind: str) -> None:
     model, policy = tiny(kind).double(), make_policy(spatial={"bonus": 0.5})
     inputs = make_inputs(batch=3, dtype=torch.float64)

@@ -28,11 +28,8 @@ CLASSES = (
     "WanTransformer3DModel",
     "CogVideoXTransformer3DModel",
 )
-MODELS = slow_but(
-    ["diffusers", "FluxTransformer2DModel", "STDiT3"],
-    [*KINDS, *CLASSES, "STDiT3"],
-    "of the classes, one of each kind of attention is enough",
-)
+MODELS = (*KINDS, *CLASSES, "STDiT3")
+WHY = "of the classes, one of each kind of attention is enough"
 
 Generation = tuple[nn.Module, list[dict[str, Any]]]
 
@@ -96,7 +93,9 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", slow_but(["diffusers", "FluxTransformer2DModel", "STDiT3"], MODELS, WHY)
+)
 def test_with_all_tokens_fresh_it_is_the_model(name: str) -> None:
     outputs, report = cached(name, 0.0, PARTIAL)
     for step, (ours, theirs) in enumerate(zip(outputs, uncached(name), strict=True)):
@@ -106,7 +105,7 @@ def test_with_all_tokens_fresh_it_is_the_model(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["diffusers", "STDiT3"], MODELS, WHY))
 def test_with_half_of_the_tokens_fresh_it_saves_work(name: str) -> None:
     outputs, report = cached(name, 0.5, PARTIAL)
     assert all(value.isfinite().all() for step in outputs for value in step)

@@ -217,6 +217,7 @@ def test_calls_beyond_the_list_are_computed() -> None:
         assert (output - call(model, *step)).abs().max() < 1e-10
 
 
+@pytest.mark.slow(reason="many generations")
 @pytest.mark.usefixtures("recorded")
 def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
     model, inputs = tiny("diffusers", layers=2), list(make_inputs())
