@@ -13,9 +13,9 @@
     hoisted   name    what the node NAME computes from timestep and conditions  as it is     given
     read              whether a later step reads the scores of this one         [] bool, CPU given
 
-What is kept stays over a generation and is updated in place, in the dtype of the policy for cache
-and keys; what is given is for one step. ``read`` is given on a GPU, to steps that score an
-attention.
+A buffer that is kept stays over a generation and is updated in place, in the dtype of the policy
+for cache and keys; one that is given is for one step. ``read`` is given on a GPU, to steps that
+score an attention.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Role = Literal[
 ]
 
 FEATURES: tuple[Role, ...] = ("cache", "keys")
-"""Kept in the dtype that the policy says, and written by full steps before they are read."""
+"""The roles kept in the dtype that the policy says; full steps write them before any is read."""
 
 
 class Buffer(NamedTuple):
-    """One of them: its role, the index of the site that it belongs to, and which of several.
+    """A tensor by its role, the index of its site, and the ``part`` if there are several.
 
-    A tuple, because the buffers of all sites are looked up at every step.
+    It is a tuple, because the buffers of all sites are looked up at every step.
     """
 
     role: Role

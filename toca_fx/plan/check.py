@@ -1,4 +1,4 @@
-"""What a policy asks for that the model, or the number of steps, does not have."""
+"""Checks that the model and the number of steps have what a policy asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from toca_fx.policy import Policy, Rule, SitePolicy
 
 
 def check_rules(policy: Policy, matches: Matches) -> None:
-    """Raise PolicyError naming every rule that matches no site, with what came nearest."""
+    """Check that every rule matches a site.
+
+    Raises:
+        PolicyError: some do not; it names all of them, with what came nearest.
+    """
     number = len(matches.sites)
     problems = [
         Problem.at(
@@ -26,7 +30,7 @@ def check_rules(policy: Policy, matches: Matches) -> None:
 
 
 def _nearest_miss(rule: Rule, matches: Matches) -> str:
-    """Relax one selector at a time and say which one was in the way."""
+    """Say which selector of a rule excludes all sites, by relaxing one at a time."""
     sites = matches.sites
     if not sites:
         reasons = "; ".join(f"{miss.path}: {miss.reason}" for miss in matches.misses[:3])
@@ -45,7 +49,11 @@ def _nearest_miss(rule: Rule, matches: Matches) -> str:
 
 
 def check_batch(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePolicy]) -> None:
-    """Raise PolicyError if two halves of a batch are to share a selection, and there are none."""
+    """Check that batches have two halves, if these are to share a selection.
+
+    Raises:
+        PolicyError: a batch is odd.
+    """
     if policy.guidance.selection != "shared":
         return
     for site, own in zip(sites, policies, strict=True):
@@ -59,7 +67,11 @@ def check_batch(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePo
 
 
 def check_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: int) -> None:
-    """Raise PolicyError if steps are listed by index, and ``total`` is not the policy's number."""
+    """Check that ``total`` is the policy's number of steps, if steps are listed by index.
+
+    Raises:
+        PolicyError: it is another.
+    """
     planned = policy.sampler.steps
     listed = any(own.N.full_steps is not None or own.N.extra_full_steps for own in policies)
     if total != planned and listed:

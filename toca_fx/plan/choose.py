@@ -1,4 +1,4 @@
-"""Which policy for a model that none was given for."""
+"""The choice of a policy for a model that none was given for."""
 
 from __future__ import annotations
 

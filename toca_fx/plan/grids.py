@@ -10,8 +10,10 @@ from toca_fx.policy import Spatial
 
 
 class SpatialBonus(NamedTuple):
-    """In each cell of ``block`` x ``block`` tokens of ``grid``, rows x columns, the best token's
-    score is multiplied by 1 + ``bonus``.
+    """The spatial bonus of a site whose tokens form a ``grid`` of rows x columns.
+
+    In each cell of ``block`` x ``block`` tokens, the best token's score is multiplied by 1 +
+    ``bonus``.
     """
 
     grid: tuple[int, int]
@@ -20,8 +22,9 @@ class SpatialBonus(NamedTuple):
 
 
 def token_grid(tokens: int, aspect: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Rows and columns of ``tokens`` in the proportions of the latent image ``aspect`` (height,
-    width), if they fit.
+    """Rows and columns of a grid of ``tokens``; None if they form none.
+
+    ``aspect`` is height and width of the latent image, whose proportions the grid has.
     """
     height, width = aspect or (1, 1)
     for patch in range(1, max(height, width) + 1):
@@ -39,7 +42,7 @@ def spatial_bonus(
     """The bonus of a site on the grid of its tokens.
 
     Raises:
-        PolicyError: the tokens form no grid; ``source`` is where the policy stands.
+        PolicyError: the tokens form no grid; ``source`` is the policy's file or name.
     """
     if wanted is None:
         return None

@@ -26,12 +26,11 @@ from toca_fx.policy import SitePolicy
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: ``index`` is s of the paper (counting down for ``order: descending``); one mode and
-    one K per site.
+    """One step, with a mode and a K per site.
 
-    ``fresh[i]`` is the number of tokens per sample that site i computes: all for full and compute,
-    0 for reuse. ``read`` says whether a later step chooses by the scores of attention that this one
-    renews.
+    ``index`` is s of the paper, which counts down for ``order: descending``. ``fresh[i]`` is the
+    number of tokens per sample that site i computes: all for full and compute, 0 for reuse.
+    ``read`` says whether a later step chooses by the scores of attention that this one renews.
     """
 
     index: int
@@ -41,8 +40,9 @@ class StepPlan:
 
     @property
     def kind(self) -> str:
-        """``full`` if no site reads its cache, ``partial`` if no cached site is computed whole,
-        else ``mixed``.
+        """The kind of step: ``full``, ``partial`` or ``mixed``.
+
+        It is full if no site reads its cache, partial if no cached site is computed whole.
         """
         cached = {mode for mode in self.modes if mode != "compute"}
         if cached <= {"full"}:
@@ -52,10 +52,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a policy says of whole generations. ``steps`` is the number that it was tuned for.
+    """What a policy says of whole generations.
 
-    ``shared`` says that both halves of a batch share one selection of tokens, ``separate`` that
-    guidance branches are called one after the other.
+    ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
+    one selection of tokens, ``separate`` that guidance branches are called one after the other.
     """
 
     policy: str
@@ -69,8 +69,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``policies[i]`` makes ``sites[i]`` do on each of ``steps``, in the order of the calls.
+    """What each site does on each step.
 
+    ``policies[i]`` is the policy of ``sites[i]``; ``steps`` are in the order of the calls;
     ``spatial[i]`` is the bonus of a site that selects tokens.
     """
 
@@ -94,13 +95,12 @@ class Plan:
     @cached_property
     def scored(self) -> tuple[int, ...]:
         """Indices of the sites that select tokens on some step."""
-        return tuple(
-            i for i in self.cached if any(step.modes[i] == "partial" for step in self.steps)
-        )
+        partial = {i for step in self.steps for i, m in enumerate(step.modes) if m == "partial"}
+        return tuple(i for i in self.cached if i in partial)
 
     @cached_property
     def scored_by_attention(self) -> tuple[int, ...]:
-        """Those of ``scored`` whose score is made of queries, keys or values of an attention."""
+        """Indices of the scored sites whose score is made of queries, keys or values."""
         return tuple(
             i
             for i in self.scored
@@ -119,8 +119,9 @@ class Plan:
         return self.sites[site].entropy if self.weight_of_entropy(site) else None
 
     def weights_ahead(self, site: int) -> dict[str, float]:
-        """The weights of a site's scores that are known ahead of a step; staleness counts in
-        multiples of N0.
+        """The weights of a site's scores that are known ahead of a step.
+
+        That of staleness is divided by N0.
         """
         policy = self.policies[site]
         found = dict(scores.weights(policy.scores, "ahead"))
@@ -134,18 +135,19 @@ class Plan:
 
     @cached_property
     def remembering(self) -> tuple[int, ...]:
-        """Indices of the self- and joint attentions that keep keys and values, because queries are
-        computed for fresh tokens only.
+        """Indices of the self- and joint attentions that keep keys and values.
+
+        They do if queries are computed for fresh tokens only.
         """
-        anchors = {self.sites[i].anchor for i in self.scored if self.sites[i].projections}
-        return tuple(
-            i for i in self.cached if self.sites[i].anchor in anchors and self.sites[i].projections
-        )
+        sites = self.sites
+        anchors = {sites[i].anchor for i in self.scored if sites[i].projections}
+        return tuple(i for i in self.cached if sites[i].anchor in anchors and sites[i].projections)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, ...], ...]:
-        """Sites of a block that share the first one's cache: they follow each other, and are always
-        reused together.
+        """The sites of a block that share a cache, that of the first one.
+
+        They follow each other, and are always reused together.
         """
         runs: dict[int, list[int]] = {}
         head: dict[int, int] = {}
@@ -170,7 +172,7 @@ class Plan:
 
     @cached_property
     def kept(self) -> tuple[Buffer, ...]:
-        """What a generation keeps from step to step."""
+        """The buffers that a generation keeps from step to step."""
         shared = {i for run in self.runs for i in run[1:]}
         return (
             *(Buffer("cache", i) for i in self.cached if i not in shared),
@@ -185,8 +187,9 @@ class Plan:
         )
 
     def inside(self, modes: Modes) -> tuple[int, ...]:
-        """Indices of the sites that select within the step: their score needs a cross-attention
-        that runs before them in it.
+        """Indices of the sites that select within a step.
+
+        Their score needs a cross-attention that runs before them in the step.
         """
         chosen = []
         for i in self.scored:
@@ -196,16 +199,15 @@ class Plan:
         return tuple(chosen)
 
     def renews_score(self, site: int, modes: Modes) -> bool:
-        """Whether a step in ``modes`` renews a site's base score: with its attention, or with the
-        site itself if that is never cached.
+        """Whether a step in ``modes`` renews a site's base score.
+
+        It does so with the attention, or if that is never cached, with the site itself.
         """
         attention = modes[self.sites[site].influence or 0]
         return attention == "full" or (attention == "compute" and modes[site] == "full")
 
     def is_read(self, at: int) -> bool:
-        """Whether scores of attention from the ``at``-th call are chosen by before they are
-        renewed.
-        """
+        """Whether scores of attention from call ``at`` are used before they are renewed."""
         for site in self.scored_by_attention:
             for step in self.steps[at + 1 :]:
                 if step.modes[site] == "partial":
@@ -215,16 +217,15 @@ class Plan:
         return False
 
     def full_step(self, at: int) -> StepPlan:
-        """The full step, for the ``at``-th call if it has to be full although the schedule says
-        otherwise.
-        """
+        """The full step for call ``at``, if that has to be full against the schedule."""
         index = self.steps[min(at, len(self.steps) - 1)].index
         fresh = tuple(site.tokens for site in self.sites)
         return StepPlan(index, self.full_modes, fresh, self.is_read(at))
 
     def step(self, modes: Modes, hoisted: Sequence[str] = ()) -> StepSpec:
-        """All that the graph of steps in ``modes`` depends on, if the nodes ``hoisted`` are given
-        to it.
+        """All that the graph of steps in ``modes`` depends on.
+
+        The values of the nodes ``hoisted`` are inputs of the graph.
         """
         renewed = [i for i in self.scored_by_attention if self.renews_score(i, modes)]
         return StepSpec(
@@ -249,8 +250,8 @@ class Plan:
     def _attention_score(self, site: int) -> AttentionScore:
         source = self.sites[site].influence
         if source is None:
-            raise AssertionError("sites that no attention tells about are not scored by one")
-        # Every how many queries are looked at: as the most demanding of its sites wants it.
+            raise AssertionError("a site without an attention is not scored by one")
+        # Of the sites that an attention scores, that which wants the most queries decides.
         anchor = self.sites[source].anchor
         every = [
             self.policies[i].scores.every

@@ -31,7 +31,7 @@ class Planner:
         self._lock = threading.Lock()
 
     def plan(self, num_steps: int | None = None) -> Plan:
-        """The plan for a generation of ``num_steps`` model calls; None: the policy's own number.
+        """The plan for a generation of ``num_steps`` model calls; None: the policy's number.
 
         Raises:
             PolicyError: see ``make_plan``.
@@ -44,7 +44,7 @@ class Planner:
 
 
 def resolve(policy: Policy) -> Settings:
-    """What holds for whole generations."""
+    """The settings of a policy that hold for whole generations."""
     return Settings(
         policy=policy.name,
         steps=policy.sampler.steps,
@@ -80,10 +80,8 @@ def make_plan(
     spans = layer_spans(sites)
     columns = []
     for site, own in zip(sites, policies, strict=True):
-        full = full_steps(own.N, indices, total)
-        fresh = tuple(
-            fresh_tokens(own, s, total, site.layer, spans[site.block], site.tokens) for s in indices
-        )
+        full, span = full_steps(own.N, indices, total), spans[site.block]
+        fresh = tuple(fresh_tokens(own, s, total, site.layer, span, site.tokens) for s in indices)
         columns.append(site_column(site, own, indices, full, fresh))
     steps = tuple(
         StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))
@@ -95,13 +93,11 @@ def make_plan(
         for i, (site, own) in enumerate(zip(sites, policies, strict=True))
     )
     read = tuple(replace(step, read=plan.is_read(at)) for at, step in enumerate(steps))
-    return replace(plan, steps=read, spatial=spatial, warnings=tuple(_doubts(plan)))
+    return replace(plan, steps=read, spatial=spatial, warnings=tuple(_warnings(plan)))
 
 
-def _doubts(plan: Plan) -> Iterator[str]:
-    """One warning per kind of score that some sites cannot have, and one for caches that nobody
-    shares.
-    """
+def _warnings(plan: Plan) -> Iterator[str]:
+    """The warnings of a plan: scores that some sites cannot have, caches that no sites share."""
     kinds: tuple[tuple[scores.Source, str], ...] = (
         ("influence", "self- or joint attention"),
         ("entropy", "cross-attention"),

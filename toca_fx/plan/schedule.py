@@ -19,7 +19,7 @@ def site_column(
     full: frozenset[int],
     fresh: tuple[int, ...],
 ) -> tuple[Modes, tuple[int, ...]]:
-    """Modes and token counts of one site over all steps."""
+    """The modes and the numbers of computed tokens of one site, over all steps."""
     mode = policy.action.mode
     if mode == "compute" or all(s in full for s in indices):
         return ("compute",) * len(indices), (site.tokens,) * len(indices)
@@ -31,21 +31,19 @@ def site_column(
     # An attention of no queries is none: the kernels fail on it. An MLP of no tokens runs through
     # the graph of any other number.
     none = "reuse" if site.kind != "mlp" else partial
-    modes = tuple(
-        "full" if s in full else partial if count else none
-        for s, count in zip(indices, fresh, strict=True)
-    )
-    return modes, tuple(
-        site.tokens if s in full else count for s, count in zip(indices, fresh, strict=True)
-    )
+    modes, computed = [], []
+    for s, count in zip(indices, fresh, strict=True):
+        modes.append("full" if s in full else partial if count else none)
+        computed.append(site.tokens if s in full else count)
+    return tuple(modes), tuple(computed)
 
 
 def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:
-    """The step indices s, among ``indices`` in the order of the calls, on which everything is
-    computed.
+    """The step indices s on which everything is computed.
 
-    The interval is re-evaluated at full steps: N(s) = round_half_even(base / (1 + w - 2 w s / T)),
-    w = ``drift`` (ToCa, section 3.3, and the authors' force scheduler). ``phase: modulo`` is the
+    ``indices`` are all of them, in the order of the calls, ``total`` is their number T. The
+    interval is re-evaluated at full steps: N(s) = round_half_even(base / (1 + w - 2 w s / T)), w =
+    ``drift`` (ToCa, section 3.3, and the authors' force scheduler). ``phase: modulo`` is the
     authors' rule: a step is full when s is a multiple of the interval in force and of the one
     re-evaluated at s; either way the latter is in force from then on.
     """
@@ -82,18 +80,17 @@ def _interval_at(interval: Interval, s: int, total: int) -> int:
 
 
 def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, tokens: int) -> int:
-    """K = trunc(rho * tokens), rho = clamp((1 - R) * step factor * layer factor * module weight, 0,
-    1) in float32.
+    """K, the number of fresh tokens, of a site on step s.
 
-    ``span`` is the highest layer index, used unless the policy says ``layer_span``. The factors
-    fall linearly from 1 + w to 1 - w over the steps and over the layers (ToCa, section 3.3). Then K
-    is rounded up to the policy's ``multiple``.
+    K = trunc(rho * tokens), with rho = clamp((1 - R) * step factor * layer factor * module weight,
+    0, 1) in float32. ``span`` is the highest layer index, used unless the policy says
+    ``layer_span``. The factors fall linearly from 1 + w to 1 - w over the steps and over the layers
+    (ToCa, section 3.3). Then K is rounded up to the policy's ``multiple``.
     """
     ratio: Ratio = policy.R
     step_factor = 1 + ratio.step_weight - 2 * ratio.step_weight * s / total
-    layer_factor = (
-        1 + ratio.layer_weight - 2 * ratio.layer_weight * layer / (ratio.layer_span or max(span, 1))
-    )
+    layers = ratio.layer_span or max(span, 1)
+    layer_factor = 1 + ratio.layer_weight - 2 * ratio.layer_weight * layer / layers
     # 1 - 0.93 is not 0.07 in binary; the rounding undoes the subtraction's last bits.
     share = round(1 - ratio.base, 12) * layer_factor * step_factor * policy.action.weight
     count = math.trunc(_float32(_float32(min(max(share, 0.0), 1.0)) * tokens))

@@ -1,5 +1,6 @@
-"""What a plan has to know of the scores that tokens are chosen by; they are declared with their
-weights in the policy room, and ``kernels/scores.py`` has a formula for each.
+"""What a plan has to know of the scores that tokens are chosen by.
+
+They are declared with their weights in the policy room; ``kernels/scores.py`` has the formulas.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ SCORES = scores_of()
 
 
 def weights(scores: Scores, known: Known) -> tuple[tuple[str, float], ...]:
-    """The weights other than 0 of the scores that are known at one moment, by name."""
-    return tuple(
-        (name, weight) for name, weight in scores.weights.items() if SCORES[name].known == known
-    )
+    """The weights other than 0 of the scores that are ``known`` at one moment, by name."""
+    named = scores.weights.items()
+    return tuple((name, weight) for name, weight in named if SCORES[name].known == known)
 
 
 def from_source(scores: Scores, source: Source) -> tuple[str, ...]:

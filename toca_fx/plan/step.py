@@ -1,5 +1,6 @@
-"""All that the graph of a step depends on, besides the model: frozen, and so the key under which
-the compiled graph is kept.
+"""All that the graph of a step depends on, besides the model.
+
+It is frozen and hashable: compiled graphs are kept by it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from toca_fx.plan.schedule import Modes
 
 @dataclass(frozen=True)
 class AttentionScore:
-    """The base score of ``site``: ``weights`` by the names of scores that are made of the operands
-    or the map of the attention of site ``attention``; the map is seen for every ``every``-th query.
+    """The base score of ``site``, made of the attention of the site ``attention``.
+
+    ``weights`` are those of scores by name; every ``every``-th query counts.
     """
 
     site: int
@@ -25,8 +27,10 @@ class AttentionScore:
 
 @dataclass(frozen=True)
 class Selection:
-    """``site`` selects its tokens within the step, once the cross-attention of site ``attention``
-    has run: by ``weight`` times s2, and with the spatial bonus.
+    """The selection of the tokens of ``site`` within a step.
+
+    It comes once the cross-attention of site ``attention`` has run; s2 counts ``weight`` times, and
+    ``spatial`` is the bonus.
     """
 
     site: int
@@ -37,7 +41,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A step on which site i is in ``modes[i]``.
+    """The kind of step on which site i is in ``modes[i]``.
 
     The values of the nodes ``hoisted`` are given. ``dtypes[i]`` is that of the features that site i
     keeps, "model" or a name in torch. The sites of each of ``runs`` share a cache. ``keys`` are the

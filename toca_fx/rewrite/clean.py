@@ -1,4 +1,4 @@
-"""The last passes: what is returned is safe, and what is not needed goes."""
+"""The last passes: no buffer is returned, and dead code goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toca_fx.rewrite.report import PassReport
 
 
 def copy_returned(draft: Draft) -> PassReport:
-    """What the model returns must not be a buffer, which later steps write to."""
+    """Copy the outputs of the model that are buffers, as later steps write to these."""
     added, kept = 0, set(draft.buffers.values())
     for returned in draft.end.all_input_nodes:
         if root(returned) in kept:

@@ -1,4 +1,4 @@
-"""A copy of the model's graph on its way to a step graph, and what passes leave for each other."""
+"""A copy of the model's graph that passes turn into a step graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toca_fx.plan.step import StepSpec
 
 @dataclass(frozen=True)
 class Merge:
-    """``scattered`` puts the fresh part of ``value`` into what ``site`` keeps of it, ``buffer``."""
+    """The node ``scattered`` writes the fresh rows of ``value`` over ``buffer`` of ``site``."""
 
     site: int
     value: fx.Node
@@ -24,12 +24,12 @@ class Merge:
 
 
 class Draft:
-    """The graph, changed in place by one pass after the other.
+    """The graph, which one pass after the other changes, and what passes hand to each other.
 
-    ``nodes`` are those of the source by name; a pass that puts something in the place of one of
-    them writes it there. ``scores`` are those of an attention by its anchor and the score's name,
-    ``entropies`` those of cross-attentions by site, ``fresh_nodes`` the names of the nodes that
-    work on fresh tokens only, and ``kept`` the positions of the model's inputs that are still read.
+    ``nodes`` are those of the source by name; a pass that replaces one of them writes the new node
+    there. ``scores`` are those of an attention by its anchor and the score's name, ``entropies``
+    those of cross-attentions by site, ``fresh_nodes`` the names of the nodes that work on fresh
+    tokens only, and ``kept`` the positions of the model's inputs that are still read.
     """
 
     def __init__(self, source: fx.GraphModule, spec: StepSpec) -> None:
@@ -49,12 +49,13 @@ class Draft:
 
     @property
     def last_input(self) -> fx.Node:
-        """Behind it stands the first node that computes something."""
+        """The last placeholder; the first node that computes something comes behind it."""
         return self._last_input
 
     def buffer(self, buffer: Buffer, like: fx.Node | None = None) -> fx.Node:
-        """The placeholder of a buffer; at the first time it is made, for values ``like`` those of
-        a node.
+        """The placeholder of a buffer; the first call makes it.
+
+        The fake value of the new placeholder is that of ``like``, in the dtype of the buffer.
         """
         found = self.buffers.get(buffer)
         if found is None:
@@ -68,7 +69,7 @@ class Draft:
         return found
 
     def write(self, buffer: Buffer, value: fx.Node) -> None:
-        """Update a buffer. One trailing copy each: inductor turns it into the write in place."""
+        """Update a buffer by a copy at the end, of which inductor makes a write in place."""
         target = self.buffer(buffer, value)
         with self.graph.inserting_before(self.end):
             self.graph.call_function(aten.copy_.default, (target, value))
@@ -85,8 +86,9 @@ class Draft:
 
 
 def kept_dtype(dtypes: tuple[str, ...], buffer: Buffer, computed: torch.dtype) -> torch.dtype:
-    """The type in which a buffer holds values that are ``computed`` in another: for features what
-    the policy says, ``dtypes`` by site.
+    """The dtype in which a buffer holds values that are ``computed`` in another.
+
+    For features the policy says it, ``dtypes`` by site.
     """
     wanted = dtypes[buffer.site] if buffer.role in FEATURES else "model"
     found: torch.dtype = computed if wanted == "model" else getattr(torch, wanted)

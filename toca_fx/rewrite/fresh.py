@@ -17,8 +17,9 @@ from toca_fx.rewrite.restrict import Restriction
 
 
 def compute_fresh(draft: Draft) -> PassReport:
-    """Restrict each partial site's computation to its fresh tokens, up to nodes that are needed
-    whole anyway.
+    """Restrict each partial site's computation to its fresh tokens.
+
+    The restriction ends at nodes that are needed whole anyway.
     """
     before = len(draft.graph.nodes)
     rows = _rows(draft)
@@ -40,9 +41,8 @@ def compute_fresh(draft: Draft) -> PassReport:
         restrict.before = merge.scattered
         fresh = restrict(merge.value, Tokens(value.shape[0], value.shape[1]))
         if fresh is None:
-            raise AssertionError(
-                f"{merge.value} is [batch, tokens, ...] and can be gathered itself"
-            )
+            message = f"{merge.value} is [batch, tokens, ...] and can be gathered itself"
+            raise AssertionError(message)
         kept = merge.buffer.meta["val"].dtype
         if kept != value.dtype:
             with draft.graph.inserting_before(merge.scattered):
@@ -61,17 +61,17 @@ def compute_fresh(draft: Draft) -> PassReport:
 def _blocked(
     site: int, restrict: Restriction, needed: set[fx.Node], order: dict[fx.Node, int]
 ) -> list[Gather]:
-    """The gathers behind operators that could not be restricted, and what runs whole for them."""
+    """The gathers behind operators that could not be restricted to fresh tokens."""
     found = []
     for node in restrict.take_blocked():
-        for_it = sorted(ancestors([node], stop=needed) - needed - {node}, key=order.__getitem__)
-        whole = [_operator(other) for other in for_it if other.target not in RELAYOUTS]
+        above = sorted(ancestors([node], stop=needed) - needed - {node}, key=order.__getitem__)
+        whole = [_operator(other) for other in above if other.target not in RELAYOUTS]
         found.append(Gather(site, _operator(node), tuple(dict.fromkeys(whole))))
     return found
 
 
 def _operator(node: fx.Node) -> str:
-    """``cumsum`` for aten.cumsum.default."""
+    """The name of a node's operator: ``cumsum`` for aten.cumsum.default."""
     return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
@@ -101,19 +101,17 @@ def _select(draft: Draft, selection: Selection) -> fx.Node:
         spec = draft.spec
         return ranked(known, entropy, selection.weight, spec.shared, selection.spatial)
 
-    # As soon as the cross-attention has run: keys and values of the site itself may be merged by
-    # these rows.
+    # Right behind the cross-attention: keys and values of the site itself may be merged by these
+    # rows.
     with graph.inserting_before(entropy.next):
         order = inline(graph, order_of, (known, entropy))
         chosen = graph.call_function(aten.index_select.default, (order, 1, ranks))
         blank = graph.call_function(aten.zeros_like.default, (known,), {"dtype": torch.bool})
         picked = graph.call_function(aten.scatter.value, (blank, 1, chosen, True))
         if batch > 1:
-            first = graph.call_function(
-                aten.arange.start_step,
-                (0, batch * tokens, tokens),
-                {"device": entropy.meta["val"].device},
-            )
+            on_device = {"device": entropy.meta["val"].device}
+            steps = (0, batch * tokens, tokens)
+            first = graph.call_function(aten.arange.start_step, steps, on_device)
             column = graph.call_function(aten.unsqueeze.default, (first, 1))
             chosen = graph.call_function(aten.add.Tensor, (chosen, column))
     picked.meta["val"] = torch.empty_like(entropy.meta["val"], dtype=torch.bool)

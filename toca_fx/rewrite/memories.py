@@ -1,11 +1,11 @@
-"""Passes: what sites keep from step to step is written, read, or renewed for fresh tokens.
+"""Passes: memories of sites are written, read, or renewed for fresh tokens.
 
 Modules that share a cache (``cache.grain: block``) are replaced together:
 
     full      after = module_2(module_1(stream))               cache <- after - stream
     reuse     after = stream + cache
 
-Whatever else a site keeps is treated as its output is: the keys and values of an attention whose
+What a site keeps besides its output is treated alike: the keys and values of an attention whose
 queries are computed for fresh tokens only, and the entropies of a cross-attention.
 """
 
@@ -22,7 +22,7 @@ from toca_fx.rewrite.report import PassReport
 
 
 def share_caches(draft: Draft) -> PassReport:
-    """One cache for what all sites of a run add to the stream."""
+    """Make one cache for what all sites of a run add to the stream."""
     before = len(draft.graph.nodes)
     for run in draft.spec.runs:
         _share(draft, run)
@@ -40,7 +40,7 @@ def _share(draft: Draft, run: tuple[int, ...]) -> None:
         with graph.inserting_after(end if added is kept else added):
             total = graph.call_function(aten.add.Tensor, (stream, added))
         total.meta["val"] = stream.meta["val"] + added.meta["val"]
-        # The type of the stream may change along the run.
+        # The dtype of the stream may change along the run.
         after = draft.cast(total, end, after=total)
         end.replace_all_uses_with(after)
         draft.nodes[residual] = after
@@ -52,8 +52,10 @@ def _share(draft: Draft, run: tuple[int, ...]) -> None:
 
 
 def keep_features(draft: Draft) -> PassReport:
-    """What each site keeps is written if the site is computed, read if it is reused, and else
-    merged: the fresh part, which ``compute_fresh`` makes, is put into what is kept.
+    """Write what a site keeps if the site is computed, and read it if the site is reused.
+
+    On a partial step it is merged: the fresh part, which ``compute_fresh`` makes, is written over
+    the rest.
     """
     before = len(draft.graph.nodes)
     changed: dict[int, None] = {}
@@ -71,7 +73,7 @@ def keep_features(draft: Draft) -> PassReport:
 
 
 def _features(draft: Draft, index: int) -> Iterator[tuple[Buffer, fx.Node]]:
-    """What a site keeps from step to step: buffer and node, upstream first."""
+    """The buffers that a site keeps from step to step, with their nodes, upstream first."""
     site = draft.spec.sites[index]
     if index in draft.spec.keys:
         for part, name in enumerate(site.projections):
@@ -83,7 +85,7 @@ def _features(draft: Draft, index: int) -> Iterator[tuple[Buffer, fx.Node]]:
 
 
 def _merge(draft: Draft, buffer: Buffer, value: fx.Node) -> Merge:
-    """Put scatter(buffer, rows, <fresh>) in the place of ``value``; rows and <fresh> come later."""
+    """Replace ``value`` by scatter(buffer, rows, fresh); rows and fresh are put in later."""
     graph, sizes = draft.graph, list(value.meta["val"].shape)
     kept = draft.buffer(buffer, value)
     with graph.inserting_after(value):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gather:
-    """The fresh tokens of ``site`` are taken out of what the operator ``behind`` returns, because
-    it cannot be restricted to them. ``whole`` are the operators that run on all tokens for it.
+    """A gather of the fresh tokens of ``site`` that does not sit at the stream.
+
+    It sits behind the operator ``behind``, which cannot be restricted to fresh tokens. ``whole``
+    are the operators that run on all tokens because of that.
     """
 
     site: int
@@ -25,8 +27,10 @@ class Gather:
 
 @dataclass(frozen=True)
 class PassReport:
-    """``name`` of the pass; the ``sites`` that it changed something for, by index; the gathers that
-    it could not move up to the stream; and by how many nodes the graph became longer.
+    """What one pass did: ``nodes`` is by how many the graph became longer.
+
+    ``sites`` are the indices of those that it changed something for, ``gathers`` those that it
+    could not move up to the stream.
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 ``x[rows]`` is taken as far up as ``tokenwise`` proves that operators act per token, at best from
 the residual stream itself, above norm and modulation. Restricted values keep their rank and their
-batch axis, with K in the place of N, so that every other operand still broadcasts. Axes are
-followed operator by operator: a size alone proves nothing.
+batch axis, with K instead of N, so that every other operand still broadcasts. Axes are followed
+operator by operator: a size alone proves nothing.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ class Restriction:
         self._blocked: list[fx.Node] = []
 
     def take_blocked(self) -> list[fx.Node]:
-        """The nodes gathered from since the last call although nobody needs them whole: their
-        operators mix tokens, or have no rule.
+        """The nodes gathered from since the last call that are needed whole for that only.
+
+        Their operators mix tokens, or have no rule.
         """
         found, self._blocked = self._blocked, []
         return found
 
     def __call__(self, node: fx.Node, where: Tokens) -> fx.Node | None:
-        """``node`` restricted to the tokens at ``where``; None for a list of tensors that cannot
-        be, so that its user has to be.
+        """``node`` restricted to the tokens at ``where``.
+
+        None if it is a list of tensors that cannot be restricted, so that its user has to be.
         """
         key = (node, where)
         if key not in self._done:
@@ -73,9 +75,8 @@ class Restriction:
         replaced: dict[fx.Node, fx.Node] = {}
         for operand, there in operands.items():
             if there.batch_axis is None:
-                restricted: fx.Node | None = self._gather_shared(
-                    operand, there, where, rank=len(shape_of(node))
-                )
+                rank = len(shape_of(node))
+                restricted: fx.Node | None = self._gather_shared(operand, there, where, rank)
             else:
                 restricted = self(operand, there)
             if restricted is None:
@@ -89,12 +90,9 @@ class Restriction:
                 if where.flat:
                     count = self._graph.call_function(operator.mul, (count, where.batch))
                     copied.prepend(count)
-                copied.args = (
-                    copied.args[0],
-                    axes.resized(node, where.axis, count),
-                    *copied.args[2:],
-                )
-        copied.meta.pop("stack", None)  # it belongs to the site now, wherever the original stands
+                sizes = axes.resized(node, where.axis, count)
+                copied.args = (copied.args[0], sizes, *copied.args[2:])
+        copied.meta.pop("stack", None)  # the copy goes with the site, not with the original
         self.created.append(copied)
         return copied
 
@@ -107,21 +105,18 @@ class Restriction:
         with self._graph.inserting_before(self.before):
             if where.flat:
                 flat_rows = self._graph.call_function(aten.flatten.using_ints, (self._rows,))
-                return self._graph.call_function(
-                    aten.index.Tensor, (node, [*[None] * where.axis, flat_rows])
-                )
+                index = [*[None] * where.axis, flat_rows]
+                return self._graph.call_function(aten.index.Tensor, (node, index))
             front = _to_front(len(shape), where.batch_axis, where.axis)
             whole = self._permute(node, front)
             sizes = [shape[where.batch_axis] * shape[where.axis], *(shape[i] for i in front[2:])]
             flat = self._graph.call_function(aten.reshape.default, (whole, sizes))
-            taken = self._graph.call_function(
-                aten.index.Tensor, (flat, [self._in_longer(where, shape[where.axis])])
-            )
+            rows = self._in_longer(where, shape[where.axis])
+            taken = self._graph.call_function(aten.index.Tensor, (flat, [rows]))
             return self._permute(taken, _inverse(front))
 
     def _gather_shared(self, node: fx.Node, there: Tokens, where: Tokens, rank: int) -> fx.Node:
-        """Take the fresh tokens out of a tensor that all samples share, such as a table of
-        positions.
+        """Take the fresh tokens out of a tensor that all samples share (a table of positions).
 
         Its user broadcasts it to ``rank`` axes; the result has them all, with the samples along the
         user's batch axis.
@@ -133,9 +128,8 @@ class Restriction:
         front = _to_front(rank, where.batch_axis, where.axis)
         self.gathered.append(node)
         with self._graph.inserting_before(self.before):
-            whole = self._permute(
-                self._graph.call_function(aten.reshape.default, (node, padded)), front
-            )
+            reshaped = self._graph.call_function(aten.reshape.default, (node, padded))
+            whole = self._permute(reshaped, front)
             table = self._graph.call_function(aten.select.int, (whole, 0, 0))
             tokens = self._graph.call_function(aten.remainder.Scalar, (self._rows, there.count))
             if there.offset:
@@ -151,9 +145,8 @@ class Restriction:
         if key not in self._rows_in:
             shift: Any = where.offset
             if where.batch > 1:
-                first = self._graph.call_function(
-                    aten.arange.default, (where.batch,), {"device": self._device}
-                )
+                on_device: dict[str, Any] = {"device": self._device}
+                first = self._graph.call_function(aten.arange.default, (where.batch,), on_device)
                 column = self._graph.call_function(aten.unsqueeze.default, (first, 1))
                 shift = self._graph.call_function(aten.mul.Tensor, (column, length - where.count))
                 if where.offset:
@@ -162,11 +155,9 @@ class Restriction:
         return self._rows_in[key]
 
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        return (
-            node
-            if order == sorted(order)
-            else self._graph.call_function(aten.permute.default, (node, order))
-        )
+        if order == sorted(order):
+            return node
+        return self._graph.call_function(aten.permute.default, (node, order))
 
 
 def _has_samples(node: fx.Node, where: Tokens) -> bool:

@@ -1,4 +1,4 @@
-"""Pass: attentions tell, on the steps that compute them, how much their tokens matter."""
+"""Pass: attentions give scores of their tokens, on the steps that compute them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from toca_fx.rewrite.report import PassReport
 
 
 def score_attentions(draft: Draft) -> PassReport:
-    """Put the entropies and base scores that this kind of step renews into the graph; the scores
-    are written, the entropies wait for ``keep_features``.
+    """Put the entropies and base scores that this kind of step renews into the graph.
+
+    Scores are written to their buffers; entropies are left to ``keep_features``.
     """
     before = len(draft.graph.nodes)
     spec = draft.spec
     attentions = _Attentions(draft)
     for i in spec.entropies:
-        # Of the two halves of a guidance batch: their entropies sum to that of both maps.
+        # The entropies of the two halves of a guidance batch then sum to that of both maps.
         share = 0.5 if spec.shared else 1.0
         draft.entropies[i] = attentions.score(i, "cross_attention", {"share": share})
     for score in spec.scores:
@@ -58,8 +59,9 @@ def _base_score(draft: Draft, attentions: _Attentions, score: AttentionScore) ->
 
 
 class _Attentions:
-    """The attentions of a draft as they were found; the scores of each are computed once, however
-    many sites they tell about.
+    """The attentions of a draft as they were found.
+
+    Each score is computed once, even if several sites use it.
     """
 
     def __init__(self, draft: Draft) -> None:
@@ -90,9 +92,9 @@ class _Attentions:
     def _replace(
         self, anchor: str, attention: Attention, function: Callable[..., Any], may_skip: bool
     ) -> fx.Node:
-        """Put ``function``, which returns output and score, in the place of an attention.
+        """Replace an attention by ``function``, which returns output and score.
 
-        It takes what the attention takes; on a GPU it ``may_skip`` a score that nobody will read.
+        It takes what the attention takes; on a GPU it ``may_skip`` a score that is not used.
         """
         draft, output = self._draft, attention.output
         further = {"read": self._is_read(output)} if may_skip and _on_gpu(output) else {}
@@ -105,8 +107,9 @@ class _Attentions:
         return score
 
     def _is_read(self, attention: fx.Node) -> fx.Node:
-        """The input that says whether the scores of this step will be read: on the CPU, where
-        reading it waits for nothing.
+        """The input that says whether the scores of this step will be used.
+
+        It is on the CPU, where reading it does not wait for the device.
         """
         node = self._draft.buffer(READ)
         value: Tensor = attention.meta["val"]
@@ -116,8 +119,9 @@ class _Attentions:
     def _beside(
         self, attention: Attention, batch: int, formula: OfAttention, options: Mapping[str, Any]
     ) -> fx.Node:
-        """Compute a score from the map in the graph, or from operands, beside an attention that
-        stays as it is.
+        """Compute a score beside an attention that stays as it is.
+
+        It is made of the map, if the graph has it, or else of operands.
         """
         given_scale = attention_scale(attention.output)
         of_map = formula.of_map if attention.weights is not None else None

@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 PASSES: tuple[Callable[[Draft], PassReport], ...] = (
     take_hoisted,  # what does not depend on the latents becomes an input
-    score_attentions,  # attentions tell how much their tokens matter
+    score_attentions,  # attentions give scores of their tokens
     share_caches,  # one cache for modules that follow each other
     keep_features,  # outputs, keys, values and entropies are written, merged or read
     copy_returned,  # what the model returns is no buffer
     compute_fresh,  # partial sites compute their fresh tokens only
-    remove_dead,  # what nobody needs any more
+    remove_dead,  # what is not used any more
 )
 
 
@@ -48,6 +48,5 @@ def rewrite(source: fx.GraphModule, spec: StepSpec) -> StepGraph:
         log.info("%s", report)
     draft.graph.lint()
     draft.module.recompile()
-    return StepGraph(
-        draft.module, draft.kept, tuple(draft.buffers), draft.fresh_nodes, tuple(reports)
-    )
+    buffers = tuple(draft.buffers)
+    return StepGraph(draft.module, draft.kept, buffers, draft.fresh_nodes, tuple(reports))

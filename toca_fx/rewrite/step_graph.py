@@ -20,7 +20,7 @@ class StepGraph:
 
     Inputs, in order: the model's inputs at positions ``kept``, then the tensors of ``buffers``.
     ``fresh_nodes[i]`` names the nodes that work on the fresh tokens of site i only (for counting
-    FLOPs); ``reports`` tell what each pass did.
+    FLOPs); ``reports`` say what each pass did.
     """
 
     module: fx.GraphModule
@@ -31,8 +31,9 @@ class StepGraph:
 
 
 def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str] = ()) -> StepGraph:
-    """The part of ``source`` that computes the nodes ``names``, as one tuple of contiguous values;
-    those of the nodes ``given`` are there already. ``source`` is not changed.
+    """The part of ``source`` that computes the nodes ``names``; it returns contiguous values.
+
+    The values of the nodes ``given`` are inputs. ``source`` is not changed.
     """
     graph = copy.deepcopy(source.graph)
     nodes = {node.name: node for node in graph.nodes}
@@ -46,9 +47,8 @@ def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str]
         nodes[name].replace_all_uses_with(last)
     (end,) = graph.find_nodes(op="output")
     with graph.inserting_before(end):
-        end.args = (
-            tuple(graph.call_function(aten.contiguous.default, (nodes[name],)) for name in names),
-        )
+        values = [graph.call_function(aten.contiguous.default, (nodes[name],)) for name in names]
+        end.args = (tuple(values),)
     eliminate_dead_code(graph)
     used = tuple(buffer for buffer, node in buffers.items() if node.users)
     kept = erase_unused(graph, inputs)

@@ -14,18 +14,19 @@ from toca_fx.rewrite.draft import kept_dtype
 
 
 class Tensors:
-    """Makes the tensors for the sites of one graph, ``source``, and plan."""
+    """A factory of the tensors of one plan, for the sites of one graph ``source``."""
 
     def __init__(self, source: fx.GraphModule, plan: Plan) -> None:
         self._plan = plan
         self._dtypes = tuple(policy.cache.dtype for policy in plan.policies)
         self._nodes = {node.name: node for node in source.graph.nodes}
-        # What a run keeps has the type of the stream behind its last site.
+        # What a run keeps has the dtype of the stream behind its last site.
         self._ends = {run[0]: plan.sites[run[-1]].residual for run in plan.runs}
 
     def new(self, buffer: Buffer) -> Tensor:
-        """A buffer to be kept, or an example of a value given for a whole step: features
-        uninitialised (a full step comes first), everything else zero.
+        """A tensor for a buffer that is kept, or an example of one that is given.
+
+        Features are uninitialised (a full step comes first), everything else is zero.
         """
         if buffer.role == "read":
             return torch.ones((), dtype=torch.bool)
@@ -45,7 +46,7 @@ class Tensors:
         return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)
 
     def example(self, buffer: Buffer, count: Any) -> Tensor:
-        """What a step with ``count`` (a number or a symbol) fresh tokens per sample is given."""
+        """An example of a buffer for ``count`` fresh tokens per sample, a number or a symbol."""
         if buffer.role not in ("order", "known", "ranks"):
             return self.new(buffer)
         value = self._value(self._plan.sites[buffer.site].output)
