@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import CompileContext
 from torch.utils.weak import WeakIdKeyDictionary
 
 from toca_fx.capture.aten import to_aten, verify
-from toca_fx.capture.sources import input_sources, model_class
+from toca_fx.capture.dynamo import uncompiled
+from toca_fx.capture.sources import frame_id, input_sources, model_class
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
@@ -73,7 +73,7 @@ def compile(  # noqa: A001 - as torch.compile
             "expected a torch.nn.Module or a diffusers pipeline with a transformer, got "
             f"{type(model).__name__}"
         )
-    module = copy.copy(getattr(model, "_orig_mod", model))
+    module = uncompiled(model)
     module.compile(backend=backend, fullgraph=True)
     return module
 
@@ -139,10 +139,7 @@ class Dispatcher:
     ) -> None:
         self._captured, self._inner = captured, inner
         self._given, self._model_class = policy, model_class
-        compile_id = CompileContext.current_compile_id()
-        # The place in the code keeps the parts of a broken graph apart; it stays the same across
-        # recompilations.
-        self._frame = None if compile_id is None else compile_id.frame_id
+        self._frame = frame_id()  # it keeps the parts of a broken graph apart
         parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
         self._parameters = picker(parameters)
         # Dynamo guards all but the numbers that it made symbolic. Those unused are storage offsets

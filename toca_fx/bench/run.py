@@ -49,9 +49,8 @@ def main(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = (
-        64  # the hooks of diffusers make every block a function of its own
-    )
+    # The hooks of diffusers make every block a function of its own.
+    torch.compiler.config.recompile_limit = 64
     gpu = find_gpu()
     dtype = args.dtype or ("float32" if gpu is None else "bfloat16")
     place = {"device": "cpu" if gpu is None else gpu.kind, "dtype": getattr(torch, dtype)}
@@ -84,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
             )
         show(result, console)
         results.append(result)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
     if args.json:
         figures = {

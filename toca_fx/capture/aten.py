@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from toca_fx.capture.functionalize import is_mutable, make_functional
+from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.sources import clean_path, input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
+from toca_fx.torch_private import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    is_mutable,
+    make_fx,
+)
 
 aten = torch.ops.aten
 
@@ -66,7 +70,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         node.meta["path"] = stack[-1] if stack else ""
         nothing = node.target is aten.detach_.default
         nothing |= node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
-        if is_mutable(node) and not nothing:
+        if is_mutable(node.target) and not nothing:
             graph_module.meta["writes"] = True
             make_functional(node)
         elif nothing:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from toca_fx.capture.sources import input_sources
 from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.torch_private import (
+    BackendCompilerFailed,
+    TorchDynamoException,
+    forget_compiled_call,
+    original_module,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Captured(Exception):  # noqa: N818 - no error
@@ -28,6 +35,13 @@ def _entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "Dynamo is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)"
         )
     return self(*args, **kwargs)
+
+
+def uncompiled(model: Model) -> Model:
+    """A shallow copy of ``model`` that runs the model's own code, whatever compiled it before."""
+    twin = copy.copy(original_module(model))
+    forget_compiled_call(twin)
+    return twin
 
 
 def capture(

@@ -15,11 +15,7 @@ from torch import Tensor, fx
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.axes import shape_of
 from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, aten, operands
-
-
-def is_mutable(node: fx.Node) -> bool:
-    """Whether the node writes to one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+from toca_fx.torch_private import storage_id
 
 
 def make_functional(node: fx.Node) -> None:
@@ -77,7 +73,7 @@ def _aliases(node: fx.Node, mutated: fx.Node) -> list[fx.Node]:
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_id(value) if isinstance(value, Tensor) else None
 
 
 def _later_users(node: fx.Node, aliases: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -116,11 +112,9 @@ def _new_value(node: fx.Node, mutated: fx.Node) -> fx.Node:
                 )
             # A copy: what was copied may be written to later. Compilers drop it.
             return _call(node, aten.clone.default, (value,), old, {"memory_format": _format(old)})
-    functional = getattr(
-        getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None),
-        target._overloadname,
-        None,
-    )
+    name, _, overload = target.name().removeprefix("aten::").partition(".")
+    packet = getattr(aten, name.removesuffix("_"), None)
+    functional = getattr(packet, overload or "default", None)
     if functional is None or functional is target:
         raise _refusal(node, "it has no counterpart that returns a new tensor")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])

@@ -6,7 +6,8 @@ import re
 
 import torch
 from torch import fx
-from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from toca_fx.torch_private import CompileContext, InstructionTranslator
 
 # "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']"
 # -> blocks.0.attn
@@ -35,6 +36,15 @@ def model_class() -> str:
         return ""
     owner = frame.f_locals.get("self") if frame is not None else None
     return type(owner).__name__ if isinstance(owner, torch.nn.Module) else ""
+
+
+def frame_id() -> int | None:
+    """The number of the code that Dynamo is capturing right now; None if it captures nothing.
+
+    The same code has the same number across recompilations.
+    """
+    compile_id = CompileContext.current_compile_id()
+    return None if compile_id is None else compile_id.frame_id
 
 
 def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:

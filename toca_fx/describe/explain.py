@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from toca_fx.capture.aten import to_aten
-from toca_fx.capture.dynamo import capture
+from toca_fx.capture.dynamo import capture, uncompiled
 from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
 from toca_fx.graph import roles
+from toca_fx.graph.ops import namespace, operator_name
 from toca_fx.lower import memory
 from toca_fx.lower.analysis import Analysis
 from toca_fx.match.matcher import match
@@ -50,8 +49,7 @@ def explain(
             "pass the transformer"
         )
     given = None if policy is None else load_policy(policy)
-    module = copy.copy(getattr(model, "_orig_mod", model))
-    module._compiled_call_impl = None  # what toca_fx.compile and Module.compile set
+    module = uncompiled(model)
     captured, inputs = capture(module, args, kwargs)
     name = type(module).__name__
     aten = to_aten(captured, inputs)
@@ -144,14 +142,10 @@ def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
     """
     foreign: dict[str, None] = {}
     for node in graph.nodes:
-        target, path = node.target, node.meta.get("path", "")
+        space, path = namespace(node.target), node.meta.get("path", "")
         inside = path == miss.path or path.startswith(f"{miss.path}.")
-        if (
-            inside
-            and isinstance(target, torch._ops.OpOverload)
-            and target.namespace not in _PYTORCH
-        ):
-            foreign[f"torch.ops.{target.namespace}.{target._opname}"] = None
+        if inside and space and space not in _PYTORCH:
+            foreign[f"torch.ops.{space}.{operator_name(node.target)}"] = None
     advice = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
     return Skipped(
         miss.kind, miss.path, miss.reason, f"if this is an attention: {advice}" if advice else ""

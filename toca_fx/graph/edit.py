@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from toca_fx.torch_private import is_mutable, make_fx
 
 
 def inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
@@ -55,7 +55,7 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node that nobody uses has to stay: inputs, outputs and writes."""
     if node.op in ("placeholder", "output"):
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_mutable(node.target)
 
 
 def erase_unused(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int, ...]:

@@ -19,6 +19,13 @@ from torch import Tensor, fx
 
 from toca_fx.graph import axes
 from toca_fx.graph.axes import Axes, Rule
+from toca_fx.torch_private import (
+    CustomOpDef,
+    OpOverload,
+    OpOverloadPacket,
+    argument_names,
+    custom_overload,
+)
 
 aten = torch.ops.aten
 
@@ -237,6 +244,47 @@ def is_activation(node: fx.Node) -> bool:
     return node.target in ACTIVATIONS or (
         is_pointwise(node) and node.target not in LINEAR_POINTWISE and node.target not in RELAYOUTS
     )
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def operator_name(target: object) -> str:
+    """The name of an operator without namespace and overload, "linear"; "" if it is none."""
+    return str(target.overloadpacket.__name__) if isinstance(target, OpOverload) else ""
+
+
+def namespace(target: object) -> str:
+    """The namespace of an operator, "aten" for those of PyTorch; "" if it is none."""
+    return target.namespace if isinstance(target, OpOverload) else ""
+
+
+def overloads_of(op: object) -> tuple[OpOverload, ...]:
+    """The targets that nodes of a graph may have for a call of ``op``.
+
+    ``op`` is an operator of ``torch.ops`` or comes from ``torch.library.custom_op``; () if it is
+    neither.
+    """
+    if isinstance(op, CustomOpDef):
+        return (custom_overload(op),)
+    if isinstance(op, OpOverloadPacket):
+        return tuple(getattr(op, name) for name in op.overloads())  # type: ignore[no-untyped-call]
+    return (op,) if isinstance(op, OpOverload) else ()
+
+
+def argument(node: fx.Node, *names: str) -> Any:
+    """The value of the first argument of a node's operator that has one of ``names``.
+
+    None if it is left out, or if there is no such argument.
+    """
+    if not isinstance(node.target, OpOverload):
+        return None
+    for position, name in enumerate(argument_names(node.target)):
+        if name in names:
+            return node.kwargs.get(name, node.args[position] if position < len(node.args) else None)
+    return None
 
 
 def activations(node: fx.Node) -> Iterator[fx.Node]:

@@ -145,7 +145,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, H, N, E], and the log-sum-exp [B, H, N] if torch's kernel returns one."""
-    choice = torch._fused_sdp_choice(query, key, value, scale=scale) if query.is_cuda else _MATH
+    choice = _MATH
+    if query.is_cuda:
+        choice = aten._fused_sdp_choice.default(query, key, value, scale=scale)
     if choice == _CUDNN:
         output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention.default(
             query, key, value, None, True, scale=scale

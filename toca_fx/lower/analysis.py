@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, flops_of, nbytes_of
@@ -22,6 +21,7 @@ from toca_fx.rewrite.hoist import find_hoistable
 from toca_fx.rewrite.step import rewrite
 from toca_fx.rewrite.step_graph import StepGraph, extract
 from toca_fx.rewrite.tensors import Tensors
+from toca_fx.torch_private import FakeTensorMode
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
 from toca_fx.lower.fake_inputs import like
+from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends.registry import lookup_backend
 
 from toca_fx.diagnostics import did_you_mean
+from toca_fx.torch_private import list_mode_options, lookup_backend
 
 Compiler = str | Callable[..., Any]
 
@@ -38,7 +38,7 @@ class Inner:
             raise ValueError(
                 f"mode={self.mode!r} is for the inner backend inductor; {self.backend} has no modes"
             )
-        known = torch._inductor.list_mode_options()
+        known = list_mode_options()
         if self.mode not in known:
             raise ValueError(
                 f"unknown mode `{self.mode}`{did_you_mean(str(self.mode), known)}; known: {', '.join(known)}"
@@ -61,14 +61,14 @@ class Inner:
         return (
             None
             if self.mode is None
-            else bool(torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs"))
+            else bool(list_mode_options(self.mode).get("triton.cudagraphs"))
         )
 
     @property
     def _options(self) -> dict[str, Any]:
         # Whole steps are recorded, with the selection (see ``recording``), and not what inductor is
         # given.
-        found = {} if self.mode is None else torch._inductor.list_mode_options(self.mode)
+        found = {} if self.mode is None else list_mode_options(self.mode)
         return {key: value for key, value in found.items() if key != "triton.cudagraphs"}
 
     def _function(self) -> Callable[..., Any]:

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from toca_fx.torch_private import end_allocate_to_pool, foreach_copy_, tree_map_only
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class CudaRecorder:
             graph.capture_end()
             return
         with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            end_allocate_to_pool(self._device.index or 0, self._pool)
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is empty
             nothing = torch.cuda.CUDAGraph()
@@ -241,7 +242,7 @@ class Recordings:
             into.append(_once(own))
             out_of.append(_once(inputs[at]))
         for into, out_of in by_dtype.values():
-            torch._foreach_copy_(into, out_of)
+            foreach_copy_(into, out_of)
         recording.replay()
         return tree_map_only(Tensor, torch.clone, recording.found)
 

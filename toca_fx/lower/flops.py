@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from toca_fx.graph.ops import overloads_of
 from toca_fx.kernels.columns import attention_and_columns
+from toca_fx.torch_private import detect_fake_mode, sdpa_flop_count
 
-_SCORED = attention_and_columns._opoverload
+(_SCORED,) = overloads_of(attention_and_columns)
 
 
 def _attention(

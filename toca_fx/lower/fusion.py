@@ -34,16 +34,15 @@ from toca_fx.graph.ops import (
     RESHAPES,
     SAME,
     SOFTMAXES,
+    namespace,
+    operator_name,
 )
+from toca_fx.torch_private import storage_id
 
 
 def _names(targets: Iterable[object]) -> frozenset[str]:
     """The overload packets of ``targets``: inductor treats their overloads alike."""
-    return frozenset(
-        target._overloadpacket.__name__
-        for target in targets
-        if isinstance(target, torch._ops.OpOverload)
-    )
+    return frozenset(filter(None, map(operator_name, targets)))
 
 
 # Overload packets by name: those in the table of operators, and what the table need not know,
@@ -205,7 +204,7 @@ class _Lowering:
         )
         if not any(isinstance(output, Tensor) for output in outputs):
             return  # a number
-        name = _name(node)
+        name = operator_name(node.target)
         if name not in ("index_put", "scatter", "copy_"):
             self._sites.update(
                 (node, self._sites[operand])
@@ -300,7 +299,7 @@ class _Lowering:
         (given, *_) = node.all_input_nodes
         whole = self._values[given.name]
         storages = {
-            x.untyped_storage()._cdata
+            storage_id(x)
             for x in ([whole] if isinstance(whole, Tensor) else whole)
             if isinstance(x, Tensor)
         }
@@ -309,7 +308,7 @@ class _Lowering:
         joins = name in ("reshape", "flatten", "contiguous") and first.value.buffer.name.startswith(
             "scaled_dot_product_attention"
         )
-        return output.untyped_storage()._cdata in storages or joins
+        return storage_id(output) in storages or joins
 
     def _look(self, node: fx.Node, name: str, operand: _View, is_one: bool) -> None:
         straight = operand.straight and is_one and name in _STRAIGHT
@@ -321,7 +320,7 @@ class _Lowering:
         is_complex = any(
             isinstance(value, Tensor) and value.is_complex() for value in (*outputs, *operands)
         )
-        foreign = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
+        foreign = namespace(node.target) not in ("", "aten")
         return is_complex or foreign or name.startswith(("_scaled_dot_product", "_fft"))
 
     def _fuse(self, node: fx.Node, name: str, output: Tensor, operands: list[_View]) -> None:
@@ -341,20 +340,11 @@ class _Lowering:
         case.
         """
         reads = len(value.reads) + more_reads
-        users = sum(2 if _name(user) in _TWICE else 1 for user in node.users)
+        users = sum(2 if operator_name(user.target) in _TWICE else 1 for user in node.users)
         if not value.written and users:
             most = _READS_IF_REUSED if users > 1 else _MOST_READS
             if reads > most or value.ops > _MOST_OPS:
                 self._write(value)
-
-
-def _name(node: fx.Node) -> str:
-    """The operator of a node without its overload; "" if it is none."""
-    return (
-        node.target._overloadpacket.__name__
-        if isinstance(node.target, torch._ops.OpOverload)
-        else ""
-    )
 
 
 def _joined(operands: Iterable[_View]) -> dict[_Place, bool]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from toca_fx.plan import buffers
 from toca_fx.rewrite.hoist import Hoisted
+from toca_fx.torch_private import foreach_copy_
 
 _ALIGNMENT = 64  # bytes; compilers take for granted that inputs are aligned
 _NEVER = -2  # no row of a table
@@ -76,7 +77,7 @@ class HoistedValues:
 
     def put(self, found: Sequence[Tensor]) -> None:
         """The timed values of the present step."""
-        torch._foreach_copy_(self._timed, list(found))
+        foreach_copy_(self._timed, list(found))
 
     def fill(self, found: Sequence[Tensor]) -> None:
         """The timed values at all timesteps, [T, ...] each."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.blocks import assign
@@ -29,6 +28,7 @@ from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.rewrite.tensors import Tensors
+from toca_fx.torch_private import FakeTensorMode, storage_id
 
 _MIB = 2**20
 # kMinBlockSize, kSmallSize, kMinLargeAlloc, kRoundLarge.
@@ -82,7 +82,7 @@ def predict(found: Analysis, plan: Plan) -> Peak:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes allocated for tensors; once for those that share memory."""
-    storages = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+    storages = {storage_id(tensor): tensor for tensor in tensors}
     return sum(allocated(tensor.untyped_storage().nbytes()) for tensor in storages.values())
 
 

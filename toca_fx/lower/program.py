@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
@@ -24,6 +22,7 @@ from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
 from toca_fx.rewrite.tensors import Tensors
+from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
-from toca_fx.graph.ops import LINEAR_POINTWISE, PRODUCTS, RELAYOUTS, SOFTMAXES, aten
+from toca_fx.graph.ops import (
+    LINEAR_POINTWISE,
+    PRODUCTS,
+    RELAYOUTS,
+    SOFTMAXES,
+    argument,
+    aten,
+    overloads_of,
+)
 
 Layout = Literal["bhnd", "bnhd"]
 
@@ -74,12 +81,8 @@ def register_attention(
     """
     if layout not in ("bhnd", "bnhd"):
         raise ValueError(f'layout={layout!r}: expected "bhnd" or "bnhd"')
-    if isinstance(op, torch._library.custom_ops.CustomOpDef):
-        op = op._opoverload
-    overloads: list[object] = [op]
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        overloads = [getattr(op, name) for name in op.overloads()]  # type: ignore[no-untyped-call]
-    if not all(isinstance(overload, torch._ops.OpOverload) for overload in overloads):
+    overloads = overloads_of(op)
+    if not overloads:
         raise TypeError(
             f"register_attention({op!r}): expected an operator such as torch.ops.my_lib.attention"
         )
@@ -122,14 +125,7 @@ def attention_at(node: fx.Node) -> Attention | None:
 
 def attention_scale(node: fx.Node) -> Any:
     """The scale argument of an attention operator; None if it has none."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name in ("scale", "softmax_scale"):
-            return node.kwargs.get(
-                argument.name, node.args[position] if position < len(node.args) else None
-            )
-    return None
+    return argument(node, "scale", "softmax_scale")
 
 
 def _back(

@@ -15,10 +15,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
-from toca_fx.graph.ops import RELAYOUTS, is_activation, is_cheap
+from toca_fx.graph.ops import RELAYOUTS, is_activation, is_cheap, is_random
 from toca_fx.match.sites import Site
 from toca_fx.plan.buffers import hoisted
 from toca_fx.rewrite.draft import Draft
@@ -65,7 +64,7 @@ def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoist
         if (
             node.name in anchors
             or node.op == "output"
-            or _is_random(node)
+            or (is_random(node) and not _is_cheap(node))
             or (
                 level[node] == _TIMED
                 and node.op == "call_function"
@@ -118,14 +117,6 @@ def _is_cheap(node: fx.Node) -> bool:
     it.
     """
     return node.target in RELAYOUTS or (is_cheap(node) and not is_activation(node))
-
-
-def _is_random(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-        and not _is_cheap(node)
-    )
 
 
 def _rows(node: fx.Node) -> int:

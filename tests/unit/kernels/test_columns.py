@@ -235,7 +235,7 @@ def run(read: bool | None, dtype: torch.dtype, every: int = 1) -> tuple[list[Any
 def test_the_log_sum_exp_is_that_of_the_kernel_which_would_have_been_chosen(
     choice: SDPBackend, every: int, launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice.value)
+    monkeypatch.setattr(aten._fused_sdp_choice, "default", lambda *args, **kwargs: choice.value)
     targets, output, sums = run(
         None, torch.float32 if choice is SDPBackend.EFFICIENT_ATTENTION else torch.bfloat16, every
     )
@@ -265,7 +265,7 @@ def test_where_no_kernel_runs_a_plain_product_takes_its_place(
     launched: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice.value)
+    monkeypatch.setattr(aten._fused_sdp_choice, "default", lambda *args, **kwargs: choice.value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     targets, output, sums = run(True, torch.float16, every=2)
     attention_ = (

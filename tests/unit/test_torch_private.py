@@ -1,0 +1,341 @@
+"""Each private name of torch does what toca_fx needs of it, and no other file has one."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._guards import CompileId, compile_context
+
+import toca_fx
+from toca_fx import torch_private as private
+from toca_fx.capture.sources import frame_id, model_class
+from toca_fx.kernels.columns import attention_and_columns
+
+aten = torch.ops.aten
+
+PACKAGE = Path(toca_fx.__file__).parent
+OPEN_TO = {"capture", "graph", "lower"}
+
+_BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "attrgetter")
+
+# What other files have all the same.
+_FOREACH = "torch.foreach has it since 2.15 only"
+_PYTREE = "models that are examples, and figures of them: nothing that is compiled depends on it"
+ALLOWED = {
+    ("bench/measure.py", "torch.utils._pytree"): _PYTREE,
+    ("examples/__init__.py", "torch.utils._pytree"): _PYTREE,
+    ("runtime/conditioning.py", "torch._foreach_copy_"): _FOREACH,
+    ("runtime/selector.py", "torch._foreach_copy_"): _FOREACH,
+    ("runtime/conditioning.py", "_version"): "the notes on autograd name it: writes are counted",
+}
+
+
+def errors_are_told_apart() -> None:
+    assert issubclass(private.BackendCompilerFailed, private.TorchDynamoException)
+    assert issubclass(private.TorchDynamoException, Exception)
+
+
+def captures_are_known() -> None:
+    """What they say while Dynamo runs is in tests/graph/capture/test_sources.py."""
+    assert frame_id() is None
+    with compile_context(private.CompileContext(CompileId(frame_id=7, frame_compile_id=1))):
+        assert frame_id() == 7
+    assert model_class() == ""
+    with pytest.raises(AttributeError):
+        private.InstructionTranslator.current_tx()
+
+
+def backends_are_found() -> None:
+    assert callable(private.lookup_backend("eager"))
+    with pytest.raises(Exception, match="no such"):
+        private.lookup_backend("no such")
+
+
+def modes_are_listed() -> None:
+    assert "reduce-overhead" in private.list_mode_options()
+    assert private.list_mode_options("reduce-overhead")["triton.cudagraphs"] is True
+
+
+def operators_are_told_apart() -> None:
+    assert isinstance(aten.add.Tensor, private.OpOverload)
+    assert isinstance(aten.add, private.OpOverloadPacket)
+    assert not isinstance(aten.add, private.OpOverload)
+    assert aten.add.Tensor.overloadpacket.__name__ == "add"
+    assert (aten.relu_.default.name(), aten.add_.Tensor.name()) == (
+        "aten::relu_",
+        "aten::add_.Tensor",
+    )
+
+
+def schemas_are_read() -> None:
+    assert private.is_mutable(aten.add_.Tensor)
+    assert not private.is_mutable(aten.add.Tensor)
+    assert not private.is_mutable(torch.add)
+    names = private.argument_names(aten.scaled_dot_product_attention.default)
+    assert names[:3] == ("query", "key", "value")
+    assert "scale" in names
+
+
+def custom_operators_are_found() -> None:
+    assert isinstance(attention_and_columns, private.CustomOpDef)
+    found = private.custom_overload(attention_and_columns)
+    assert found is torch.ops.toca_fx.attention_and_columns.default
+
+
+def fake_tensors_are_made() -> None:
+    mode = private.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        made = torch.empty(2, 3, device="cuda")
+    assert made.device.type == "cuda"
+    assert private.detect_fake_mode([made]) is mode
+    assert private.detect_fake_mode([torch.ones(2)]) is None
+    with pytest.raises(private.DataDependentOutputException) as raised:
+        mode.from_tensor(torch.ones(1), static_shapes=True).item()
+    assert raised.value.func is aten._local_scalar_dense.default
+
+
+def sizes_have_ranges() -> None:
+    shapes = private.ShapeEnv(duck_shape=False)
+    mode = private.FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    range_ = private.StrictMinMaxConstraint(warn_only=False, vr=private.ValueRanges(0, 64))
+    context: Any = private.StatelessSymbolicContext(
+        dynamic_sizes=[private.DimDynamic.DYNAMIC], constraint_sizes=[range_]
+    )
+    source = private.ConstantSource("ranks")
+    example = torch.empty(8, device="meta")
+    size: Any = mode.from_tensor(example, source=source, symbolic_context=context).shape[0]
+    assert isinstance(size, torch.SymInt)
+    assert shapes.bound_sympy(size.node.expr).upper == 64
+    with mode, private.enable_python_dispatcher():
+        product = torch.empty(2, size, 4) @ torch.empty(4, 5)
+    assert product.shape[1].node.expr == size.node.expr
+    assert not shapes.guards
+
+
+def functions_are_traced() -> None:
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.linear(x, weight)
+        return F.scaled_dot_product_attention(x, x, x)
+
+    trace = private.make_fx(function, tracing_mode="fake", pre_dispatch=True)
+    graph = trace(torch.ones(1, 2, 3, 4), torch.ones(4, 4)).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [aten.linear.default, aten.scaled_dot_product_attention.default]
+
+
+def attention_is_counted() -> None:
+    flops = private.sdpa_flop_count((1, 2, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8))
+    assert flops == 2 * (2 * 2 * 3 * 5 * 8)
+
+
+def memory_is_told_apart() -> None:
+    for mode in (torch.inference_mode(False), private.FakeTensorMode()):
+        with mode:
+            tensor, other = torch.empty(4), torch.empty(4)
+        assert private.storage_id(tensor) == private.storage_id(tensor[1:].view(3, 1))
+        assert private.storage_id(tensor) != private.storage_id(other)
+
+
+def lists_are_copied() -> None:
+    into = [torch.zeros(2), torch.zeros(3)]
+    private.foreach_copy_(into, [torch.ones(2), torch.ones(3)])
+    assert all(bool((tensor == 1).all()) for tensor in into)
+
+
+def outputs_are_mapped() -> None:
+    found = private.tree_map_only(int, str, {"a": [1, 2.0], "b": (3,)})
+    assert found == {"a": ["1", 2.0], "b": ("3",)}
+
+
+def pools_can_be_closed() -> None:
+    assert callable(private.end_allocate_to_pool)
+    stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text(encoding="utf-8")
+    assert "def _cuda_endAllocateToPool(device: _int, mempool_id: tuple[_int, _int])" in stub
+
+
+def modules_run_their_own_code() -> None:
+    calls: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        calls.append(1)
+        return graph
+
+    module = nn.Linear(2, 2)
+    assert private.original_module(module) is module
+    assert private.original_module(torch.compile(module, backend=backend)) is module
+    module.compile(backend=backend)
+    private.forget_compiled_call(module)
+    module(torch.ones(2))
+    assert not calls
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "BackendCompilerFailed": errors_are_told_apart,
+    "CompileContext": captures_are_known,
+    "ConstantSource": sizes_have_ranges,
+    "CustomOpDef": custom_operators_are_found,
+    "DataDependentOutputException": fake_tensors_are_made,
+    "DimDynamic": sizes_have_ranges,
+    "FakeTensorMode": fake_tensors_are_made,
+    "InstructionTranslator": captures_are_known,
+    "OpOverload": operators_are_told_apart,
+    "OpOverloadPacket": operators_are_told_apart,
+    "ShapeEnv": sizes_have_ranges,
+    "StatelessSymbolicContext": sizes_have_ranges,
+    "StrictMinMaxConstraint": sizes_have_ranges,
+    "TorchDynamoException": errors_are_told_apart,
+    "ValueRanges": sizes_have_ranges,
+    "argument_names": schemas_are_read,
+    "custom_overload": custom_operators_are_found,
+    "detect_fake_mode": fake_tensors_are_made,
+    "enable_python_dispatcher": sizes_have_ranges,
+    "end_allocate_to_pool": pools_can_be_closed,
+    "foreach_copy_": lists_are_copied,
+    "forget_compiled_call": modules_run_their_own_code,
+    "is_mutable": schemas_are_read,
+    "list_mode_options": modes_are_listed,
+    "lookup_backend": backends_are_found,
+    "make_fx": functions_are_traced,
+    "original_module": modules_run_their_own_code,
+    "sdpa_flop_count": attention_is_counted,
+    "storage_id": memory_is_told_apart,
+    "tree_map_only": outputs_are_mapped,
+}
+
+
+def test_every_name_is_touched() -> None:
+    assert set(CHECKS) == set(private.__all__)
+
+
+@pytest.mark.parametrize("name", private.__all__)
+def test_name_does_what_is_needed(name: str) -> None:
+    CHECKS[name]()
+
+
+def test_private_names_are_in_one_module() -> None:
+    members = _members()
+    found = {
+        (str(file.relative_to(PACKAGE)), name)
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "torch_private.py"
+        for name in _private_names(ast.parse(file.read_text(encoding="utf-8")), members)
+    }
+    assert found == set(ALLOWED)
+
+
+def test_few_rooms_use_it() -> None:
+    users = {
+        file.relative_to(PACKAGE).parts[0]
+        for file in PACKAGE.rglob("*.py")
+        if "torch_private" in file.read_text(encoding="utf-8") and file.name != "torch_private.py"
+    }
+    assert users <= OPEN_TO
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import torch._dynamo", "torch._dynamo"),
+        ("from torch._guards import CompileContext", "torch._guards"),
+        ("from torch.fx.experimental import proxy_tensor", "torch.fx.experimental"),
+        ("from torch import _foreach_copy_", "torch._foreach_copy_"),
+        (
+            "from torch.utils.flop_counter import sdpa_flop_count",
+            "torch.utils.flop_counter.sdpa_flop_count",
+        ),
+        ("torch._inductor.config.x = 1", "torch._inductor"),
+        ("node.target._schema.is_mutable", "_schema"),
+        ("tensor.untyped_storage()._cdata", "_cdata"),
+        ("getattr(model, '_orig_mod', model)", "_orig_mod"),
+    ],
+)
+def test_private_names_are_seen(code: str, name: str) -> None:
+    assert list(_private_names(ast.parse(code), _members())) == [name]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from torch import Tensor, fx, nn",
+        "from torch.nn import functional as F",
+        "torch.ops.aten._softmax.default",
+        "aten._to_copy.default",
+        "self._modules",
+        "torch.__version__",
+    ],
+)
+def test_public_names_are_not(code: str) -> None:
+    assert not list(_private_names(ast.parse(code), _members()))
+
+
+def _members() -> frozenset[str]:
+    """Private attributes of torch's objects."""
+    objects = (
+        torch.ones(1),
+        torch.ones(1).untyped_storage(),
+        torch.compile(nn.Identity(), backend="eager"),
+        fx.symbolic_trace(nn.Identity()),
+        fx.Graph(),
+        fx.Graph().placeholder("x"),
+        aten.add,
+        aten.add.Tensor,
+        attention_and_columns,
+    )
+    return frozenset(name for each in objects for name in dir(each) if _is_private(name))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _private_names(tree: ast.AST, members: frozenset[str]) -> Iterator[str]:
+    """The private names of torch in a file: modules and their contents by their path, attributes
+    of torch's objects by their name. Operators have none.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from filter(None, (_private_module(alias.name) for alias in node.names))
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from _imported(node.module, [alias.name for alias in node.names])
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr):
+            path = ast.unparse(node)
+            if path.startswith("torch.") and not path.startswith("torch.ops."):
+                yield path
+            elif not path.startswith(("torch.ops.", "aten.", "self.", "cls.")):
+                yield from {node.attr} & members
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(_BY_NAME):
+            yield from {
+                each.value for each in node.args if isinstance(each, ast.Constant)
+            } & members
+
+
+def _private_module(path: str) -> str | None:
+    """The path as far as it is private, None if it is not."""
+    if path.partition(".")[0] != "torch":
+        return None
+    if path.startswith("torch.fx.experimental"):
+        return "torch.fx.experimental"
+    return path if any(map(_is_private, path.split("."))) else None
+
+
+def _imported(path: str, names: Sequence[str]) -> Iterator[str]:
+    """The private ones of the names that are imported from a module."""
+    if path.partition(".")[0] != "torch":
+        return
+    if private_path := _private_module(path):
+        yield private_path
+        return
+    module = importlib.import_module(path)
+    public = getattr(module, "__all__", None)
+    for name in names:
+        is_module = type(getattr(module, name)) is type(torch)
+        if _is_private(name) or not (public is None or is_module or name in public):
+            yield f"{path}.{name}"

@@ -1,0 +1,151 @@
+"""Every private name of torch that toca_fx uses, with its reason.
+
+Used from ``capture``, ``graph`` and ``lower`` alone: other rooms get what they need through these.
+``torch.fx.experimental`` counts as private, because torch promises nothing of it; operators of
+``torch.ops`` do not, whatever their names: they are in graphs. tests/unit/test_torch_private.py
+touches each name, so that a release of torch that changes one fails there first.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+# torch.foreach has it since 2.15; a loop over copy_ is one launch per tensor.
+from torch import _foreach_copy_ as foreach_copy_
+
+# torch.cuda.use_mem_pool calls it, but only for what it began itself: a CUDA graph whose recording
+# failed leaves its pool open.
+from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
+
+# Decompositions in Python know symbolic sizes, those in C++ make numbers of them; torch.export
+# enters it, and no function of its own does.
+from torch._dispatch.python import enable_python_dispatcher
+
+# torch.compiler.list_backends gives names only.
+from torch._dynamo.backends.registry import lookup_backend
+
+# What torch.compile raises: no module exports it.
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+# A symbolic size has to come from somewhere; torch.export names inputs of its own only.
+from torch._dynamo.source import ConstantSource
+
+# A backend is given a graph, and is not told which model it was captured from.
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import (
+    CompileContext,  # nor from which piece of the model's code
+    detect_fake_mode,  # tensors do not say to which mode they belong
+)
+
+# torch.compile takes the name of a mode, and does not say what it stands for.
+from torch._inductor import list_mode_options
+
+# What torch.library.custom_op returns: torch.library has the class, but does not list it.
+from torch._library.custom_ops import CustomOpDef
+
+# The classes of torch.ops.aten.add.Tensor and torch.ops.aten.add: the targets of ATen graphs.
+from torch._ops import OpOverload, OpOverloadPacket
+
+# Tensors without memory that remember their device: those on the device "meta" do not.
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+# ATen before autograd and autocast, of any function; torch.export takes modules only.
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# Symbols for sizes with a range that is said; torch.export.Dim cannot be had outside of an export.
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    StrictMinMaxConstraint,
+)
+
+# Nested outputs of a model; torch has no public module for them.
+from torch.utils._pytree import tree_map_only
+
+# The range in a StrictMinMaxConstraint.
+from torch.utils._sympy.value_ranges import ValueRanges
+
+# The formula of attention, for a kernel that is missing from the registry; no name of the module's
+# ``__all__``.
+from torch.utils.flop_counter import sdpa_flop_count
+
+__all__ = [
+    "BackendCompilerFailed",
+    "CompileContext",
+    "ConstantSource",
+    "CustomOpDef",
+    "DataDependentOutputException",
+    "DimDynamic",
+    "FakeTensorMode",
+    "InstructionTranslator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "ShapeEnv",
+    "StatelessSymbolicContext",
+    "StrictMinMaxConstraint",
+    "TorchDynamoException",
+    "ValueRanges",
+    "argument_names",
+    "custom_overload",
+    "detect_fake_mode",
+    "enable_python_dispatcher",
+    "end_allocate_to_pool",
+    "foreach_copy_",
+    "forget_compiled_call",
+    "is_mutable",
+    "list_mode_options",
+    "lookup_backend",
+    "make_fx",
+    "original_module",
+    "sdpa_flop_count",
+    "storage_id",
+    "tree_map_only",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def is_mutable(target: object) -> bool:
+    """Whether ``target`` is an operator that writes to one of its arguments.
+
+    Only the schema says so, and it has no public name.
+    """
+    return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
+def argument_names(op: OpOverload) -> tuple[str, ...]:
+    """The names of the arguments of ``op``, in order; only its schema has them."""
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+def custom_overload(op: CustomOpDef) -> OpOverload:
+    """The operator that graphs have for a call of ``op``.
+
+    It is in ``torch.ops`` too, under a name that ``op`` keeps in private as well.
+    """
+    return op._opoverload
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that tensors share if they share memory.
+
+    Fake tensors have no address, by which ``data_ptr`` would tell.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def original_module(module: Module) -> Module:
+    """The module that ``torch.compile(module)`` wraps; ``module`` itself if it is no wrapper.
+
+    torch has no way back from the wrapper.
+    """
+    original: Module = getattr(module, "_orig_mod", module)
+    return original
+
+
+def forget_compiled_call(module: nn.Module) -> None:
+    """Make ``module`` run its own code again, after ``module.compile()``, which has no opposite."""
+    module._compiled_call_impl = None
