@@ -1,7 +1,7 @@
 """The clock of a session: which step of which generation a call is.
 
-Pure: ``decide`` looks at a ``Situation`` and says what is to be done, and touches neither tensors
-nor logs. A session does it.
+``decide`` is pure: it makes a ``Decision`` of a ``Situation``, and touches neither tensors nor
+logs. Sessions carry it out.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Progress:
         return self.position >= self.num_steps
 
     def turns_back(self, timestep: float | None) -> bool:
-        """Whether ``timestep`` (None: not read) goes against the direction of the run so far: the
-        sign of a new generation.
+        """Whether ``timestep`` (None: not read) goes against the direction of the run so far.
+
+        That is the sign of a new generation.
         """
         if timestep is None or self.timestep is None:
             return False
@@ -55,7 +56,7 @@ class Situation:
     """What is known of a model call before it is run.
 
     ``implicit`` says that it happens outside of any ``toca_fx.session``, ``has_timestep`` that an
-    argument of the model is recognised as the timestep. ``timestep`` is its value, None where it is
+    argument of the model is recognised as the timestep. ``timestep`` is its value, None if it is
     not read. ``current`` is the progress of the model's and branch's last generation, if there is
     one, and ``program_changed`` says that it ran with inputs of other shapes, dtypes or devices.
     """
@@ -83,7 +84,7 @@ class Decision:
 
 
 def decide(situation: Situation) -> Decision:
-    """Whether the call goes on with the current generation, and as which step; else it begins one.
+    """Whether a call goes on with the current generation or begins one, and as which step.
 
     A call outside of any session begins a generation after the last planned step, when the timestep
     turns back, or with other shapes. The clock of a session goes on through all of that.
@@ -106,8 +107,9 @@ def decide(situation: Situation) -> Decision:
 
 
 def _go_on(situation: Situation, current: Progress, warnings: list[str]) -> Decision:
-    """The next step of the ``current`` generation: full on lost caches, past the last step, and
-    where branches may be mixed.
+    """The next step of the ``current`` generation.
+
+    It is full on lost caches, past the last step, and where branches may be mixed.
     """
     ambiguous = current.ambiguous
     if current.finished:
@@ -125,8 +127,9 @@ def _go_on(situation: Situation, current: Progress, warnings: list[str]) -> Deci
 
 
 def _other_length(current: Progress, timestep: float | None) -> list[str]:
-    """What is to be said of a generation outside of any session that is over, if it was longer or
-    shorter than planned.
+    """The warning of a generation outside of any session that is over, none if it was as planned.
+
+    It may have been longer or shorter.
     """
     turned = current.turns_back(timestep)
     if timestep is None or not current.direction or current.finished == turned:
@@ -154,8 +157,9 @@ def same_timestep(caches: bool) -> str:
 
 
 def stretched(policy: str, tuned_for: int, num_steps: int) -> str | None:
-    """The warning that a ``policy`` runs another number of steps than it was ``tuned_for``, if it
-    does.
+    """The warning that a ``policy`` runs another number of steps than it was ``tuned_for``.
+
+    None if it does not.
     """
     if num_steps == tuned_for:
         return None
@@ -166,7 +170,7 @@ def stretched(policy: str, tuned_for: int, num_steps: int) -> str | None:
 
 
 def ended_early(progress: Progress) -> str | None:
-    """The warning that a session ended before its last step, if it did."""
+    """The warning that a session ended before its last step; None if it did not."""
     if progress.finished:
         return None
     return (

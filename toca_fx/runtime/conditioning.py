@@ -21,12 +21,12 @@ _VERSION = operator.attrgetter("_version")
 
 
 class Conditioning:
-    """Computes what is hoisted out of the steps of one model for one generation, into ``values``.
+    """Computes the hoisted values of one generation of one model, into ``values``.
 
     Conditions are computed again when an input that they depend on is another tensor than on the
     call before, or was written to: a text embedding that a pipeline hands over at each step costs
     its projections once. ``timesteps`` [T] are those of all calls of the generation; where they are
-    known, what depends on them is computed for all of them at once.
+    known, the values that depend on them are computed for all of them at once.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Conditioning:
         self._seen: dict[str, tuple[list[Any], list[int]]] = {}
         self._from_table = self._timesteps is not None
         self._watch: Watch | None = None
-        self._is_lost = False
+        self._mislisted = False
         self._distinct = True
         for left in runner.take_watches():
-            if not self._heed(left):
+            if not self._check(left):
                 runner.leave_watch(left)
-        self._is_lost = False  # whatever became of the generation before
+        self._mislisted = False  # that was the generation before
 
     @property
     def listed(self) -> bool:
@@ -62,8 +62,9 @@ class Conditioning:
         return self._from_table
 
     def prepare(self, inputs: Sequence[Any], call: int) -> int:
-        """Compute what is not there yet or has changed, ahead of the ``call``-th step; the FLOPs
-        that it took.
+        """Compute the values that are missing or have changed, ahead of call number ``call``.
+
+        Returns the FLOPs that it took.
         """
         try:
             return self._prepare(inputs, call)
@@ -94,8 +95,9 @@ class Conditioning:
         return spent
 
     def bring(self, inputs: Sequence[Any], call: int) -> None:
-        """Bring the timed values of this call to where the step graph reads them. May be recorded
-        on an accelerator.
+        """Copy the timed values of this call to where the step graph reads them.
+
+        On an accelerator it may be recorded.
         """
         if not self._found.hoisted.timed:
             return
@@ -110,51 +112,47 @@ class Conditioning:
             self._values.take(call)
 
     def close(self) -> None:
-        """Tell of what nobody waited for; what is not known yet is left to the next generation."""
-        if self._timesteps is not None and not self._is_lost:
+        """Warn of what the device has found out by now; the rest is left to the next generation."""
+        if self._timesteps is not None and not self._mislisted:
             last = Watch(self._values.doubts)
-            if not self._heed(last):
+            if not self._check(last):
                 self._runner.leave_watch(last)
 
     def _is_listed(self, inputs: Sequence[Any], call: int) -> bool:
-        """Whether this call is at the timestep that is listed for it; an accelerator finds that out
-        by itself.
+        """Whether this call is at the timestep that is listed for it.
 
-        But the first call of a schedule that was never given before is read there too: timesteps in
-        other units than the model's are then computed in the calls, instead of being found to be
-        none of those listed.
+        An accelerator finds that out by itself, and nothing waits for it; only the first call of a
+        schedule that was never given before is read there too. If its timesteps are in other units
+        than the model's, values are computed in the calls.
         """
         if self._timesteps is None or self._position is None:
             return False
         timestep = inputs[self._position]
         if not watch.reading_waits(timestep):
-            # Off by rounding: exact values cost little.
-            return self._agrees(timestep, call) and bool(
-                (timestep == self._timesteps[call].to(timestep)).all()
-            )
-        # One timestep per token says that they differ. Beyond the list there is nothing to look up.
+            # If it is off by rounding, it counts as not listed: exact values cost little.
+            if not self._agrees(timestep, call):
+                return False
+            return bool((timestep == self._timesteps[call].to(timestep)).all())
+        # With one timestep per token they differ. Beyond the list there is nothing to look up.
         if timestep.dim() > 1 or call >= len(self._timesteps):
             return False
         if call == 0 and not self._runner.is_confirmed(self._timesteps):
-            self._is_lost = not self._agrees(timestep, call)
-            if not self._is_lost:
+            self._mislisted = not self._agrees(timestep, call)
+            if not self._mislisted:
                 self._runner.confirm(self._timesteps)
         elif self._watch is None:
             self._watch = Watch(self._values.doubts)
-        elif self._heed(self._watch):
+        elif self._check(self._watch):
             self._watch = None
-        return not self._is_lost
+        return not self._mislisted
 
     def _agrees(self, timestep: Tensor, call: int) -> bool:
-        """Whether the timestep is, but for rounding, the one that was listed for the call; warns if
-        not.
-        """
-        listed = (
-            self._timesteps[call]
-            if self._timesteps is not None and call < len(self._timesteps)
-            else None
-        )
-        if listed is not None and bool(distance(timestep, listed).amax() <= 0):
+        """Whether the timestep is the one listed for the call, but for rounding; warns if not."""
+        if self._timesteps is not None and call < len(self._timesteps):
+            is_same = bool(distance(timestep, self._timesteps[call]).amax() <= 0)
+        else:
+            is_same = False
+        if is_same:
             return True
         self._warn(
             "the model is called at another timestep than session(timesteps=...) gives for the "
@@ -163,14 +161,14 @@ class Conditioning:
         )
         return False
 
-    def _heed(self, left: Watch) -> bool:
-        """Warn of what the device has found out; whether it is known by now."""
+    def _check(self, left: Watch) -> bool:
+        """Warn of what the device has found out; returns whether that is known by now."""
         found = left.seen()
         if found is None:
             return False
         lost, repeated = found
         if lost:
-            self._is_lost = True
+            self._mislisted = True
             self._warn(
                 "the model was called at a timestep that session(timesteps=...) does not list, and "
                 "its outputs there are NaN. Give the values of the model's timestep argument, call "
@@ -194,15 +192,14 @@ class Conditioning:
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
-        axes = tuple(0 if at == position else None for at in part.kept) + (None,) * len(
-            part.buffers
-        )
+        axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
         with torch.no_grad():
-            self._values.fill(torch.func.vmap(part.module, in_dims=axes)(*given))
+            self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
 
     def _changed(self, what: str, values: list[Any]) -> bool:
-        """Whether ``values`` are others than at the last call, or were written to since; they are
-        kept, and so are their addresses.
+        """Whether ``values`` are others than at the last call, or were written to since.
+
+        They are kept for the next call, and with them their addresses.
         """
         try:
             versions = list(map(_VERSION, values))  # hundreds of weights, at every call
@@ -216,7 +213,7 @@ class Conditioning:
 
 
 def _version(value: Any) -> int:
-    """How often a tensor was written to; -1 if nobody counts (a tensor made in inference mode)."""
+    """How often a tensor was written to; -1 for one made in inference mode, which has no count."""
     if not isinstance(value, Tensor):
         return 0
     return -1 if value.is_inference() else value._version

@@ -1,5 +1,6 @@
-"""A generation: one sampling run of one model and one guidance branch, which does step by step
-what the clock decides.
+"""A generation: one sampling run of one model and one guidance branch.
+
+It runs the steps that the clock decides on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
 
-# A step graph is given one of them.
+# A step graph gets one of them as its input ``read``.
 _SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
 
 
 class Generation:
     """Plan, storage, conditioning and progress of one sampling run, by one ``runner``.
 
-    Caches belong to it, so nothing survives into the next one. ``num_steps`` None are the policy's
+    It owns its caches, and the next generation has others. ``num_steps`` None are the policy's
     steps; ``position`` is the first step that it runs. ``timesteps`` [T] are those of all its
     calls, where they are known; ``warn`` takes what the user has to know.
     """
@@ -54,9 +55,9 @@ class Generation:
     def run(
         self, decision: Decision, timestep: float | None, inputs: Sequence[Any], branch: str
     ) -> tuple[Any, StepRecord]:
-        """Run one step, at ``timestep`` (None: not read); the model's outputs and the record.
+        """Run one step, at ``timestep`` (None: not read); returns the outputs and the record.
 
-        If it fails, the caches count as lost.
+        If it raises, the caches count as lost.
         """
         began = time.perf_counter()
         position = decision.position
@@ -74,24 +75,23 @@ class Generation:
     def _launch(
         self, compiled: CompiledStep, step: StepPlan, inputs: Sequence[Any]
     ) -> tuple[Any, Launch, float]:
-        """Bring the ``compiled`` step to the device, recorded where that is possible: the model's
-        outputs, how it was done, and the seconds that selecting tokens took.
+        """Run the ``compiled`` step, as a recording where that is possible.
+
+        Returns the model's outputs, how the step was launched, and the seconds that selecting
+        tokens took.
         """
         position = self.progress.position
         selection_seconds = 0.0
 
         def body(inputs: Sequence[Any]) -> Any:
-            """All that the device does in a step. What differs between two steps of one ``key`` is
-            in tensors.
-            """
+            """All that the device does in a step; steps of one ``key`` differ in tensors only."""
             nonlocal selection_seconds
             selector, selects = self.storage.selector, time.perf_counter()
             given = selector.select(step) if step.kind != "full" else {}
             selection_seconds = time.perf_counter() - selects
             self.conditioning.bring(inputs, position)
-            outputs = compiled(
-                inputs, {**self.storage.tensors, **given, READ: _SCORES_READ[step.read]}
-            )
+            read = {READ: _SCORES_READ[step.read]}
+            outputs = compiled(inputs, {**self.storage.tensors, **given, **read})
             if step.kind == "full":
                 selector.full()
             else:
@@ -102,8 +102,6 @@ class Generation:
         if recordings is None:
             outputs = body(inputs)
             return outputs, Launch("queued", reason), selection_seconds
-        key = (step.modes, step.fresh, step.read, self.conditioning.listed)
-        outputs, reason = recordings.run(
-            (step.modes, step.read, self.conditioning.listed), key, body, inputs
-        )
+        kind = (step.modes, step.read, self.conditioning.listed)
+        outputs, reason = recordings.run(kind, (*kind, step.fresh), body, inputs)
         return outputs, Launch("queued" if reason else "recorded", reason), selection_seconds

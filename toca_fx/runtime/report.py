@@ -13,8 +13,9 @@ from toca_fx.plan.plan import StepPlan
 
 @dataclass(frozen=True)
 class Launch:
-    """How a step came to the device: "recorded" (one launch of a CUDA graph) or "queued" kernel by
-    kernel, and why that ("" on a CPU).
+    """How a step was launched: "recorded", as one CUDA graph, or "queued" kernel by kernel.
+
+    ``reason`` says why it was queued, and is "" on a CPU.
     """
 
     how: str
@@ -53,10 +54,11 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Made by ``session.report()``. ``step_flops`` are those of the step graph of each call.
+    """What ``session.report()`` returns: calls, sites, work and memory.
 
-    ``flops_uncached`` is what as many calls of the uncached model cost. ``cache_bytes`` are those
-    of caches, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
+    ``step_flops`` are the FLOPs of the step graph of each call. ``flops_uncached`` is what as many
+    calls of the uncached model cost. ``cache_bytes`` are those of caches, scores and counters,
+    ``hoisted_bytes`` those of values computed ahead of the steps.
     """
 
     steps: tuple[StepRecord, ...]
@@ -90,9 +92,7 @@ class Report:
 
     @property
     def launches(self) -> dict[str, dict[str, int]]:
-        """For each kind of step, how many were recorded, and how many were queued for which reason;
-        empty on a CPU.
-        """
+        """How many steps of each kind were recorded, or queued for which reason; {} on a CPU."""
         found: dict[str, dict[str, int]] = {}
         for step in self.steps:
             if step.launch.how == "recorded" or step.launch.reason:
@@ -158,8 +158,9 @@ def make_report(
     hoisted_bytes: int,
     warnings: Sequence[str],
 ) -> Report:
-    """The report on ``calls``, each with the program that ran it, of generations planned for
-    ``num_steps`` (None: the policy's own count).
+    """The report on ``calls``, each of which comes with the program that ran it.
+
+    Generations were planned for ``num_steps``; None: the policy's number.
     """
     programs = list(dict.fromkeys(program for program, _ in calls))
     return Report(

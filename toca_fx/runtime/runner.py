@@ -19,7 +19,7 @@ from toca_fx.runtime.watch import Watch
 
 
 class Runner:
-    """Hands out the storages of generations of ``program``, and takes them back.
+    """The storages of the generations of ``program``: handed out, and taken back.
 
     ``inputs`` are those of the first call.
     """
@@ -37,15 +37,16 @@ class Runner:
         self._classes = {type(inputs[at]) for at in found.state}
 
     def acquire(self, plan: Plan, timesteps: int) -> Storage:
-        """What a generation of ``plan`` keeps, for ``timesteps`` known timesteps; 0: they are not
-        known, or their values do not fit.
+        """The storage for a generation of ``plan`` at ``timesteps`` known timesteps.
+
+        Their number is 0 if they are not known.
         """
         steps = timesteps if self.program.analysis.table_fits(timesteps) else 0
         with self._lock:
             idle = self._idle.get((id(plan), steps))
             held = idle.pop() if idle else None
-        # Normal tensors, whatever mode the caller is in: an inference tensor could not be updated
-        # outside of it.
+        # Normal tensors, even if the caller is in inference mode: an inference tensor could not be
+        # updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if held is None:
                 return self._new(plan, steps)
@@ -63,9 +64,9 @@ class Runner:
             with self._lock:
                 storage.reason = self._queued_because(storage)
                 if not storage.reason:
-                    found = self.program.analysis.inputs
+                    at = self.program.analysis.inputs
                     storage.recordings = Recordings(
-                        self._recorder, found.state, found.varying, self._seen
+                        self._recorder, at.state, at.varying, self._seen
                     )
                     self._recorded.add(storage)
         return storage
@@ -85,7 +86,7 @@ class Runner:
             return ""
         queued_because = self.program.analysis.queued_because
         if queued_because(storage.total_bytes, self._recorded_bytes):
-            self._idle.clear()  # of generations of other lengths
+            self._idle.clear()  # those of generations of other lengths
         return queued_because(storage.total_bytes, self._recorded_bytes)
 
     @property
@@ -93,8 +94,10 @@ class Runner:
         return sum(storage.total_bytes for storage in self._recorded)
 
     def release(self, storage: Storage) -> None:
-        """A generation is over: what its steps were recorded on is kept for the next one, anything
-        else goes back to the allocator.
+        """Take back the storage of a generation that is over.
+
+        If steps were recorded on it, it is kept for the next generation; else it goes back to the
+        allocator.
         """
         if storage.recordings is None or self._recorder is None:
             return
@@ -106,7 +109,7 @@ class Runner:
                 self._recorded.discard(storage)
 
     def confirm(self, timesteps: Tensor) -> None:
-        """The model was called at the first of ``timesteps``: they are in its units."""
+        """Note that the model was called at the first of ``timesteps``: they are in its units."""
         self._schedules.add(tuple(timesteps.tolist()))
 
     def is_confirmed(self, timesteps: Tensor) -> bool:
@@ -114,7 +117,7 @@ class Runner:
         return tuple(timesteps.tolist()) in self._schedules
 
     def leave_watch(self, watch: Watch) -> None:
-        """A generation is over, and the device has not come as far."""
+        """Keep the watch of a generation that is over before the device has come to its end."""
         with self._lock:
             self._watches.append(watch)
 

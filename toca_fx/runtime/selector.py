@@ -26,8 +26,9 @@ from toca_fx.plan.plan import Plan, StepPlan
 
 @dataclass(frozen=True)
 class _Group:
-    """Sites with equal numbers of samples and tokens and the same spatial bonus: one batched
-    selection.
+    """Sites that are selected for in one batch.
+
+    They have equal numbers of samples and tokens, and the same spatial bonus.
     """
 
     sites: tuple[int, ...]
@@ -37,12 +38,10 @@ class _Group:
 
 
 class Selector:
-    """Chooses the fresh tokens of every scored site for one step, and counts how long tokens have
-    been stale.
+    """The choice of fresh tokens in one generation, and for how long tokens have been stale.
 
-    State of one generation (so: one Selector per generation and guidance branch), which stays at
-    the same addresses. Of the ``buffers`` of the generation, scores and entropies are read here,
-    and ``picked`` is written, but for sites that select within the step.
+    Its tensors stay at the same addresses. Of the ``buffers`` of the generation, scores and
+    entropies are read, and ``picked`` is written, but for sites that select within the step.
     """
 
     def __init__(self, plan: Plan, buffers: Mapping[Buffer, Tensor]) -> None:
@@ -56,19 +55,20 @@ class Selector:
             self._generator.manual_seed(plan.settings.seed)
 
         # Numbers from the host would have to wait for an accelerator: they go there ahead of the
-        # steps, and nobody waits for them.
+        # steps, and nothing waits for them.
         def per_site(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)[:, None, None]
 
         weights = {i: plan.weights_ahead(i) for i in plan.scored}
         self._names = [name for name in AHEAD if any(name in found for found in weights.values())]
-        self._weights = [
-            {
+
+        def by_name(group: _Group) -> dict[str, Tensor]:
+            return {
                 name: per_site([weights[i].get(name, 0.0) for i in group.sites])
                 for name in self._names
             }
-            for group in self._groups
-        ]
+
+        self._weights = [by_name(group) for group in self._groups]
         self._entropy_weight = [
             per_site([plan.weight_of_entropy(i) for i in group.sites]) for group in self._groups
         ]
@@ -81,11 +81,12 @@ class Selector:
             for group in self._groups
         ]
         self._ranks = [torch.arange(group.tokens, device=device) for group in self._groups]
-        fresh = [
-            [[[[step.fresh[i]]] for i in group.sites] for step in plan.steps]
-            for group in self._groups
-        ]
-        self._counts = [torch.tensor(counts).to(device, non_blocking=True) for counts in fresh]
+
+        def fresh(group: _Group) -> Tensor:  # [steps, sites, 1, 1]
+            counts = [[[[step.fresh[i]]] for i in group.sites] for step in plan.steps]
+            return torch.tensor(counts).to(device, non_blocking=True)
+
+        self._counts = [fresh(group) for group in self._groups]
         self._step = {step.index: at for at, step in enumerate(plan.steps)}
 
     @property
@@ -104,12 +105,12 @@ class Selector:
             self._generator.manual_seed(self._plan.settings.seed)
 
     def full(self) -> None:
-        """A full step has run: no token is stale."""
+        """Note that a full step has run: no token is stale."""
         for counter in self._stale:
             counter.zero_()
 
     def select(self, step: StepPlan) -> dict[Buffer, Tensor]:
-        """What the step is given: order and ranks of each partial site, or ``known`` and ranks."""
+        """The inputs of a step: order and ranks of each partial site, or ``known`` and ranks."""
         inside = set(self._plan.inside(step.modes))
         given: dict[Buffer, Tensor] = {}
         for at, group in enumerate(self._groups):
@@ -139,7 +140,7 @@ class Selector:
         return given
 
     def advance(self) -> None:
-        """A step has run: every token is one step staler, but for those just computed."""
+        """Note that a step has run: every token is one step staler, but for the fresh ones."""
         for at, group in enumerate(self._groups):
             picked = torch.stack([self._buffers[Buffer("picked", i)] for i in group.sites])
             self._stale[at].add_(1).masked_fill_(picked, 0)
@@ -153,14 +154,13 @@ class Selector:
         return score
 
     def _entropy(self, group: _Group) -> Tensor | None:
-        """Entropies [sites, B, N] as of the last time that each cross-attention ran; None if no
-        site is scored by them.
+        """Entropies [sites, B, N] from the last run of each cross-attention.
+
+        None if no site of the group is scored by them.
         """
         sources = [self._plan.entropy_of(i) for i in group.sites]
-        found = [
-            None if source is None else self._buffers[Buffer("entropy", source)]
-            for source in sources
-        ]
+        buffers = self._buffers
+        found = [None if at is None else buffers[Buffer("entropy", at)] for at in sources]
         some = next((entropy for entropy in found if entropy is not None), None)
         if some is None:
             return None

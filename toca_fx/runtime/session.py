@@ -1,4 +1,4 @@
-"""Sessions: which generation a model call belongs to, and what has been done so far.
+"""Sessions: the generation that a model call belongs to, and what has been done so far.
 
 A *generation* is one sampling run of one model and one guidance branch. The clock says which of its
 steps a call is, the plan what the step does.
@@ -43,8 +43,9 @@ class ModelKey:
 
 @dataclass
 class ModelRun:
-    """The ``generations`` of one model in one session, by guidance branch, and how many ``calls``
-    it has had.
+    """The ``generations`` of one model in one session, by guidance branch.
+
+    ``calls`` is how many the model has had.
     """
 
     generations: dict[str, Generation] = field(default_factory=dict)
@@ -73,22 +74,20 @@ class Session:
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """The programs that the calls so far have run, in order of appearance; of an implicit
-        session none is kept.
-        """
+        """The programs that the calls so far have run, in order; none of an implicit session."""
         return tuple(dict.fromkeys(program for program, _ in self._calls))
 
     @property
     def generations(self) -> tuple[Generation, ...]:
-        """The generations that hold caches now: the last one of each model and branch; none of a
-        closed session.
+        """The generations that hold caches now: the last one of each model and branch.
+
+        A closed session has none.
         """
-        return tuple(
-            generation for run in self._models.values() for generation in run.generations.values()
-        )
+        runs = self._models.values()
+        return tuple(generation for run in runs for generation in run.generations.values())
 
     def call(self, model: ModelKey, runner: Runner, inputs: Sequence[Any]) -> Any:
-        """Run the model's next step; its outputs."""
+        """Run the model's next step; returns its outputs."""
         found = runner.program.analysis
         timestep_at = found.inputs.timestep
         run = self._models.setdefault(model, ModelRun())
@@ -122,7 +121,7 @@ class Session:
         return outputs
 
     def _begin(self, run: ModelRun, branch: str, runner: Runner, position: int) -> Generation:
-        """Put a generation in the place of the branch's last one."""
+        """Begin a generation, which replaces the branch's last one."""
         if branch in run.generations:
             run.generations.pop(branch).close()
         begun = run.generations[branch] = Generation(
@@ -138,11 +137,11 @@ class Session:
         return begun
 
     def _read(self, timestep: Tensor, model: ModelKey, current: Generation | None) -> float | None:
-        """The timestep's value, where it decides something.
+        """The timestep's value; None if it is not needed.
 
         On an accelerator reading it waits for the device. A session that knows its timesteps does
-        without (the device itself watches whether they are those, see ``Conditioning``), and one
-        that knows their number reads the first two of its model's first generation.
+        without (the device itself compares, see ``Conditioning``), and one that knows their number
+        reads the first two of its model's first generation.
         """
         if timestep.numel() == 0:
             return None
@@ -160,7 +159,7 @@ class Session:
             log.warning(message)
 
     def complete(self) -> None:
-        """The run has come to its end: warn if the clock has not."""
+        """End the run: warn if it had fewer steps than planned."""
         calls = sum(run.calls for run in self._models.values())
         for generation in self.generations:
             # Experts that share the steps of one run (`transformer` and `transformer_2`) have a
@@ -170,8 +169,10 @@ class Session:
                 self.warn(clock.ended_early(generation.progress))
 
     def close(self) -> None:
-        """Free the caches; records and report stay. A session that is closed before its last step
-        gives no warning. An implicit one is as new, and its warnings are given again.
+        """Free the caches; records and report stay.
+
+        There is no warning if steps are missing. An implicit session can be used again, and gives
+        its warnings again.
         """
         for generation in self.generations:
             generation.close()
@@ -180,7 +181,7 @@ class Session:
             self._warnings.clear()
 
     def report(self) -> Report:
-        """What has been done so far in this session."""
+        """The report on what has been done so far in this session."""
         return make_report(
             self._calls,
             self.num_steps,
@@ -190,13 +191,14 @@ class Session:
         )
 
     def least_bytes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """For each call, the bytes that the uncached model and our step have to move at least:
-        weights, inputs and caches.
+        """The bytes that each call has to move at least: of the uncached model, and of our step.
+
+        They are those of weights, inputs and caches.
         """
-        uncached = tuple(program.analysis.uncached_bytes for program, _ in self._calls)
-        return uncached, tuple(
-            program.step_bytes(self.num_steps, record.plan) for program, record in self._calls
-        )
+        calls = self._calls
+        uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
+        ours = tuple(program.step_bytes(self.num_steps, record.plan) for program, record in calls)
+        return uncached, ours
 
 
 _session: ContextVar[Session | None] = ContextVar("toca_fx_session", default=None)
@@ -210,34 +212,30 @@ _branch: ContextVar[str] = ContextVar("toca_fx_branch", default="")
 def session(
     num_steps: int | None = None, *, timesteps: Sequence[float] | Tensor | None = None
 ) -> Iterator[Session]:
-    """One generation: fresh caches and a step clock of its own for every toca-compiled model called
-    inside.
+    """One generation: every toca-compiled model called inside has new caches and a new clock.
 
     ``num_steps`` is the number of model calls of the sampling run (per guidance branch); by default
     the policy's ``sampler.steps``. Sessions nest, and each thread or asyncio task sees only its
     own. Calls beyond ``num_steps`` are full steps, with a warning. Twins of one model compiled with
     one policy count as one model. ``timesteps`` are the values of the model's timestep argument,
-    call by call: what depends on nothing but them and the conditions, such as the modulations of
-    all blocks, is then computed for all steps at once, if that fits into the policy's
+    call by call: values that depend only on them and the conditions, such as the modulations of all
+    blocks, are then computed for all steps at once, if they fit into the policy's
     ``hoisting.memory``.
 
     Raises:
         ValueError: ``num_steps`` is not a positive integer, or is not the number of ``timesteps``.
     """
-    if num_steps is not None and (
-        isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1
-    ):
+    is_integer = isinstance(num_steps, int) and not isinstance(num_steps, bool)
+    if num_steps is not None and (not is_integer or num_steps < 1):
         raise ValueError(
             f"session(num_steps={num_steps!r}): expected a positive integer, the number of model "
             "calls"
         )
-    # Numbers keep all of their digits: they are compared with what the model is called with, in its
-    # precision. A list that lies on a device is read here, once.
-    known = (
-        None
-        if timesteps is None
-        else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
-    )
+    known = None
+    if timesteps is not None:
+        # Numbers keep all of their digits: they are compared with the model's, in its precision. A
+        # tensor on a device is read here, once.
+        known = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
     if known is not None and num_steps not in (None, len(known)):
         raise ValueError(
             f"session(num_steps={num_steps}, timesteps=...): {len(known)} timesteps were given, "
@@ -255,8 +253,9 @@ def session(
 
 @contextmanager
 def branch(name: str) -> Iterator[None]:
-    """Keep the state of guidance branches apart that are called one after the other, e.g. "cond"
-    and "uncond".
+    """The guidance branch that the calls inside belong to, such as "cond" or "uncond".
+
+    Branches that are called one after the other have caches and a clock each.
 
     Raises:
         ValueError: ``name`` is not a non-empty string.

@@ -18,9 +18,9 @@ from toca_fx.runtime.selector import Selector
 class Storage:
     """The tensors of a generation, and the recordings made on them.
 
-    Storages of one ``key`` can stand in for each other. ``recordings`` is None where steps are
-    queued, and ``reason`` says why ("" on a CPU, which knows no difference). ``mark`` is the end of
-    the last generation on it.
+    Storages of one ``key`` are interchangeable. ``recordings`` is None where steps are queued, and
+    ``reason`` says why ("" on a CPU, where nothing is ever recorded). ``mark`` is the end of the
+    last generation on it.
     """
 
     key: tuple[int, int]
@@ -35,7 +35,7 @@ class Storage:
         self.tensors = {**self.buffers, **self.hoisted.tensors}
 
     def clear(self) -> None:
-        """Make it as good as new: a full step, which comes first, writes the features."""
+        """Begin a generation; features stay, because a full step comes first and writes them."""
         for buffer, tensor in self.buffers.items():
             if buffer.role not in FEATURES:
                 tensor.zero_()
@@ -49,5 +49,5 @@ class Storage:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of those and of hoisted values."""
+        """Bytes of caches, scores, counters and hoisted values."""
         return self.nbytes + self.hoisted.nbytes

@@ -12,24 +12,24 @@ def reading_waits(tensor: Tensor) -> bool:
 
 
 class Watch:
-    """``flags``, a boolean tensor [n], as they are when the device comes to this point. Of devices
-    other than GPUs nothing is learnt.
+    """The values of ``flags``, a boolean tensor [n], at this point of the device's work.
+
+    They are known later on a GPU, at once on a CPU, and never on other devices.
     """
 
     def __init__(self, flags: Tensor) -> None:
         self._found: Tensor | None = None
         self._done: torch.cuda.Event | None = None
         if flags.device.type == "cuda":
-            self._found = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(
-                flags, non_blocking=True
-            )
+            pinned = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._found = pinned.copy_(flags, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record(torch.cuda.current_stream(flags.device))
         elif flags.device.type == "cpu":
             self._found = flags.clone()
 
     def seen(self) -> list[bool] | None:
-        """The flags, as soon as they are here."""
+        """The flags; None as long as they are not known."""
         if self._found is None or (self._done is not None and not self._done.query()):  # type: ignore[no-untyped-call]
             return None
         found: list[bool] = self._found.tolist()
