@@ -17,7 +17,7 @@ WITHOUT_TORCH = ("toca_fx.policy", "toca_fx.plan.planner", "toca_fx.plan.choose"
 def table() -> dict[str, set[str]]:
     """What each room may import, from the table of the page."""
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", page, re.MULTILINE)
     return {room: set(re.findall(r"`(\w+)`", allowed)) for room, allowed in rows}
 
 

@@ -227,9 +227,9 @@ def describe(sites: Sequence[SiteExplanation]) -> str:
 def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
     groups: dict[tuple[object, ...], list[SiteExplanation]] = {}
     for site in sites:
-        by = (_pattern(site.influence or ""), _pattern(site.entropy or ""))
-        key = (_pattern(site.path), site.kind, site.tokens, site.modes, site.action, site.says, *by)
-        key = (*key, site.scores, site.gathers)
+        does = (site.kind, site.tokens, site.modes, site.action, site.says, site.gathers)
+        by = (_pattern(site.influence or ""), _pattern(site.entropy or ""), site.scores)
+        key = (_pattern(site.path), *does, *by)
         groups.setdefault(key, []).append(site)
     if not groups:
         yield "no sites: the model would run uncached"
