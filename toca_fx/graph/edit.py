@@ -11,8 +11,9 @@ from toca_fx.torch_private import is_mutable, make_fx
 
 
 def inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
-    """Trace ``function`` over the fake values of nodes and copy it to the insertion point; returns
-    its output nodes.
+    """Trace ``function`` over the fake values of nodes, and copy it to the insertion point.
+
+    Nodes in ``args`` and ``kwargs`` stand for their values. Returns the output nodes.
     """
     nodes: list[fx.Node] = []
     fx.node.map_arg((args, kwargs or {}), nodes.append)
@@ -30,7 +31,7 @@ def inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """``nodes`` and all that they need, without going beyond (but including) ``stop``."""
+    """``nodes`` and all that they depend on, up to and with the nodes of ``stop``."""
     ends = set(stop)
     found: set[fx.Node] = set()
     pending = list(nodes)

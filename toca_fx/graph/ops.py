@@ -1,4 +1,4 @@
-"""The operators of pre-dispatch ATen that are known, and what can be told of a node by them.
+"""The operators of pre-dispatch ATen that are known, and what a node's operator says of it.
 
 ``OPS`` has one row per operator: the rule for its axes, and the families that it belongs to. An
 operator that the table lacks mixes all axes and belongs to no family, unless torch tags it as
@@ -57,8 +57,10 @@ class Family(Flag):
 
 @dataclass(frozen=True)
 class Op:
-    """A row of the table: how axes of the output lie in the operands (None: all are mixed), and the
-    families.
+    """A row of the table: the rule for the axes and the families.
+
+    The rule says which axes of the operands an axis of the output comes from; None if all are
+    mixed.
     """
 
     axis_rule: Rule | None
@@ -181,8 +183,9 @@ ACTIVATIONS = _members(Family.ACTIVATION)
 
 
 def operands(node: fx.Node, axis: int) -> Axes | None:
-    """The operands that carry one axis of the output, with the axis in each; None if positions
-    along it are mixed.
+    """The operands that carry an axis of the output, with the axis in each.
+
+    None if positions along the axis are mixed.
     """
     rule = axis_rule(node)
     return rule(node, axis) if rule is not None else None
@@ -203,11 +206,8 @@ def linear_input(node: fx.Node) -> fx.Node | None:
         source = node.args[1 if node.target is aten.addmm.default else 0]
     elif node.target in MMS:
         weight = node.args[1]
-        if (
-            isinstance(weight, fx.Node)
-            and is_constant(weight)
-            and len(weight.meta["val"].shape) == 2
-        ):
+        is_matrix = isinstance(weight, fx.Node) and len(axes.shape_of(weight)) == 2
+        if is_matrix and is_constant(weight):
             source = node.args[0]
     elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
         weight = node.args[1]
@@ -222,14 +222,12 @@ def is_constant(value: object) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether every element of the output depends on the broadcast elements at its position
-    only.
-    """
+    """Whether each element of the output depends only on the elements at its own position."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _is_row_pointwise(node)
 
 
 def _is_row_pointwise(node: fx.Node) -> bool:
-    """The same of what has no tags: operators of Python."""
+    """Whether the table says so: Python's operators have no tags."""
     row = OPS.get(node.target)
     return row is not None and row.axis_rule is axes.pointwise
 

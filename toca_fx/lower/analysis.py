@@ -28,8 +28,8 @@ from toca_fx.torch_private import FakeTensorMode
 class Inputs:
     """Positions among the inputs of a graph, and the ``device`` of the first tensor that it uses.
 
-    Of the tensors that it uses, ``state`` stays where it is from call to call and ``varying`` does
-    not. ``timestep`` is None if none was recognised.
+    Of the tensors that the graph uses, those in ``state`` stay where they are from call to call,
+    and those in ``varying`` do not. ``timestep`` is None if none was recognised.
     """
 
     state: tuple[int, ...]
@@ -57,8 +57,9 @@ def _inputs_of(graph: fx.Graph) -> Inputs:
 
 
 class Analysis:
-    """The model's graph ``aten`` for one set of input shapes, what was matched in it, its plans,
-    and what its steps need not compute.
+    """The model's graph for one set of input shapes, with its matches and plans.
+
+    ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute.
     """
 
     def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
@@ -76,13 +77,14 @@ class Analysis:
 
     @cached_property
     def conditions(self) -> StepGraph:
-        """What depends on conditions only; it returns the values of ``hoisted.conditions``."""
+        """The part that depends on conditions only; it returns ``hoisted.conditions``."""
         return extract(self.aten, self.hoisted.conditions)
 
     @cached_property
     def timed(self) -> StepGraph:
-        """What depends on the timestep as well, given the conditions; it returns the values of
-        ``hoisted.timed``.
+        """The part that depends on the timestep as well; it returns ``hoisted.timed``.
+
+        The values of ``hoisted.conditions`` are inputs of it.
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
 
@@ -94,7 +96,7 @@ class Analysis:
 
     @cached_property
     def uncached_bytes(self) -> int:
-        """Bytes of what one run of the model as it was captured has to read: weights and inputs."""
+        """Bytes that one run of the model as it was captured has to read: weights and inputs."""
         inputs = self.aten.graph.find_nodes(op="placeholder")
         return nbytes_of(node.meta.get("val") for node in inputs)
 
@@ -119,17 +121,15 @@ class Analysis:
         return {node.name: node.meta["val"] for node in nodes if node.name in names}
 
     def table_fits(self, timesteps: int) -> bool:
-        """Whether the values of so many timesteps fit into the memory that the policy allows for
-        what is hoisted.
-        """
+        """Whether hoisted values for so many timesteps fit into what the policy allows them."""
         conditions, timed = self.hoisted_bytes
         return conditions + timed * timesteps <= self.settings.hoisting_bytes
 
     def queued_because(self, nbytes: int, beside: int = 0) -> str:
-        """Why the policy has steps queued whose memories (hoisted values included) take ``nbytes``;
-        "" if it has them recorded.
+        """Why steps are queued, and not recorded, by the policy; "" if they are recorded.
 
-        ``beside`` are bytes that other recordings of the model hold already.
+        ``nbytes`` is what their memories take, hoisted values included; ``beside`` are bytes that
+        other recordings of the model hold already.
         """
         most = self.settings.recording_bytes
         if beside + nbytes <= most:
@@ -155,8 +155,9 @@ class Analysis:
         return kept + counters
 
     def costs(self, plan: Plan) -> dict[Modes, StepCost]:
-        """The costs of the step graphs of ``plan``, none of them compiled; those of the plan that
-        was asked for last are kept.
+        """The costs of the step graphs of ``plan``, which are not compiled for it.
+
+        The costs of the latest plan are kept.
         """
         with self._lock:
             if self._costs is None or self._costs[0] is not plan:

@@ -2,9 +2,9 @@
 
     one graph of 28 blocks  ->  before, block, block, ..., block, after     three graphs to compile
 
-The pieces are found by the module paths of their nodes and told apart by what they compute, not by
-their names: a block whose attention is reused while the next one's is not is another block. Nothing
-but the residual stream and what the model hands from block to block crosses a cut.
+The pieces are found by the module paths of their nodes. Two are equal if they compute the same,
+whatever their names: a block whose attention is reused is not equal to one whose attention is
+computed. Only the residual stream, and what the model hands from block to block, crosses a cut.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def compile_regions(
     compiler: Compile,
     mode: FakeTensorMode,
 ) -> Callable[..., Any]:
-    """Compile ``module``, equal blocks once. ``examples`` are its inputs, fake tensors of ``mode``;
-    ``module`` is changed.
+    """Compile ``module``, equal blocks once; a graph without equal blocks is compiled whole.
 
-    A graph without equal blocks is compiled whole.
+    ``examples`` are its inputs, fake tensors of ``mode``; ``module`` is changed.
     """
     pieces = cut(module)
     kinds = _Survey(pieces, mode).kinds(examples)
@@ -56,10 +55,10 @@ def compile_regions(
 
 
 def cut(module: fx.GraphModule) -> fx.GraphModule:
-    """``module`` as a sequence of calls of submodules, one per block and one for what lies between
-    blocks; each returns a tuple.
+    """``module`` as a sequence of calls of submodules, each of which returns a tuple.
 
-    The nodes of ``module`` are put into the order of the pieces.
+    There is one for each block, and one for what lies between blocks. The nodes of ``module`` are
+    put into the order of the pieces.
     """
     region = assign(module.graph)
     _hand_over_contiguous(module.graph, region)
@@ -72,7 +71,7 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _return_tuples(pieces: fx.GraphModule) -> None:
-    """Compilers want graphs that return tuples; what was split returns a single value as it is."""
+    """Make every piece return a tuple, as compilers want; FX returns a single value as it is."""
     for call in pieces.graph.find_nodes(op="call_module"):
         piece: Any = pieces.get_submodule(call.target)
         (end,) = piece.graph.find_nodes(op="output")
@@ -88,11 +87,11 @@ def _return_tuples(pieces: fx.GraphModule) -> None:
 
 
 def assign(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The number of the piece that each node belongs to: 2 i + 1 for the i-th numbered block, even
-    ones for what lies around them.
+    """The number of the piece that each node belongs to.
 
-    No node comes before what it needs. Nodes that the rewriter added (they have no module stack) go
-    where they are used, and writes behind all that read the same memory.
+    It is 2 i + 1 for the i-th numbered block, and even for what lies around blocks. No node comes
+    before its operands. Nodes that the rewriter added (they have no module stack) go where they are
+    used, and writes behind all that read the same memory.
     """
     blocks: dict[tuple[str, int], int] = {}
     region: dict[fx.Node, int] = {}
@@ -108,9 +107,8 @@ def assign(graph: fx.Graph) -> dict[fx.Node, int]:
             region[node] = max(given, 2 * blocks.setdefault((name, number), len(blocks)) + 1)
     for node in reversed(nodes):
         if not _is_original(node) and node.users:
-            region[node] = min(
-                (region[user] for user in node.users if user in region), default=region[node]
-            )
+            users = [region[user] for user in node.users if user in region]
+            region[node] = min(users, default=region[node])
     for node in nodes:
         if node.target is operator.getitem:
             region[node] = region[node.args[0]]
@@ -125,14 +123,14 @@ def assign(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _hand_over_contiguous(graph: fx.Graph, region: dict[fx.Node, int]) -> None:
-    """Patch embeddings hand the first block a transposed stream, and every other block gets it
-    straight: one block more to compile.
+    """Make what the first block gets contiguous, if it is transposed.
+
+    Patch embeddings return a transposed stream, and blocks a contiguous one: the first block would
+    be compiled by itself.
     """
     for node in [node for node in region if region[node] == 0]:
-        users, value = (
-            [user for user in node.users if region.get(user, 0) > 0],
-            node.meta.get("val"),
-        )
+        users = [user for user in node.users if region.get(user, 0) > 0]
+        value = node.meta.get("val")
         if users and isinstance(value, Tensor) and not value.is_contiguous() and _is_dense(value):
             with graph.inserting_after(node):
                 straight = graph.call_function(aten.contiguous.default, (node,))
@@ -141,13 +139,15 @@ def _hand_over_contiguous(graph: fx.Graph, region: dict[fx.Node, int]) -> None:
 
 
 def _is_dense(value: Tensor) -> bool:
-    return (
-        torch.empty_like(value).stride() == value.stride()
-    )  # what is expanded or cut out of something keeps no strides
+    # A tensor that is expanded, or cut out of another, has other strides than a new one like it.
+    return torch.empty_like(value).stride() == value.stride()
 
 
 def signature(region: fx.GraphModule, inputs: Sequence[Any]) -> object:
-    """What a piece computes and on what; equal for pieces that can share one compiled graph."""
+    """A key that is equal for pieces that can share one compiled graph.
+
+    It is made of what a piece computes, and of the layouts of its inputs.
+    """
     position = {node: at for at, node in enumerate(region.graph.nodes)}
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
 
@@ -162,17 +162,12 @@ def signature(region: fx.GraphModule, inputs: Sequence[Any]) -> object:
     def of_input(value: Any) -> object:
         if not isinstance(value, Tensor):
             return repr(value)
-        layout = (
-            *map(of_size, value.shape),
-            *map(of_size, value.stride()),
-            of_size(value.storage_offset()),
-        )
-        return layout, value.dtype, value.device, value.requires_grad
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return tuple(map(of_size, sizes)), value.dtype, value.device, value.requires_grad
 
     def of_arguments(node: fx.Node) -> str:
-        return repr(
-            fx.node.map_arg((node.args, node.kwargs), lambda operand: f"%{position[operand]}")
-        )
+        given = (node.args, node.kwargs)
+        return repr(fx.node.map_arg(given, lambda operand: f"%{position[operand]}"))
 
     body = tuple(
         (node.op, node.target, of_arguments(node))
@@ -188,9 +183,7 @@ def _is_original(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Kind:
-    """Pieces that are equal, by the first of them: what it is given and what it returns, fake
-    tensors.
-    """
+    """Equal pieces: the first of them, and its inputs and outputs as fake tensors."""
 
     piece: fx.GraphModule
     inputs: tuple[Any, ...]
@@ -218,7 +211,7 @@ class _Survey(fx.Interpreter):
         piece: fx.GraphModule = self.fetch_attr(target)
         sign = signature(piece, args)
         first = self._known.get(sign)
-        # What is sized by symbols has other ones in every piece.
+        # Outputs whose sizes are symbols have other symbols in every piece.
         if first is not None and all(map(_is_static, first.outputs)):
             outputs = tuple(like(self._mode, value) for value in first.outputs)
         else:

@@ -17,10 +17,11 @@ Compiler = str | Callable[..., Any]
 
 @dataclass(frozen=True)
 class Inner:
-    """``backend`` is "inductor", "aot_eager", "eager", any other torch.compile backend, or one
-    itself; ``mode`` is as in torch.compile.
+    """The compiler of step graphs: a backend of torch.compile and its mode.
 
-    Frozen, because Dynamo guards on backends being equal.
+    ``backend`` is "inductor", "aot_eager", "eager" or another name that torch.compile knows, or a
+    callable; ``mode`` is as in torch.compile. Frozen, because Dynamo guards on backends being
+    equal.
 
     Raises:
         TypeError: ``backend`` is neither a name nor a callable.
@@ -40,34 +41,28 @@ class Inner:
             )
         known = list_mode_options()
         if self.mode not in known:
-            raise ValueError(
-                f"unknown mode `{self.mode}`{did_you_mean(str(self.mode), known)}; known: {', '.join(known)}"
-            )
+            hint = did_you_mean(str(self.mode), known)
+            raise ValueError(f"unknown mode `{self.mode}`{hint}; known: {', '.join(known)}")
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Compile ``module`` for ``inputs``, fake tensors."""
-        run: Callable[..., Any] = self._function()(
-            module, inputs, **({"config_patches": self._options} if self._options else {})
-        )
+        options = {"config_patches": self._options} if self._options else {}
+        run: Callable[..., Any] = self._function()(module, inputs, **options)
         return run
 
     @property
     def records(self) -> bool | None:
-        """Whether steps are recorded as CUDA graphs on a GPU: what ``mode`` says, None if it says
-        nothing.
-        """
+        """Whether ``mode`` asks for CUDA graphs on a GPU; None if it leaves that open."""
         if self.backend != "inductor":
             return False
-        return (
-            None
-            if self.mode is None
-            else bool(list_mode_options(self.mode).get("triton.cudagraphs"))
-        )
+        if self.mode is None:
+            return None
+        return bool(list_mode_options(self.mode).get("triton.cudagraphs"))
 
     @property
     def _options(self) -> dict[str, Any]:
-        # Whole steps are recorded, with the selection (see ``recording``), and not what inductor is
-        # given.
+        # Whole steps are recorded, selection included (see ``cuda_graphs``), and not the graphs
+        # that inductor gets.
         found = {} if self.mode is None else list_mode_options(self.mode)
         return {key: value for key, value in found.items() if key != "triton.cudagraphs"}
 
@@ -76,7 +71,8 @@ class Inner:
             return self.backend
         if not isinstance(self.backend, str):
             raise TypeError(
-                f"inner={self.backend!r}: expected the name of a torch.compile backend, or a callable"
+                f"inner={self.backend!r}: expected the name of a torch.compile backend, "
+                "or a callable"
             )
         try:
             found: Callable[..., Any] = lookup_backend(self.backend)

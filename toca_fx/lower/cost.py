@@ -23,19 +23,17 @@ class StepCost:
         self._autocast = Autocast()
 
     def flops(self, step: StepPlan) -> int:
-        """FLOPs of one run with the fresh tokens of ``step``, scoring included as far as it is
-        done.
-        """
+        """FLOPs of one run with the fresh tokens of ``step``, with the scoring that it does."""
         _, fixed, per_site = self._counted
         unread = 0 if step.read else sum(map(columns_flops, self.graph.module.graph.nodes))
-        partial = sum(
-            whole * step.fresh[i] // self._plan.sites[i].tokens for i, whole in per_site.items()
-        )
+        sites = self._plan.sites
+        partial = sum(whole * step.fresh[i] // sites[i].tokens for i, whole in per_site.items())
         return fixed - unread + partial
 
     def nbytes(self, step: StepPlan) -> int:
-        """Bytes that one run of ``step`` has to read or write at least: its inputs, but for weights
-        that no token passes through.
+        """Bytes that one run of ``step`` has to read or write at least: those of its inputs.
+
+        Weights that no token passes through are left out.
         """
         fresh = self.graph.fresh_nodes.items()
         idle = {name for i, names in fresh if not step.fresh[i] for name in names}
@@ -51,8 +49,9 @@ class StepCost:
 
     @cached_property
     def _counted(self) -> tuple[dict[str, Any], int, dict[int, int]]:
-        """Those; FLOPs that do not depend on K; and per site those of computing all of its tokens
-        (they are linear in K).
+        """``values``, FLOPs that do not depend on K, and FLOPs by site if all tokens are fresh.
+
+        The FLOPs of a site are linear in K.
         """
         values: dict[str, Any] = {}
         with self._autocast.again():
@@ -65,11 +64,11 @@ class StepCost:
 
 
 def flops_of(module: fx.GraphModule) -> int:
-    """FLOPs of one run of a graph whose inputs are as its placeholders say."""
+    """FLOPs of one run of a graph on the fake values of its placeholders."""
     placeholders = module.graph.find_nodes(op="placeholder")
     return sum(count_flops(module, [node.meta.get("val") for node in placeholders]).values())
 
 
 def nbytes_of(values: Iterable[Any]) -> int:
-    """Bytes of those values that are tensors."""
+    """Bytes of the tensors among ``values``."""
     return sum(value.nbytes for value in values if isinstance(value, Tensor))

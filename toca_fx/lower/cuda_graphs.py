@@ -33,31 +33,31 @@ Body = Callable[[Sequence[Any]], Any]
 
 
 class Recorder(Protocol):
-    """Records what runs on a device; ``CudaRecorder``, or a stand-in in tests."""
+    """Something that records what runs on a device: ``CudaRecorder``, or a stand-in in tests."""
 
     refusal: str
     """Why nothing is recorded any more; "" as long as it is."""
 
     def record(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """``body`` as a function that replays it, and what it returns: tensors that each replay
-        overwrites. It is not run.
+        """Record ``body``; returns a function that replays it, and what it returned.
+
+        Its tensors are written by each replay, and not before.
         """
 
     def exclusive(self, work: Callable[[], Any]) -> Any:
-        """Run ``work``, in which a recording is replayed, while no other one of this recorder
-        is.
-        """
+        """Run ``work``, which replays a recording, while no other of this recorder is replayed."""
 
     def mark(self) -> Any:
         """A point in the work of the device: all that has been queued so far by the caller."""
 
     def after(self, mark: Any) -> None:
-        """What the caller queues from now on comes after ``mark``."""
+        """Make all that the caller queues from now on wait for ``mark``."""
 
 
 class CudaRecorder:
-    """The recordings of one program: they share one pool of memory, and so must never overlap,
-    whatever stream they are replayed on.
+    """The recordings of one program.
+
+    They share one pool of memory, and so must never overlap, whatever stream they are replayed on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,8 +96,10 @@ class CudaRecorder:
         return graph.replay, found
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that failed. What an invalid one leaves open would be taken for a
-        recording under way by all that follows.
+        """End a recording that failed.
+
+        What an invalid one leaves open would be taken for a recording under way by all that
+        follows.
         """
         with contextlib.suppress(Exception):
             graph.capture_end()
@@ -108,7 +110,7 @@ class CudaRecorder:
             warnings.simplefilter("ignore")  # that it is empty
             nothing = torch.cuda.CUDAGraph()
             nothing.capture_begin(capture_error_mode="thread_local")
-            nothing.capture_end()  # which the generator of random numbers hears
+            nothing.capture_end()  # this tells the generator of random numbers
 
     def exclusive(self, work: Callable[[], Any]) -> Any:
         """See ``Recorder``: a lock orders the threads, and an event the streams."""
@@ -139,15 +141,16 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 @functools.cache
 def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
-    """One per device and process, for one recording at a time: libraries keep a workspace for each
-    stream that they were used on.
+    """The stream of a device on which recordings are made, and the lock to take for one.
+
+    There is one per process: libraries keep a workspace for each stream that they were used on.
     """
     return torch.cuda.Stream(device), threading.Lock()  # type: ignore[no-untyped-call]
 
 
 @dataclass
 class _Recording:
-    """``replay`` reads ``given`` and writes what ``found`` holds."""
+    """A recorded step: ``replay`` reads ``given`` and writes the tensors of ``found``."""
 
     replay: Callable[[], None]
     given: dict[int, Tensor]
@@ -158,9 +161,9 @@ class _Recording:
 class Recordings:
     """The recordings made on the memory of one generation.
 
-    ``fixed`` and ``varying`` are positions among the inputs of the model: of what stays where it is
-    (parameters, buffers), and of tensors that are others in each call. ``seen`` are the steps that
-    have run before, on whatever memory, and the kinds that have in each thread.
+    ``fixed`` and ``varying`` are positions among the inputs of the model: of tensors that stay
+    where they are (parameters, buffers), and of those that are new in each call. ``seen`` are the
+    steps that have run before, on any memory, and the kinds that have run in each thread.
     """
 
     recorder: Recorder
@@ -177,11 +180,10 @@ class Recordings:
     def run(
         self, kind: Hashable, key: Hashable, body: Body, inputs: Sequence[Any]
     ) -> tuple[Any, str]:
-        """What ``body`` returns for ``inputs``, and "" if that came from a recording, else why it
-        was queued.
+        """Run a step; returns the outputs, and why it was queued, "" if it was replayed.
 
-        ``body`` does the same for the same ``key`` and memory; steps of one ``kind`` run the same
-        kernels.
+        ``body`` takes ``inputs`` and does the same for the same ``key`` and memory; steps of one
+        ``kind`` run the same kernels.
         """
         self._look_for_moves(inputs)
         recording = self._found.get(key)
@@ -190,7 +192,7 @@ class Recordings:
                 return body(inputs), reason
             try:
                 recording = self._found[key] = self._record(body, inputs)
-            except Exception as error:  # whatever cannot be recorded can be queued
+            except Exception as error:  # a step that cannot be recorded can be queued
                 says = str(error).strip().partition("\n")[0] or type(error).__name__
                 self.recorder.refusal = f"a step could not be recorded: {says}"
                 log.warning("steps are queued: %s", self.recorder.refusal)
@@ -211,8 +213,9 @@ class Recordings:
         return "the first time" if first else ""
 
     def _look_for_moves(self, inputs: Sequence[Any]) -> None:
-        """Offloading and ``.data`` move parameters without a trace; a recording would read where
-        they were.
+        """Drop all recordings if parameters have moved, as they would read the old addresses.
+
+        Offloading and ``.data`` move parameters without notice.
         """
         addresses = tuple(map(Tensor.data_ptr, map(inputs.__getitem__, self.fixed)))
         if addresses != self._addresses:
@@ -222,8 +225,8 @@ class Recordings:
 
     def _record(self, body: Body, inputs: Sequence[Any]) -> _Recording:
         given = {}
-        # Normal tensors, whatever mode the caller is in: the next one may be in another, and could
-        # not fill them.
+        # Normal tensors, even if the caller is in inference mode: the next caller may not be, and
+        # could not fill inference tensors.
         with torch.inference_mode(False):
             for at in self.varying:
                 value = inputs[at]
@@ -248,7 +251,7 @@ class Recordings:
 
 
 def _once(value: Tensor) -> Tensor:
-    """``value`` without repetition: what is expanded along an axis lies in memory once."""
+    """A view of ``value`` that has each element in memory once, if it is expanded."""
     for axis, stride in enumerate(value.stride()):
         if stride == 0 and value.shape[axis] > 1:
             value = value.narrow(axis, 0, 1)

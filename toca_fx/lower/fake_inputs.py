@@ -27,10 +27,10 @@ _INT32_MAX = torch.iinfo(torch.int32).max
 
 
 class FakeInputs:
-    """Makes the inputs of ``graph`` in the order of the call, tensors of the fake ``mode``.
+    """The inputs of ``graph`` as fake tensors of ``mode``, in the order of the call.
 
-    ``symbols`` are those that have stood for numbers of fresh tokens so far, with the buffers whose
-    size they are.
+    ``symbols`` are the symbols made so far for numbers of fresh tokens, with the buffers whose size
+    they are.
     """
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
@@ -41,15 +41,15 @@ class FakeInputs:
         self._graph, self._source, self._plan = graph, source, plan
 
     def whole(self) -> list[Any]:
-        """For a step that computes all tokens of all sites."""
+        """The inputs of a step that computes all tokens of all sites."""
         return self._made(self._tokens)
 
     def of_counts(self, counts: Mapping[Buffer, int]) -> list[Any]:
-        """For a step with so many fresh tokens, by the buffers of role ``ranks``."""
+        """The inputs of a step with so many fresh tokens, by the buffers of role ``ranks``."""
         return self._made(counts.__getitem__)
 
     def symbolic(self) -> list[Any]:
-        """For steps with any number of fresh tokens."""
+        """The inputs of steps with any number of fresh tokens."""
         return self._made(self._symbol)
 
     def _made(self, count: Callable[[Buffer], Any]) -> list[Any]:
@@ -90,7 +90,7 @@ class FakeInputs:
 
 
 def like(mode: FakeTensorMode, value: Any) -> Any:
-    """A fake tensor of ``mode`` like ``value``; what is no tensor as it is."""
+    """A fake tensor of ``mode`` like ``value``; a value that is no tensor is returned."""
     if not isinstance(value, Tensor):
         return value
     with mode:

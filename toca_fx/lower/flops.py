@@ -1,6 +1,4 @@
-"""FLOPs of a graph by the formulas of ``torch.utils.flop_counter``, node by node, on fake
-tensors.
-"""
+"""FLOPs of a graph, node by node, by the formulas of ``torch.utils.flop_counter``."""
 
 from __future__ import annotations
 
@@ -22,15 +20,13 @@ from toca_fx.torch_private import detect_fake_mode, sdpa_flop_count
 def _attention(
     query: torch.Size, key: torch.Size, value: torch.Size, *_args: Any, **_kwargs: Any
 ) -> int:
-    """The CPU's fused kernel is missing from the registry of torch 2.13; it does the same work as
-    the others.
-    """
+    """FLOPs of the CPU's fused attention, which the registry of torch 2.13 lacks."""
     flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
     return flops
 
 
 def _columns(query: torch.Size, key: torch.Size, every: int) -> int:
-    """s1 on a GPU: one product of the keys with the queries that are looked at."""
+    """FLOPs of s1 on a GPU: a product of the keys with every ``every``-th query."""
     batch, heads, rows, width = query
     return 2 * batch * heads * -(rows // -every) * key[2] * width
 
@@ -48,7 +44,7 @@ def _attention_and_columns(
 
 
 def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -> int:
-    """A linear layer on packed int8 weights [out, in]."""
+    """FLOPs of a linear layer on packed int8 weights [out, in]."""
     return 2 * rows[0] * rows[1] * weight[0]
 
 
@@ -60,7 +56,7 @@ _FORMULAS = {
 
 
 class Autocast:
-    """Torch's autocast state at some time, to be entered again: graphs keep no casts of it."""
+    """Torch's autocast state when this was made; graphs keep no casts, and need it again."""
 
     def __init__(self) -> None:
         self._states = [
@@ -70,7 +66,7 @@ class Autocast:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Everything inside runs in that state."""
+        """Run everything inside in that state."""
         with ExitStack() as stack:
             for device, dtype, enabled in self._states:
                 if enabled or torch.is_autocast_enabled(device):
@@ -81,10 +77,10 @@ class Autocast:
 def count_flops(
     module: fx.GraphModule, inputs: Sequence[Any], values: dict[str, Any] | None = None
 ) -> dict[str, int]:
-    """FLOPs per node (those with any) of ``module`` run on ``inputs``, which may be fake; 2 FLOPs
-    per multiply-add.
+    """FLOPs of ``module`` run on ``inputs``, by node; 2 FLOPs per multiply-add.
 
-    ``values`` takes what the nodes compute, by name.
+    ``inputs`` may be fake. Nodes without FLOPs are left out. ``values`` takes what the nodes
+    compute, by name.
     """
     counter = _Counter(module, values)
     # Tables that the graph makes by itself are fake too, then.
@@ -94,9 +90,7 @@ def count_flops(
 
 
 def columns_flops(node: fx.Node) -> int:
-    """What ``count_flops`` counts at ``node`` for scores that are not computed when nobody will
-    read them (see ``columns``).
-    """
+    """FLOPs at ``node`` for scores that are computed only if they are used (see ``columns``)."""
     if node.target is not _SCORED:
         return 0
     query, key, _value, _scale, *more = cast("tuple[Any, ...]", node.args)

@@ -1,8 +1,7 @@
-"""What inductor makes of a graph, by its rules and without it: which kernels run, and what of it
-they write to memory.
+"""The kernels that inductor makes of a graph, and what they write to memory; it is not called.
 
-    kernels     products, convolutions, attention, sorting, complex numbers, whatever is no ATen
-                operator: operands and results are written
+    kernels     products, convolutions, attention, sorting, complex numbers, operators that are not
+                ATen's: operands and results are written
     reductions  sums and means: results are written, operands are not
     fused       everything else, norms and gathers among it: computed again by each reader and never
                 written, unless a kernel takes it, it is handed on, or it reads too much
@@ -45,37 +44,26 @@ def _names(targets: Iterable[object]) -> frozenset[str]:
     return frozenset(filter(None, map(operator_name, targets)))
 
 
-# Overload packets by name: those in the table of operators, and what the table need not know,
-# because nothing is proven of it, but inductor has a rule for.
+# Overload packets by name: those in the table of operators, and others that inductor has a rule
+# for. The table needs no more than those of which something is proven.
 _KERNELS = (
     _names(LINEARS | MMS | PRODUCTS | ATTENTIONS | CONVOLUTIONS)
     | {"convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
     | {"sort", "argsort", "topk", "scatter", "index_put", "index_copy"}
 )
-_REDUCTIONS = _names(REDUCTIONS) | {
-    "amin",
-    "argmax",
-    "argmin",
-    "logsumexp",
-    "var",
-    "std",
-    "linalg_norm",
-}
+_REDUCTIONS = (
+    _names(REDUCTIONS) | {"amin", "argmax", "argmin"} | {"logsumexp", "var", "std", "linalg_norm"}
+)
 _NORMS = _names(NORMS | SOFTMAXES) | {"native_layer_norm", "group_norm", "log_softmax"}
 _TWICE = _NORMS | {"gelu", "silu"}  # they read their operand more than once
-# Where they copy, the result is in another order than what they read; where the latter are views,
-# it is in the same.
+# The results of the first are in another order than their operands, if they copy; those of the
+# second are in the same, if they are views.
 _MOVING = frozenset(
     {"cat", "stack", "index", "index_select", "clone", "contiguous", "reshape", "flatten"}
 )
 _STRAIGHT = _names(RESHAPES | SAME)
-_OPS = {
-    "gelu": 12,
-    "layer_norm": 10,
-    "rms_norm": 8,
-    "softmax": 5,
-    "silu": 4,
-}  # of an inner loop; others count for _OPS_OF_ONE
+# Operations in an inner loop; operators that are not listed count for _OPS_OF_ONE.
+_OPS = {"gelu": 12, "layer_norm": 10, "rms_norm": 8, "softmax": 5, "silu": 4}
 _OPS_OF_ONE = 2
 
 # config.realize_reads_threshold, realize_acc_reads_threshold, realize_opcount_threshold of
@@ -85,11 +73,11 @@ _READS_IF_REUSED, _MOST_READS, _MOST_OPS = 4, 8, 30
 
 @dataclass(eq=False)
 class Allocation:
-    """Memory that a graph writes: ``nbytes`` if all tokens are fresh; those of site ``site`` are if
-    it is not None.
+    """Memory that a graph writes: ``nbytes`` if all tokens are fresh.
 
-    ``piece`` is the one that writes it, and ``end`` says that the graph returns it. Inputs have
-    ``piece`` -1 and take nothing.
+    ``site`` is the site whose fresh tokens scale it, if any. ``piece`` is the number of the piece
+    that writes it, and ``end`` says that the graph returns it. Inputs have ``piece`` -1 and take
+    nothing.
     """
 
     name: str
@@ -102,10 +90,10 @@ class Allocation:
 
 @dataclass(eq=False)
 class Kernel:
-    """A kernel, what it reads and writes. The values of ``reads`` say whether it reads in the order
-    in which it writes.
+    """A kernel, and the memory that it reads and writes.
 
-    ``fused`` kernels may write where they have read.
+    The values of ``reads`` say whether it reads in the order in which it writes. ``fused`` kernels
+    may write where they have read.
     """
 
     name: str
@@ -115,17 +103,19 @@ class Kernel:
     fused: bool
 
 
-_Place = tuple[Allocation, Any]  # a buffer, and through which view it is read
+_Read = tuple[Allocation, Any]  # a buffer, and through which view it is read
 
 
 @dataclass(eq=False)
 class _Value:
-    """What a node computes, shared by all views of it: a buffer, or what it would be computed
-    from.
+    """What a node computes, shared by all views of it.
+
+    It lies in ``buffer`` once it is ``written``; until then it is computed from ``reads`` in
+    ``ops`` operations, by a ``fused`` kernel or a reduction.
     """
 
     buffer: Allocation
-    reads: dict[_Place, bool] = field(default_factory=dict)
+    reads: dict[_Read, bool] = field(default_factory=dict)
     ops: int = 0
     fused: bool = True
     written: bool = False
@@ -133,15 +123,13 @@ class _Value:
 
 @dataclass(frozen=True)
 class _View:
-    """A value as a node sees it: ``straight`` if in the order of memory, else through the view
-    ``key``.
-    """
+    """A value as a node sees it, through the view ``key``; ``straight``: in memory's order."""
 
     value: _Value
     straight: bool = True
     key: Any = None
 
-    def reads(self) -> dict[_Place, bool]:
+    def reads(self) -> dict[_Read, bool]:
         if self.value.written:
             return {(self.value.buffer, self.key): self.straight}
         if self.straight:
@@ -161,7 +149,7 @@ def kernels_of(
 
 
 class _Lowering:
-    """Goes over the nodes once."""
+    """One walk over the nodes of a graph, which collects kernels."""
 
     def __init__(
         self, graph: fx.Graph, values: Mapping[str, Any], piece: Mapping[fx.Node, int]
@@ -195,22 +183,13 @@ class _Lowering:
             self._take(node)
             return
         value = self._values[node.name]
-        outputs = (
-            [value]
-            if isinstance(value, Tensor)
-            else list(value)
-            if isinstance(value, (tuple, list))
-            else []
-        )
+        outputs = list(value) if isinstance(value, (tuple, list)) else [value]
         if not any(isinstance(output, Tensor) for output in outputs):
             return  # a number
         name = operator_name(node.target)
         if name not in ("index_put", "scatter", "copy_"):
-            self._sites.update(
-                (node, self._sites[operand])
-                for operand in node.all_input_nodes
-                if operand in self._sites
-            )
+            sites = [self._sites[each] for each in node.all_input_nodes if each in self._sites]
+            self._sites.update((node, site) for site in sites)
         if name == "copy_":
             self._copy(node)
         elif name == "index_put" and operands[0].value.buffer.piece < 0:
@@ -220,35 +199,31 @@ class _Lowering:
         elif operands and self._is_view(node, name, outputs[0], operands[0]):
             self._look(node, name, operands[0], isinstance(value, Tensor))
         elif name in _KERNELS or not name or self._is_foreign(node, name, outputs):
-            for view in operands:
-                self._write(view.value)
-            made = [
-                self._buffer(node, output) if isinstance(output, Tensor) else None
-                for output in outputs
-            ]
-            self._launch(
-                node,
-                dict.fromkeys(_joined(operands), False),
-                [buffer for buffer in made if buffer],
-                fused=False,
-            )
-            views = [
-                None if buffer is None else _View(_Value(buffer, written=True)) for buffer in made
-            ]
-            self._seen[node] = views[0] if isinstance(value, Tensor) and views[0] else views
+            self._call(node, outputs, operands)
         else:
             self._fuse(node, name, outputs[0], operands)
 
+    def _call(self, node: fx.Node, outputs: list[Any], operands: list[_View]) -> None:
+        """A kernel that is not fused: operands and results are written."""
+        for view in operands:
+            self._write(view.value)
+        views: list[_View | None] = []
+        for output in outputs:
+            buffer = self._buffer(node, output) if isinstance(output, Tensor) else None
+            views.append(None if buffer is None else _View(_Value(buffer, written=True)))
+        reads = dict.fromkeys(_joined(operands), False)
+        writes = [view.value.buffer for view in views if view is not None]
+        self._launch(node, reads, writes, fused=False)
+        is_one = isinstance(self._values[node.name], Tensor)
+        self._seen[node] = views[0] if is_one and views[0] else views
+
     def _take(self, node: fx.Node) -> None:
-        """One of the values that a node computes, or that it is cut into."""
+        """An item of a node that returns several values, or several parts of one."""
         whole, at = self._seen.get(node.all_input_nodes[0]), node.args[1]
         part = whole[at] if isinstance(whole, list) and isinstance(at, int) else whole
         if isinstance(part, _View):
-            self._seen[node] = (
-                part
-                if isinstance(whole, list)
-                else _View(part.value, straight=False, key=node.name)
-            )
+            is_own = isinstance(whole, list)
+            self._seen[node] = part if is_own else _View(part.value, False, node.name)
 
     def _operands(self, node: fx.Node) -> list[_View]:
         found = (self._seen.get(operand) for operand in node.all_input_nodes)
@@ -266,7 +241,7 @@ class _Lowering:
     def _launch(
         self,
         node: fx.Node,
-        reads: dict[_Place, bool],
+        reads: dict[_Read, bool],
         writes: list[Allocation],
         *,
         fused: bool = True,
@@ -283,14 +258,12 @@ class _Lowering:
             value.written, value.reads, value.ops = True, {}, 0
 
     def _copy(self, node: fx.Node) -> None:
-        """A cache is written, by what computes the value if nothing else does."""
+        """Write a cache, by the kernel that computes the value if nothing else does."""
         target, source = (self._seen[operand] for operand in node.all_input_nodes[:2])
         self._seen[node] = target
-        if (
-            isinstance(target, _View)
-            and isinstance(source, _View)
-            and target.value is not source.value
-        ):
+        if not isinstance(target, _View) or not isinstance(source, _View):
+            return
+        if target.value is not source.value:
             self._launch(node, source.reads(), [])
 
     def _is_view(self, node: fx.Node, name: str, output: Tensor, first: _View) -> bool:
@@ -336,9 +309,7 @@ class _Lowering:
             self._write_if_reused(node, value, 2 if name in _NORMS else 0)  # mean and variance
 
     def _write_if_reused(self, node: fx.Node, value: _Value, more_reads: int) -> None:
-        """Materialise what is used more than once if it reads a lot, and what reads too much in any
-        case.
-        """
+        """Materialise a value that reads too much, or reads a lot and is used more than once."""
         reads = len(value.reads) + more_reads
         users = sum(2 if operator_name(user.target) in _TWICE else 1 for user in node.users)
         if not value.written and users:
@@ -347,14 +318,14 @@ class _Lowering:
                 self._write(value)
 
 
-def _joined(operands: Iterable[_View]) -> dict[_Place, bool]:
-    found: dict[_Place, bool] = {}
+def _joined(operands: Iterable[_View]) -> dict[_Read, bool]:
+    found: dict[_Read, bool] = {}
     for view in operands:
         found |= view.reads()
     return found
 
 
-def _by_buffer(reads: Mapping[_Place, bool]) -> dict[Allocation, bool]:
+def _by_buffer(reads: Mapping[_Read, bool]) -> dict[Allocation, bool]:
     found: dict[Allocation, bool] = {}
     for (buffer, _), straight in reads.items():
         found[buffer] = found.get(buffer, True) and straight

@@ -24,23 +24,23 @@ class HoistedValues:
     """
 
     def __init__(self, hoisted: Hoisted, values: Mapping[str, Tensor], steps: int) -> None:
-        """``values`` are (fake) tensors like the values, by name; ``steps`` is T, 0 if no timesteps
-        are known.
+        """Allocate them: ``values`` are (fake) tensors like them, by name, and ``steps`` is T.
+
+        T is 0 if no timesteps are known.
         """
         made = {
-            name: torch.empty(
-                values[name].shape, dtype=values[name].dtype, device=values[name].device
-            )
-            for name in hoisted.conditions
+            name: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            for name, value in ((name, values[name]) for name in hoisted.conditions)
         }
         self.conditions = list(made.values())
         widths: dict[torch.dtype, int] = {}
-        places: dict[str, tuple[torch.dtype, int]] = {}
+        columns: dict[str, tuple[torch.dtype, int]] = {}
         for name in hoisted.timed:
             dtype, numel = values[name].dtype, values[name].numel()
-            places[name] = (dtype, widths.get(dtype, 0))
+            start = widths.get(dtype, 0)
+            columns[name] = (dtype, start)
             of_line = _ALIGNMENT // dtype.itemsize
-            widths[dtype] = places[name][1] + -(numel // -of_line) * of_line
+            widths[dtype] = start + -(numel // -of_line) * of_line
         device = values[hoisted.timed[0]].device if hoisted.timed else None
         self._rows = {
             dtype: torch.zeros(width, dtype=dtype, device=device) for dtype, width in widths.items()
@@ -49,15 +49,14 @@ class HoistedValues:
             dtype: torch.empty(steps + 1 if steps else 0, width, dtype=dtype, device=device)
             for dtype, width in widths.items()
         }
-        self._places = places
-        for name, (dtype, start) in places.items():
-            made[name] = self._rows[dtype][start : start + values[name].numel()].view(
-                values[name].shape
-            )
+        self._columns = columns
+        for name, (dtype, start) in columns.items():
+            row = self._rows[dtype][start : start + values[name].numel()]
+            made[name] = row.view(values[name].shape)
         self.tensors = {buffers.hoisted(name): tensor for name, tensor in made.items()}
         self._timed = [made[name] for name in hoisted.timed]
-        # The timesteps [T], the row of the last call, and whether a call was at no listed one, or
-        # at that of the call before.
+        # The timesteps [T], the row of the last call, and whether some call was at a timestep that
+        # is not listed, or at that of the call before.
         self.timesteps = torch.zeros(steps, dtype=torch.float32, device=device)
         self.row = torch.full((), _NEVER, device=device)
         self.doubts = torch.zeros(2, dtype=torch.bool, device=device)
@@ -65,10 +64,8 @@ class HoistedValues:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(
-            tensor.nbytes
-            for tensor in (*self.conditions, *self._rows.values(), *self.tables.values())
-        )
+        held = (*self.conditions, *self._rows.values(), *self.tables.values())
+        return sum(tensor.nbytes for tensor in held)
 
     def clear(self) -> None:
         """Begin a generation."""
@@ -76,12 +73,12 @@ class HoistedValues:
         self.doubts.zero_()
 
     def put(self, found: Sequence[Tensor]) -> None:
-        """The timed values of the present step."""
+        """Write the timed values of the present step."""
         foreach_copy_(self._timed, list(found))
 
     def fill(self, found: Sequence[Tensor]) -> None:
-        """The timed values at all timesteps, [T, ...] each."""
-        for (dtype, start), values in zip(self._places.values(), found, strict=True):
+        """Write the timed values at all timesteps, [T, ...] each, to the tables."""
+        for (dtype, start), values in zip(self._columns.values(), found, strict=True):
             self.tables[dtype][:-1, start : start + values[0].numel()].copy_(values.flatten(1))
         for table in self.tables.values():
             table[-1].fill_(torch.nan if table.is_floating_point() else 0)
@@ -92,14 +89,14 @@ class HoistedValues:
             self._rows[dtype].copy_(table[row])
 
     def look_up(self, timestep: Tensor) -> None:
-        """Bring the timed values of a listed timestep without waiting for the device; NaN if it is
-        not listed.
+        """Bring the timed values of a timestep, or NaN if it is not listed.
+
+        Nothing waits for the device.
         """
         apart = distance(timestep.reshape(1, -1), self.timesteps[:, None]).amax(dim=1)
         lost = apart.amin() > 0
-        row = apart.argmin().masked_fill(
-            lost, len(apart)
-        )  # a number in torch.where would be copied to the device, and waited for
+        # A number in torch.where would be copied to the device, and waited for.
+        row = apart.argmin().masked_fill(lost, len(apart))
         self.doubts.logical_or_(torch.stack([lost, row == self.row]))
         self.row.copy_(row)
         for dtype, table in self.tables.items():
@@ -107,8 +104,9 @@ class HoistedValues:
 
 
 def distance(timestep: Tensor, listed: Tensor) -> Tensor:
-    """How far apart they are, beyond the rounding of the timestep's type: bfloat16(t) / 1000 is not
-    bfloat16(t / 1000).
+    """How far apart timesteps are, beyond the rounding of the first one's dtype.
+
+    bfloat16(t) / 1000 is not bfloat16(t / 1000).
     """
     rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
     return (timestep.to(listed) - listed).abs() - rounding * listed.abs()

@@ -1,12 +1,12 @@
 """How many bytes a generation takes at its peak, predicted: nothing is compiled or run.
 
-    peak = caches, scores, counters + hoisted values + what the worst kind of step allocates while
-    it runs
+    peak = caches, scores, counters + hoisted values
+           + what the worst kind of step allocates while it runs
 
 A step runs piece by piece (``blocks``). What one piece hands to another stays for as long as a
-piece that takes it runs: its caller holds it. Within a piece the kernels of ``fusion`` run in the order of the
-graph or in the one that inductor's scheduler would rather have, whichever takes less, and write in
-place of what they were the last to read.
+piece that takes it runs: its caller holds it. Within a piece the kernels of ``fusion`` run in the
+order of the graph, or in that of inductor's scheduler, whichever takes less, and write in place of
+what they were the last to read.
 
 Sizes are those on a GPU, whatever device the model is on. Not counted: the workspaces of libraries
 (cuBLAS holds 32 MiB per stream on Hopper), which are there with an uncached model as well, and what
@@ -38,11 +38,11 @@ Size = Callable[[Allocation], int]
 
 
 class Peak(NamedTuple):
-    """Bytes of a generation: ``kept`` over all of its steps, ``hoisted`` values of one timestep,
-    and what the worst ``step`` takes itself.
+    """Bytes of a generation at its peak.
 
-    ``listed`` is what comes on top in a session that knows its timesteps: the table of their
-    hoisted values, and what is needed to fill it.
+    ``kept`` are those kept over all of its steps, ``hoisted`` the values of one timestep, ``step``
+    what the worst step takes itself. ``listed`` is what comes on top in a session that knows its
+    timesteps: the table of their hoisted values, and what is needed to fill it.
     """
 
     kept: int
@@ -70,7 +70,7 @@ def predict(found: Analysis, plan: Plan) -> Peak:
     with FakeTensorMode():
         kept = [made.new(buffer) for buffer in (*plan.kept, *counters)]
         held = HoistedValues(found.hoisted, found.hoisted_examples, steps)
-    # Hoisted values are computed ahead of the step and then copied to where they stay.
+    # Hoisted values are computed ahead of the step, and then copied to their own memory.
     conditions = _bytes(held.conditions)
     kinds = found.costs(plan).items()
     peaks = (_of_kind(cost, plan, made, _worst(plan, modes)) for modes, cost in kinds)
@@ -81,20 +81,19 @@ def predict(found: Analysis, plan: Plan) -> Peak:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes allocated for tensors; once for those that share memory."""
+    """Bytes allocated for tensors; those that share memory count once."""
     storages = {storage_id(tensor): tensor for tensor in tensors}
     return sum(allocated(tensor.untyped_storage().nbytes()) for tensor in storages.values())
 
 
 def _worst(plan: Plan, modes: tuple[str, ...]) -> StepPlan:
     """The step in these modes that computes most; more tokens never take less memory."""
-    return max(
-        (step for step in plan.steps if step.modes == modes), key=lambda step: sum(step.fresh)
-    )
+    steps = (step for step in plan.steps if step.modes == modes)
+    return max(steps, key=lambda step: sum(step.fresh))
 
 
 def _of_kind(cost: StepCost, plan: Plan, made: Tensors, step: StepPlan) -> int:
-    """Bytes that a step takes at its peak, besides what is kept: what it is given included."""
+    """Bytes that a step takes at its peak with its own inputs, besides what is kept."""
     orders = [buffer for buffer in cost.graph.buffers if buffer.role in ("order", "known")]
     with FakeTensorMode():
         given = [made.example(buffer, 1) for buffer in orders]
@@ -119,7 +118,7 @@ def step_peak(
 
 
 def _pieces(graph: fx.Graph, values: Mapping[str, Any]) -> Mapping[fx.Node, int]:
-    """The piece of each node; all in one if no two pieces are equal, as ``regions`` does it."""
+    """The piece of each node; all are in one if no two pieces are equal, as in ``blocks``."""
     piece = assign(graph)
     nodes: dict[int, list[fx.Node]] = {}
     for node, number in piece.items():
@@ -129,7 +128,7 @@ def _pieces(graph: fx.Graph, values: Mapping[str, Any]) -> Mapping[fx.Node, int]
 
 
 def _body(nodes: Sequence[fx.Node], values: Mapping[str, Any]) -> tuple[object, ...]:
-    """What a piece computes and on what; equal for pieces that are."""
+    """What a piece computes, and on what inputs; it is equal for equal pieces."""
     numbers: dict[fx.Node, int] = {}
     lines: list[object] = []
 
@@ -158,13 +157,11 @@ def _peak_of_pieces(kernels: Sequence[Kernel], size: Size) -> int:
     last |= {buffer: after_all for buffer in last if buffer.end}
     peak, held = 0, set[Allocation]()
     for at in sorted(pieces):
-        handed_on = {
-            buffer for kernel in pieces[at] for buffer in kernel.writes if last[buffer] > at
-        }
+        written = [buffer for kernel in pieces[at] for buffer in kernel.writes]
+        handed_on = {buffer for buffer in written if last[buffer] > at}
         orders = (pieces[at], _scheduled(pieces[at], handed_on, size))
-        peak = max(
-            peak, sum(map(size, held)) + min(_peak(order, handed_on, size) for order in orders)
-        )
+        own = min(_peak(order, handed_on, size) for order in orders)
+        peak = max(peak, sum(map(size, held)) + own)
         held = {buffer for buffer in held | handed_on if last[buffer] > at}
     return peak
 
@@ -185,25 +182,17 @@ def _peak(kernels: Sequence[Kernel], handed_on: set[Allocation], size: Size) -> 
             if buffer in live and last[buffer] == at and buffer not in handed_on
         ]
         for buffer in kernel.writes:
-            place = next(
-                (
-                    one
-                    for one in done
-                    if kernel.fused and kernel.reads[one] and _interchangeable(one, buffer)
-                ),
-                None,
-            )
-            if place is None:
+            in_order = (one for one in done if kernel.fused and kernel.reads[one])
+            reused = next((one for one in in_order if _interchangeable(one, buffer)), None)
+            if reused is None:
                 now += size(buffer)
             else:
-                done.remove(place)
-                del live[place]
+                done.remove(reused)
+                del live[reused]
             live[buffer] = size(buffer)
         peak = max(peak, now)
-        for buffer in (
-            *done,
-            *(buffer for buffer in kernel.writes if last[buffer] == at and buffer not in handed_on),
-        ):
+        done += [one for one in kernel.writes if last[one] == at and one not in handed_on]
+        for buffer in done:
             now -= live.pop(buffer)
     return peak
 
@@ -213,8 +202,9 @@ def _interchangeable(one: Allocation, other: Allocation) -> bool:
 
 
 def _scheduled(kernels: Sequence[Kernel], handed_on: set[Allocation], size: Size) -> list[Kernel]:
-    """The order of ``topological_sort_lpmf`` in torch/_inductor/memory.py: what frees most comes
-    first if it keeps the peak.
+    """The kernels in the order of ``topological_sort_lpmf`` in torch/_inductor/memory.py.
+
+    The kernel that frees most comes first if it keeps the peak.
     """
     own = {buffer: kernel for kernel in kernels for buffer in kernel.writes}
     readers: dict[Allocation, list[Kernel]] = {buffer: [] for buffer in own}

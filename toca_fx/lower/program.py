@@ -16,9 +16,10 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
-from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
 from toca_fx.rewrite.tensors import Tensors
@@ -39,10 +40,12 @@ class Program:
         self._of_plan: dict[tuple[int, Modes], CompiledStep] = {}
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
+        show("captured", analysis.aten)
 
     def step(self, plan: Plan, modes: Modes) -> CompiledStep:
-        """The compiled graph for steps in these modes; built at the first call, shared between
-        plans.
+        """The compiled graph for steps in these modes; plans share it.
+
+        It is built at the first call.
         """
         with self._lock:
             found = self._of_plan.get((id(plan), modes))
@@ -50,20 +53,20 @@ class Program:
                 spec = plan.step(modes, self.analysis.hoisted.names)
                 if spec not in self._steps:
                     graph = self.analysis.step_graph(plan, modes)
+                    show(f"step_{len(self._steps)}_{kind_of(modes)}", graph.module)
                     self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
                 found = self._of_plan[id(plan), modes] = self._steps[spec]
             return found
 
     def step_flops(self, num_steps: int | None, step: StepPlan) -> int:
-        """FLOPs of one call that did ``step`` of the plan for ``num_steps``, scoring included, but
-        for what is hoisted.
+        """FLOPs of one call that did ``step`` of the plan for ``num_steps``.
+
+        Scoring is included, and hoisted work is not.
         """
         return self.step(self.analysis.plan(num_steps), step.modes).cost.flops(step)
 
     def step_bytes(self, num_steps: int | None, step: StepPlan) -> int:
-        """Bytes of what one call that did ``step`` has to read or write: weights, inputs and
-        caches.
-        """
+        """Bytes that one call that did ``step`` has to read or write: weights, inputs, caches."""
         return self.step(self.analysis.plan(num_steps), step.modes).cost.nbytes(step)
 
     def new_buffers(self, plan: Plan) -> dict[Buffer, Tensor]:
@@ -72,7 +75,7 @@ class Program:
         return {buffer: made.new(buffer) for buffer in plan.kept}
 
     def new_hoisted(self, steps: int) -> HoistedValues:
-        """Where the hoisted values of a generation lie, of ``steps`` known timesteps."""
+        """Memory for the hoisted values of a generation at ``steps`` known timesteps."""
         return HoistedValues(self.analysis.hoisted, self.analysis.hoisted_examples, steps)
 
     @cached_property

@@ -36,7 +36,7 @@ _SCALED = RELAYOUTS | LINEAR_POINTWISE | {aten.masked_fill.Scalar}
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention and its operands.
+    """An attention in a graph, and its operands.
 
     ``output`` is the operator's result. ``query``, ``key`` and ``value`` are what it reads, in
     ``layout`` (heads and samples may be one axis in spelled-out attention, whose key may be
@@ -67,8 +67,7 @@ _registered: dict[object, _Registered] = {
 def register_attention(
     op: Callable[..., Any], *, query: int = 0, key: int = 1, value: int = 2, layout: Layout = "bhnd"
 ) -> None:
-    """Make a fused attention operator known:
-    ``toca_fx.register_attention(torch.ops.my_lib.attention)``.
+    """Make a fused attention operator known, such as ``torch.ops.my_lib.attention``.
 
     ``query``, ``key`` and ``value`` are the positions of these arguments; ``layout`` is the order
     of their axes: "bhnd" [batch, heads, tokens, width] as in PyTorch, or "bnhd" as in
@@ -110,11 +109,7 @@ def attention_at(node: fx.Node) -> Attention | None:
     rank = len(softmax.meta["val"].shape)
     if softmax.args[1] not in (-1, rank - 1):
         return None
-    product = _back(
-        softmax.args[0],
-        lambda at: at.target in PRODUCTS,
-        _SCALED,
-    )
+    product = _back(softmax.args[0], lambda at: at.target in PRODUCTS, _SCALED)
     if product is None:
         return None
     query, key = product.args[-2:]
@@ -131,7 +126,7 @@ def attention_scale(node: fx.Node) -> Any:
 def _back(
     value: object, wanted: Callable[[fx.Node], bool], through: frozenset[Any]
 ) -> fx.Node | None:
-    """The nearest wanted node upstream, through operators of ``through`` only."""
+    """The nearest wanted node upstream, through operators of ``through`` only; None if none."""
     pending, seen = [value], set()
     while pending:
         node = pending.pop(0)

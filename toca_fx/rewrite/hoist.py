@@ -1,8 +1,9 @@
 """What a step need not compute, because it does not depend on the latents.
 
-    conditions   depend on inputs that stay the same from step to step, such as a caption: keys and values of cross-attention,
-                 caption projections, tables of positions
-    timed        depend on the timestep as well: the modulations of all blocks, whose weights are read for a handful of rows
+    conditions   depend on inputs that stay the same from step to step, such as a caption: keys and
+                 values of cross-attention, caption projections, tables of positions
+    timed        depend on the timestep as well: the modulations of all blocks, whose weights are
+                 read for a handful of rows
 
 Both are cut out of the step graphs, full and partial, and become inputs of them (``hoisted:NAME``,
 see ``buffers``). The cut lies behind the last operator that is worth it: what is only moved, scaled
@@ -37,18 +38,18 @@ class Hoisted:
         return self.conditions + self.timed
 
 
-# In order: what a node depends on at most.
+# What a node depends on, in increasing order.
 _STATE, _CONDITION, _TIMED, _VARYING = range(4)
 _ROLES = {"state": _STATE, "condition": _CONDITION, "timestep": _TIMED, "latents": _VARYING}
 
 
 def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoisted:
-    """What can be computed outside of the steps, as far as the values of ``conditions`` fit into
-    ``memory`` bytes; nothing for 0.
+    """The nodes that can be computed outside of the steps; none for a ``memory`` of 0.
 
-    Nothing of a site is hoisted, nor what depends on one: its output may come from a cache. Nor is
-    what depends on the timestep and has as many rows as a site has tokens: a partial step may need
-    only some of them.
+    The values of ``conditions`` take at most ``memory`` bytes. No node of a site is hoisted, and
+    none that depends on one, as the output of a site may come from a cache. A node that depends on
+    the timestep and has as many rows as a site has tokens is not hoisted either: a partial step may
+    need only some of them.
     """
     if not memory:
         return Hoisted()
@@ -56,22 +57,14 @@ def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoist
     fewest = min((site.shape[0] * site.tokens for site in sites), default=0)
     level: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        level[node] = (
-            _ROLES[node.meta["role"]]
-            if node.op == "placeholder"
-            else max((level[o] for o in node.all_input_nodes), default=_STATE)
-        )
-        if (
-            node.name in anchors
-            or node.op == "output"
-            or (is_random(node) and not _is_cheap(node))
-            or (
-                level[node] == _TIMED
-                and node.op == "call_function"
-                and not _is_cheap(node)
-                and _rows(node) >= fewest
-            )
-        ):
+        if node.op == "placeholder":
+            level[node] = _ROLES[node.meta["role"]]
+        else:
+            level[node] = max((level[o] for o in node.all_input_nodes), default=_STATE)
+        is_work = node.op == "call_function" and not _is_cheap(node)
+        per_token = is_work and level[node] == _TIMED and _rows(node) >= fewest
+        is_drawn = is_work and is_random(node)
+        if node.name in anchors or node.op == "output" or is_drawn or per_token:
             level[node] = _VARYING
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -89,7 +82,7 @@ def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoist
 
 
 def take_hoisted(draft: Draft) -> PassReport:
-    """Pass: the values of hoisted nodes are given; what they depended on may become dead code."""
+    """Pass: make inputs of hoisted nodes; what only they depended on becomes dead code."""
     for name in draft.spec.hoisted:
         node = draft.nodes[name]
         node.replace_all_uses_with(draft.buffer(hoisted(name), node))
@@ -97,9 +90,7 @@ def take_hoisted(draft: Draft) -> PassReport:
 
 
 def _sources(node: fx.Node, level: dict[fx.Node, int]) -> Iterator[fx.Node]:
-    """The nearest nodes upstream that are worth hoisting, ``node`` itself perhaps; none on a way
-    that leads to inputs only.
-    """
+    """The nearest nodes upstream, from ``node`` itself on, that are worth hoisting."""
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
@@ -113,9 +104,7 @@ def _sources(node: fx.Node, level: dict[fx.Node, int]) -> Iterator[fx.Node]:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Whether a node costs a step nothing: it moves, scales or adds, and is fused with what reads
-    it.
-    """
+    """Whether a node only moves, scales or adds, and is fused with what reads it."""
     return node.target in RELAYOUTS or (is_cheap(node) and not is_activation(node))
 
 
