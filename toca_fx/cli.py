@@ -1,5 +1,6 @@
-"""The `toca-fx` command. Each subcommand is one `add_...` function; heavy imports stay inside the
-functions that run.
+"""The `toca-fx` command.
+
+Each subcommand is one `add_...` function; heavy imports stay inside the functions that run.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _never_fail_to_print(*streams: TextIO) -> None:
-    """File names and policies may hold what the terminal's encoding cannot; show it escaped instead
-    of failing.
+    """Escape characters that the terminal's encoding lacks, instead of failing.
+
+    File names and policies may hold such characters.
     """
     for stream in streams:
         reconfigure = getattr(stream, "reconfigure", None)
@@ -63,8 +65,9 @@ def _never_fail_to_print(*streams: TextIO) -> None:
 
 
 def add_validate(subparsers: Subparsers) -> None:
-    """`validate FILE...`: report every problem of policy files. Exit status 0 clean, 1 problems, 2
-    unreadable.
+    """Add `validate FILE...`, which reports every problem of policy files.
+
+    The exit status is 0 for clean files, 1 for problems, 2 for unreadable files.
     """
     parser = subparsers.add_parser(
         "validate",
@@ -108,46 +111,53 @@ def _check_one(file: str, strict: bool) -> _Checked:
         problems = validate_file(file)
     except UnreadablePolicyError as error:
         return _Checked(file, error.problems, readable=False)
-    return _Checked(
-        file,
-        tuple(replace(problem, severity="error") for problem in problems) if strict else problems,
-    )
+    if strict:
+        problems = tuple(replace(problem, severity="error") for problem in problems)
+    return _Checked(file, problems)
 
 
 def _report_json(checked: Sequence[_Checked]) -> str:
-    return json.dumps(
-        [asdict(problem) for outcome in checked for problem in outcome.problems], indent=2
-    )
+    problems = [asdict(problem) for outcome in checked for problem in outcome.problems]
+    return json.dumps(problems, indent=2)
 
 
 def _report_text(checked: Sequence[_Checked]) -> str:
     lines: list[str] = []
     for outcome in checked:
         lines += [str(problem) for problem in outcome.problems] or [f"{outcome.file}: ok"]
-    errors, warnings = (
-        sum(outcome.number(severity) for outcome in checked) for severity in ("error", "warning")
-    )
-    found = " and ".join(
-        count(number, noun) for number, noun in ((errors, "error"), (warnings, "warning")) if number
-    )
+    numbers = {
+        severity: sum(outcome.number(severity) for outcome in checked)
+        for severity in ("error", "warning")
+    }
+    found = " and ".join(count(number, noun) for noun, number in numbers.items() if number)
     return "\n".join([*lines, f"{count(len(checked), 'file')} checked: {found or 'no problems'}"])
 
 
 def add_explain(subparsers: Subparsers) -> None:
-    """`explain MODEL`: what a policy would do with a model; runs nothing. Exit status 0, 1
-    problems, 2 unknown names.
+    """Add `explain MODEL`, which shows what a policy would do with a model, and runs nothing.
+
+    The exit status is 0, 1 for problems, 2 for unknown names.
     """
     parser = subparsers.add_parser(
         "explain",
         help="show what a policy would do with a model",
-        description="Show the sites of a model, what a policy does with each, what was not matched, FLOPs and cache bytes. Runs nothing.",
-        epilog="exit status: 0 explained, 1 the policy or the model has problems, 2 no such model or policy",
+        description=(
+            "Show the sites of a model, what a policy does with each, what was not matched, FLOPs "
+            "and cache bytes. Runs nothing."
+        ),
+        epilog=(
+            "exit status: 0 explained, 1 the policy or the model has problems, 2 no such model or "
+            "policy"
+        ),
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a model class or a preset of toca_fx.examples, or module:function or file.py:function, "
-        "a function that returns a module and the keyword arguments of one call",
+        help=(
+            "a model class or a preset of toca_fx.examples, or module:function or "
+            "file.py:function, a function that returns a module and the keyword arguments of one "
+            "call"
+        ),
     )
     parser.add_argument(
         "--policy", help="shipped name or path (default: the one that compile would pick)"
@@ -184,12 +194,15 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def add_bench(subparsers: Subparsers) -> None:
-    """`bench`: time saved against work saved, beside torch.compile. Needs the extra `bench`."""
+    """Add `bench`: time saved against work saved. It needs the extra `bench`."""
     parser = subparsers.add_parser(
         "bench",
         help="measure time saved against work saved",
-        description="Time models with random weights, uncached and cached, both compiled by inductor: step by step in turn on a CPU; whole "
-        "generations in turn on a GPU, where the uncached model runs with and without CUDA graphs, and the faster one counts.",
+        description=(
+            "Time models with random weights, uncached and cached, both compiled by inductor: step "
+            "by step in turn on a CPU; whole generations in turn on a GPU, where the uncached model "
+            "runs with and without CUDA graphs, and the faster one counts."
+        ),
     )
     from toca_fx.bench.cases import CASES
 
@@ -200,7 +213,10 @@ def add_bench(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--blocks",
         type=_blocks,
-        help="transformer blocks of each kind, or `all` of the model's (default: what a small machine stands)",
+        help=(
+            "transformer blocks of each kind, or `all` of the model's (default: what a small "
+            "machine stands)"
+        ),
     )
     parser.add_argument(
         "--steps", type=_positive, help="model calls of a generation (default: the case's own)"
@@ -225,7 +241,10 @@ def add_bench(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--mode",
-        help="of toca_fx.compile, as of torch.compile, say reduce-overhead (default: none, toca_fx decides)",
+        help=(
+            "of toca_fx.compile, as of torch.compile, say reduce-overhead (default: none, toca_fx "
+            "decides)"
+        ),
     )
     parser.add_argument(
         "--alone", action="store_true", help="leave out FORA, the caches of diffusers and cache-dit"
@@ -236,11 +255,17 @@ def add_bench(subparsers: Subparsers) -> None:
 
 
 def add_demo(subparsers: Subparsers) -> None:
-    """`demo`: digits from the trained model that ships with the package. Needs the extra `demo`."""
+    """Add `demo`: digits from the trained model that ships with the package.
+
+    It needs the extra `demo`.
+    """
     parser = subparsers.add_parser(
         "demo",
         help="generate digits, uncached and cached, and compare",
-        description="Generate a grid of digits uncached, cached, and with as many fewer steps as take equal time.",
+        description=(
+            "Generate a grid of digits uncached, cached, and with as many fewer steps as take "
+            "equal time."
+        ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--policy", default="digits", help="shipped name or path")

@@ -30,20 +30,18 @@ class Problem:
     severity: Severity = "error"
 
     @classmethod
-    def at(cls, place: str, message: str, severity: Severity = "error") -> Problem:
-        """A problem at a place given as text: `file:line:col` (as `Rule.position` is), a file or a
-        key path.
-        """
-        positioned = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", place, re.DOTALL)
-        if positioned is None:
-            return cls(place, 0, 0, message, severity)
-        file, line, column = positioned.groups()
+    def at(cls, position: str, message: str, severity: Severity = "error") -> Problem:
+        """A problem at a `position`: `file:line:col` (as in `Rule`), a file or a key path."""
+        found = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", position, re.DOTALL)
+        if found is None:
+            return cls(position, 0, 0, message, severity)
+        file, line, column = found.groups()
         return cls(file, int(line), int(column), message, severity)
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        position = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
         prefix = "warning: " if self.severity == "warning" else ""
-        return f"{place}: {prefix}{self.message}"
+        return f"{position}: {prefix}{self.message}"
 
 
 class PolicyError(ValueError):
@@ -86,11 +84,9 @@ def quote(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     if isinstance(value, int) and value.bit_length() > 64:
-        return (
-            f"an integer of {value.bit_length()} bits"  # Python refuses to print the largest ones
-        )
+        return f"an integer of {value.bit_length()} bits"  # Python does not print the largest ones
     if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
-        return f'`"{_shorten(value)}"`'  # or text would be told apart from a number by nothing
+        return f'`"{_shorten(value)}"`'  # without quotes it would look like a number
     if isinstance(value, (str, int, float)):
         return f"`{_shorten(value)}`"
     return f"a {type(value).__name__}"
@@ -104,17 +100,18 @@ def _shorten(value: str | float) -> str:
 
 
 def any_of(words: Iterable[str]) -> str:
-    """`a`, `b` or `c`."""
+    """The words in a sentence: `a`, `b` or `c`."""
     quoted = [f"`{word}`" for word in words]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def count(number: int, noun: str) -> str:
-    """`1 error`, `2 errors`."""
+    """A number with its noun: `1 error`, `2 errors`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class UnsupportedModelError(RuntimeError):
-    """The captured model has something that the rewrite cannot follow; the message says what, where
-    and what to do.
+    """A model with something that cannot be captured or followed.
+
+    The message says what it is, where, and what to do.
     """

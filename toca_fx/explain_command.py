@@ -62,7 +62,8 @@ def _model(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
         and isinstance(made[1], Mapping)
     ):
         raise UnknownModelError(
-            f"{name}: expected the function to return (module, mapping of keyword arguments), got {_shown(made)}"
+            f"{name}: expected the function to return (module, mapping of keyword arguments), "
+            f"got {_shown(made)}"
         )
     return made[0], dict(made[1])
 
@@ -74,8 +75,9 @@ def _shown(value: object) -> str:
 
 
 def _of_diffusers(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny example by its class in float32, or a preset in real size without weights, in bfloat16
-    as such models are run.
+    """A tiny example by its class, in float32, or a preset.
+
+    Presets are in real size, without weights, and in bfloat16 as such models are run.
     """
     try:
         from toca_fx import examples as diffusers
@@ -94,20 +96,20 @@ def _of_diffusers(name: str, batch: int | None) -> tuple[nn.Module, dict[str, An
         raise UnknownModelError(f"there is no example of `{name}`: {diffusers.UNSUPPORTED[name]}")
     close = did_you_mean(name, (*diffusers.PRESETS, *examples))
     raise UnknownModelError(
-        f"unknown model `{name}`{close} (presets: {', '.join(diffusers.PRESETS)}; else a transformer class of diffusers, "
-        "module:function or file.py:function)"
+        f"unknown model `{name}`{close} (presets: {', '.join(diffusers.PRESETS)}; else a "
+        "transformer class of diffusers, module:function or file.py:function)"
     )
 
 
 def _function(name: str) -> Callable[..., object]:
     """What ``module:function`` or ``file.py:function`` names."""
-    place, _, attribute = name.rpartition(":")
-    module = _file(place) if place.endswith(".py") else _module(place)
+    source, _, attribute = name.rpartition(":")
+    module = _file(source) if source.endswith(".py") else _module(source)
     function = getattr(module, attribute, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UnknownModelError(
-            f"{place} has no function `{attribute}`{did_you_mean(attribute, known)}"
+            f"{source} has no function `{attribute}`{did_you_mean(attribute, known)}"
         )
     found: Callable[..., object] = function
     return found

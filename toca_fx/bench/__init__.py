@@ -1,3 +1,1 @@
-"""``toca-fx bench``: time saved against work saved, beside ``torch.compile(model)`` with fused
-attention, and beside other caches.
-"""
+"""``toca-fx bench``: time saved against work saved, compared with ``torch.compile(model)``."""

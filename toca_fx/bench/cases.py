@@ -1,5 +1,6 @@
-"""What is benchmarked: the paper's models at their real width, tokens and batch, with as many
-blocks as a small machine stands, or all.
+"""What is benchmarked: the paper's models at their real width, tokens and batch.
+
+They have as many blocks as a small machine stands, or all.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ Blocks = int | Literal["all"] | None
 
 @dataclass(frozen=True)
 class Case:
-    """A preset of ``toca_fx.examples`` with ``config`` changed for a small machine, and what is run
-    with it.
+    """A preset of ``toca_fx.examples``, with the policy and number of steps that it is run with.
+
+    ``config`` is what is changed of it for a small machine.
     """
 
     preset: str
@@ -44,15 +46,14 @@ caption, 4096 tokens.
 
 
 def example_of(case: Case, blocks: Blocks) -> Example:
-    """The model of a case: with ``blocks`` of each kind, as in its preset for "all", or as a small
-    machine stands for None.
+    """The model of a case, with ``blocks`` of each kind.
+
+    "all" are as many as in its preset, None as many as a small machine stands.
     """
     from toca_fx.examples import PRESETS
 
     example = PRESETS[case.preset]
     if blocks == "all":
         return example
-    return replace(
-        example,
-        config={**example.config, **{key: blocks or number for key, number in case.config.items()}},
-    )
+    numbers = {key: blocks or number for key, number in case.config.items()}
+    return replace(example, config={**example.config, **numbers})

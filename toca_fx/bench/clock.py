@@ -1,8 +1,8 @@
-"""Two ways to time contestants; both turn what they measured into medians over rounds.
+"""Two ways to time contestants; both give medians over rounds.
 
 On a CPU contestants take turns step by step, so that all see the same machine: its speed drifts,
-and by more than what is to be seen. So every step is compared with the uncached step beside it, and
-the median over rounds is that of the share.
+and by more than the differences to be measured. So every step is compared with the uncached step
+next to it, and the median over rounds is that of the share.
 
 A GPU runs behind the host. Waiting for it after each step would hide what the host costs while it
 queues, and what the two do at the same time. So contestants take turns generation by generation,
@@ -25,10 +25,10 @@ _FLUSHED_BYTES = 2**28
 
 
 class Timed(Protocol):
-    """What is timed."""
+    """A way to run the model that can be timed."""
 
     def generation(self) -> AbstractContextManager[Any]:
-        """Open what one sampling run needs."""
+        """The context of one sampling run."""
 
     def step(self, call: Any) -> None:
         """Give one model call to the device; does not wait for it."""
@@ -45,7 +45,7 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """What runs behind the host."""
+    """A device that runs asynchronously to the host."""
 
     def event(self) -> Event:
         """A new mark."""
@@ -56,9 +56,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Taken:
-    """One generation in seconds: each step on the device and on the host, and the whole on the
-    wall's clock.
-    """
+    """One generation in seconds: each step on the device and on the host, and the wall time."""
 
     device: Sequence[float]
     host: Sequence[float]
@@ -67,10 +65,10 @@ class Taken:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over rounds in seconds: of each step on the device and on the host, and of the
-    generation; and every round's generation.
+    """Medians over rounds in seconds: of each step on the device and on the host, and of all.
 
-    ``host`` is how long a call kept the caller. On a CPU that is the step itself.
+    ``host`` is how long a call kept the caller; on a CPU that is the step itself. ``rounds`` are
+    the seconds of every round's generation.
     """
 
     device: tuple[float, ...]
@@ -80,7 +78,7 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Times contestants."""
+    """A way to time contestants."""
 
     def time(
         self,
@@ -91,13 +89,13 @@ class Clock(Protocol):
     ) -> list[Timing]:
         """Time ``rounds`` generations of each; the first contestant is the uncached one.
 
-        ``advance`` is told the share of the work that was done since the last time, never while
+        ``advance`` is called with the share of the work done since its last call, and never while
         something is timed.
         """
 
 
 class StepsInTurn:
-    """For a CPU."""
+    """The clock for a CPU: contestants take turns step by step."""
 
     def time(
         self,
@@ -115,8 +113,8 @@ class StepsInTurn:
                     generations.enter_context(contestant.generation())
                 for step, call in enumerate(calls):
                     for contestant, steps in zip(contestants, taken, strict=True):
-                        # Nobody finds weights in the processor's cache that the one before has
-                        # read.
+                        # No contestant finds weights in the processor's cache that the one before
+                        # has read.
                         flush.zero_()
                         began = time.perf_counter()
                         contestant.step(call)
@@ -126,7 +124,7 @@ class StepsInTurn:
 
 
 class WholeGenerations:
-    """For a GPU."""
+    """The clock for a GPU: contestants take turns generation by generation."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -163,21 +161,18 @@ class WholeGenerations:
 
 
 def medians(generations: Sequence[Taken]) -> Timing:
-    """Of each step over the generations, and of the generations."""
-    device, host = (
-        tuple(statistics.median(step) for step in zip(*steps, strict=True))
-        for steps in (
-            [taken.device for taken in generations],
-            [taken.host for taken in generations],
-        )
-    )
+    """The medians of each step over the generations, and that of the generations."""
+    device = tuple(map(statistics.median, zip(*(one.device for one in generations), strict=True)))
+    host = tuple(map(statistics.median, zip(*(one.host for one in generations), strict=True)))
     rounds = tuple(taken.wall for taken in generations)
     return Timing(device, host, statistics.median(rounds), rounds)
 
 
 def paired(taken: Sequence[Sequence[Sequence[float]]]) -> list[Timing]:
-    """From seconds by contestant, step and round: the median share of the uncached step beside it,
-    in those of the usual uncached step.
+    """The timings of contestants that took turns, from seconds by contestant, step and round.
+
+    A step's time is the median, over rounds, of its share of the uncached step next to it, times
+    the median of all uncached steps.
     """
     plain = taken[0]
     usual = statistics.median(chain.from_iterable(plain))

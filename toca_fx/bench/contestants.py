@@ -1,5 +1,4 @@
-"""What runs a case: the uncached model, ours under several policies, and the caches that users
-would pick instead.
+"""The contestants of a case: the uncached model, ours under several policies, and other caches.
 
 All share one set of weights. Each has a context of its own, so that the sessions of several do not
 meet.
@@ -26,10 +25,10 @@ Call = Mapping[str, Any]
 
 
 class Contestant:
-    """A way to run the model. ``run`` is what was opened for its latest generation.
+    """A way to run the model.
 
-    ``compile_seconds`` are those of its first calls, as far as they compiled. All steps are as fast
-    as they get after ``warm_ups`` generations.
+    ``run`` is what ``open_run`` opened for its latest generation. ``compile_seconds`` are those of
+    the first calls that compiled. After ``warm_ups`` generations all steps are as fast as they get.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Contestant:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """What one sampling run needs; one that fails is not reported as too short."""
+        """The context of one sampling run; if it fails, no warning says that it was too short."""
         opened = ExitStack()
         self.run = self._context.run(opened.enter_context, self._open_run())
         try:
@@ -65,7 +64,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Field:
-    """The model, its calls, and the timesteps of them; ``mode`` is that of ``toca_fx.compile``."""
+    """The model, its calls and their timesteps; ``mode`` is that of ``toca_fx.compile``."""
 
     model: nn.Module
     calls: Sequence[Call]
@@ -74,9 +73,8 @@ class Field:
 
     def uncached(self) -> Contestant:
         """``torch.compile(model)``."""
-        return Contestant(
-            "torch.compile", cast(nn.Module, torch.compile(self.model, fullgraph=True))
-        )
+        compiled = torch.compile(self.model, fullgraph=True)
+        return Contestant("torch.compile", cast(nn.Module, compiled))
 
     def uncached_recorded(self) -> Contestant:
         """``torch.compile(model)`` with its calls recorded as CUDA graphs."""
@@ -88,27 +86,19 @@ class Field:
         # On a GPU a step may be run, then recorded and only then replayed; a number of fresh tokens
         # may come once in a generation.
         warm_ups = 1 if next(self.model.parameters()).device.type == "cpu" else 3
-        return Contestant(
-            name, toca_fx.compile(self.model, policy, mode=self.mode), self._session, warm_ups
-        )
+        twin = toca_fx.compile(self.model, policy, mode=self.mode)
+        return Contestant(name, twin, self._session, warm_ups)
 
     def _session(self) -> AbstractContextManager[Session]:
         return toca_fx.session(timesteps=self.timesteps)
 
     def alternatives(self, policy: Policy) -> list[Contestant]:
-        """What users could pick instead, as far as it is installed and takes this model."""
-        interval = f"N = {policy.N.base}"
-        found = [
-            self.toca(f"FORA, {interval}", fora(policy)),
-            *self._of_diffusers(),
-            *self._of_cache_dit(),
-        ]
-        return [contestant for contestant in found if contestant is not None]
+        """Other caches, as far as they are installed and take this model."""
+        reused = self.toca(f"FORA, N = {policy.N.base}", fora(policy))
+        return [reused, *self._of_diffusers(), *self._of_cache_dit()]
 
     def _of_diffusers(self) -> list[Contestant]:
-        """First-block cache and pyramid attention broadcast, at the settings that their
-        documentation shows.
-        """
+        """First-block cache and pyramid attention broadcast, as their documentation sets them."""
         if not hasattr(self.model, "enable_cache"):
             return []
         from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
@@ -192,22 +182,14 @@ def fora(policy: Policy) -> Policy:
 
 
 def unscored(policy: Policy) -> Policy:
-    """The same amount of work, chosen without a look at the attention: what scoring costs is the
-    difference.
+    """``policy`` without scores of attention: the difference in time is what scoring costs.
+
+    The numbers of fresh tokens are the same.
     """
-    rules = tuple(
-        replace(
-            rule,
-            overrides=tuple(
-                (key, value) for key, value in rule.overrides if not key.startswith("scores.")
-            ),
-        )
-        for rule in policy.rules
-    )
-    return replace(
-        policy,
-        name="unscored",
-        scores=Scores(staleness=1.0),
-        spatial=None,
-        rules=tuple(r for r in rules if r.overrides),
-    )
+    rules = []
+    for rule in policy.rules:
+        kept = [(key, value) for key, value in rule.overrides if not key.startswith("scores.")]
+        if kept:
+            rules.append(replace(rule, overrides=tuple(kept)))
+    scores = Scores(staleness=1.0)
+    return replace(policy, name="unscored", scores=scores, spatial=None, rules=tuple(rules))

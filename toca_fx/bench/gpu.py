@@ -1,6 +1,4 @@
-"""What only a GPU can tell: its own time, memory at the peak, and what the host launched. ``Cuda``
-asks torch.
-"""
+"""What is measured on a GPU only: its own time, memory at the peak, and launches by the host."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ import torch
 
 from toca_fx.bench.clock import Device, Event, Timed
 
-# Of the runtime and of the driver, which is what Triton uses; versions and variants stand behind:
-# cudaLaunchKernelExC_v11060.
+# The launches of the runtime, and of the driver, which is what Triton uses. Versions and variants
+# follow the name: cudaLaunchKernelExC_v11060.
 _KERNEL = re.compile(r"cu(da)?Launch(Cooperative)?Kernel")
 _GRAPH = re.compile(r"cu(da)?GraphLaunch")
 _NO_KERNEL = ("Memcpy", "Memset")
@@ -33,8 +31,10 @@ class Traced:
 
 @dataclass(frozen=True)
 class Launches:
-    """Of one model call: kernels and CUDA graphs that the host launched, and kernels that the
-    device ran, those of graphs included.
+    """The launches of one model call.
+
+    ``kernels`` and ``graphs`` (CUDA graphs) are those that the host launched, ``ran`` are the
+    kernels that the device ran, those of graphs included.
     """
 
     kernels: int
@@ -43,10 +43,8 @@ class Launches:
 
     def __str__(self) -> str:
         counts = ((self.kernels, "kernel"), (self.graphs, "graph"))
-        return (
-            ", ".join(f"{number} {noun}{'s' * (number != 1)}" for number, noun in counts if number)
-            or "none"
-        )
+        shown = [f"{number} {noun}{'s' * (number != 1)}" for number, noun in counts if number]
+        return ", ".join(shown) or "none"
 
 
 class Gpu(Device, Protocol):
@@ -54,7 +52,7 @@ class Gpu(Device, Protocol):
 
     @property
     def kind(self) -> str:
-        """What torch calls such devices."""
+        """The type of such devices in torch."""
 
     def facts(self) -> dict[str, str | None]:
         """What results depend on: the card, its driver and so on; None if unknown."""
@@ -66,7 +64,7 @@ class Gpu(Device, Protocol):
         """Bytes held by tensors when ``work`` held most."""
 
     def traced(self, work: Callable[[], None]) -> Iterable[Traced]:
-        """What is seen while ``work`` is done."""
+        """What a profiler sees while ``work`` is done."""
 
 
 class Cuda:
@@ -102,8 +100,9 @@ class Cuda:
         return torch.cuda.max_memory_allocated()
 
     def traced(self, work: Callable[[], None]) -> list[Traced]:
-        """What torch's profiler sees, but for the names that code gives to its parts, which appear
-        on the device too.
+        """What torch's profiler sees while ``work`` is done.
+
+        The names that code gives to its parts are left out: they appear on the device too.
         """
         from torch.profiler import ProfilerActivity, profile
 
@@ -120,9 +119,7 @@ class Cuda:
 
 
 def _driver() -> str | None:
-    """The version of the driver, of which torch knows nothing: nvidia-smi does, where there is
-    one.
-    """
+    """The version of the driver, as nvidia-smi says; None if there is none. torch has no answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -132,8 +129,9 @@ def _driver() -> str | None:
 
 
 def launches(seen: Iterable[Traced]) -> Launches | None:
-    """The launches in what a profiler saw; None if it saw nothing of the device, as where it may
-    not look.
+    """The launches in what a profiler saw; None if it saw nothing of the device.
+
+    Profiling a device may be forbidden.
     """
     kernels = graphs = ran = 0
     for event in seen:
@@ -148,19 +146,19 @@ def launches(seen: Iterable[Traced]) -> Launches | None:
 def launches_by_kind(
     contestant: Timed, calls: Sequence[Any], kinds: Sequence[str], gpu: Gpu
 ) -> dict[str, Launches | None]:
-    """Those of the middle step of each kind, in one more generation; ``kinds`` has that of every
-    call.
+    """The launches of the middle step of each kind, in one more generation.
+
+    ``kinds`` are those of all ``calls``.
     """
-    places = {
-        kind: [at for at, other in enumerate(kinds) if other == kind]
-        for kind in dict.fromkeys(kinds)
-    }
-    looked_at = {found[len(found) // 2]: kind for kind, found in places.items()}
+    calls_of: dict[str, list[int]] = {}
+    for at, kind in enumerate(kinds):
+        calls_of.setdefault(kind, []).append(at)
+    traced = {found[len(found) // 2]: kind for kind, found in calls_of.items()}
     counted = {}
     with contestant.generation():
         for at, call in enumerate(calls):
-            if at in looked_at:
-                counted[looked_at[at]] = launches(gpu.traced(partial(contestant.step, call)))
+            if at in traced:
+                counted[traced[at]] = launches(gpu.traced(partial(contestant.step, call)))
             else:
                 contestant.step(call)
     return counted

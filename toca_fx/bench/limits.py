@@ -1,6 +1,4 @@
-"""What the machine can do at most, measured: products of matrices per second, and bytes moved per
-second.
-"""
+"""What the machine can do at most, measured: FLOPs and bytes moved per second."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ _REPEATS = 20
 
 @dataclass(frozen=True)
 class Limits:
-    """FLOPs per second of a linear layer, and bytes per second of reading one tensor and writing
-    another.
+    """What a machine does per second: FLOPs of a linear layer, bytes of copying a tensor.
+
+    Bytes are those read and those written.
     """
 
     flops: float
@@ -38,21 +37,23 @@ class Limits:
 
 
 @torch.no_grad()
-def measure_limits(place: Mapping[str, Any], device: Device | None = None) -> Limits:
-    """Measure on a ``place`` of device and dtype, with the threads that are set; ``device`` is
-    given if it runs behind the host.
+def measure_limits(factory: Mapping[str, Any], device: Device | None = None) -> Limits:
+    """Measure the limits of a device and dtype, with the threads that are set.
+
+    ``factory`` are the keyword arguments ``device`` and ``dtype``. ``device`` is given if it is
+    asynchronous to the host.
     """
     rows, width = (_ROWS, _WIDTH) if device is None else (_GPU_ROWS, _GPU_WIDTH)
-    x, weight = torch.randn(rows, width, **place), torch.randn(4 * width, width, **place)
+    x, weight = torch.randn(rows, width, **factory), torch.randn(4 * width, width, **factory)
     linear = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
-    source = torch.ones(_MOVED_BYTES // 4, dtype=torch.float32, device=place["device"])
+    source = torch.ones(_MOVED_BYTES // 4, dtype=torch.float32, device=factory["device"])
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source), device)
     return Limits(2 * rows * width * 4 * width / linear, 2 * _MOVED_BYTES / copy)
 
 
 def _seconds(work: Callable[[], Tensor], device: Device | None) -> float:
-    """The least of some runs: a limit, since other work on the machine only adds."""
+    """The least seconds of some runs, since other work on the machine only adds to them."""
     if device is None:
         times = []
         for _ in range(_REPEATS + 1):

@@ -1,6 +1,4 @@
-"""Run a case: build it, warm all contestants up, time them, and look at what only a GPU can
-tell.
-"""
+"""The run of a case: contestants are built, warmed up, timed, and measured on a GPU."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ if TYPE_CHECKING:
 
 
 def calls_of(example: Example, first: Call, steps: int) -> list[Call]:
-    """The calls of a generation: latents that go smoothly from one noise to another, as those of a
-    sampler do from noise to image.
+    """The calls of a generation, whose latents go smoothly from one noise to another.
+
+    Those of a sampler go from noise to an image like that.
     """
     from toca_fx.examples import vary
 
@@ -52,7 +51,7 @@ def run_bench(
     policy: Policy,
     steps: int,
     rounds: int,
-    place: Mapping[str, Any],
+    factory: Mapping[str, Any],
     limits: Limits,
     *,
     images: int = 1,
@@ -61,30 +60,26 @@ def run_bench(
     alternatives: bool = True,
     advance: Callable[[float], None] = lambda share: None,
 ) -> BenchResult:
-    """Time ``rounds`` generations after those that warm up; ``place`` has device and dtype, ``gpu``
-    is what runs behind the host, if so.
+    """Time ``rounds`` generations of every contestant, after those that warm up.
 
-    ``mode`` is that of ``toca_fx.compile``; ``advance`` is told the share of the rounds that was
-    done since last time.
+    ``factory`` are the keyword arguments ``device`` and ``dtype``, ``gpu`` is the device if it is a
+    GPU. ``mode`` is that of ``toca_fx.compile``; ``advance`` is called with the share of the rounds
+    done since its last call.
     """
     from toca_fx.examples import build
 
-    model, first = build(example, batch=images * example.batch, **place)
+    model, first = build(example, batch=images * example.batch, **factory)
     calls = calls_of(example, first, steps)
-    ground = Field(
-        model, calls, [float(call[example.timestep].flatten()[0]) for call in calls], mode
-    )
+    timesteps = [float(call[example.timestep].flatten()[0]) for call in calls]
+    field = Field(model, calls, timesteps, mode)
     wait: Callable[[], None] = (lambda: None) if gpu is None else gpu.synchronize
-    plain, ours = ground.uncached(), ground.toca("toca", policy)
-    memory = _warm_up_and_weigh(
-        plain, ours, calls, gpu
-    )  # before there are others, who hold memory too
-    others = (
-        [ground.toca("unscored", unscored(policy)), *ground.alternatives(policy)]
-        if alternatives
-        else []
-    )
-    recorded = [] if gpu is None else [ground.uncached_recorded()]
+    plain, ours = field.uncached(), field.toca("toca", policy)
+    # Before there are others, which hold memory too.
+    memory = _warm_up_and_weigh(plain, ours, calls, gpu)
+    others = []
+    if alternatives:
+        others = [field.toca("unscored", unscored(policy)), *field.alternatives(policy)]
+    recorded = [] if gpu is None else [field.uncached_recorded()]
     failed = {
         other.name: reason
         for other in (*recorded, *others)
@@ -123,7 +118,7 @@ def run_bench(
 
 
 def _run(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> None:
-    """A generation that is not timed."""
+    """Run a generation that is not timed."""
     with contestant.generation():
         for call in calls:
             contestant.step(call)
@@ -131,7 +126,7 @@ def _run(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]
 
 
 def _compile(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> None:
-    """The first generation, and what compiling took in it."""
+    """Run the first generation, and note the seconds that compiling took in it."""
     with contestant.generation():
         began = time.perf_counter()
         contestant.step(calls[0])
@@ -142,21 +137,18 @@ def _compile(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], N
         wait()
     if isinstance(contestant.run, Session):
         report = contestant.run.report()
-        contestant.compile_seconds = sum(
-            sorted(record.seconds for record in report.steps)[-report.compiled_graphs :]
-        )
+        seconds = sorted(record.seconds for record in report.steps)
+        contestant.compile_seconds = sum(seconds[-report.compiled_graphs :])
 
 
 def _settle(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> None:
-    """Further generations, until it is as fast as it gets."""
+    """Run further generations, until the contestant is as fast as it gets."""
     for _ in range(contestant.warm_ups - 1):
         _run(contestant, calls, wait)
 
 
 def _refusal(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], None]) -> str | None:
-    """Why the model cannot be run in this way, if so: the first line of the error; else the
-    contestant is warm.
-    """
+    """Warm a contestant up; returns the first line of the error if the model cannot be run so."""
     try:
         _compile(contestant, calls, wait)
         _settle(contestant, calls, wait)
@@ -168,8 +160,9 @@ def _refusal(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], N
 def _warm_up_and_weigh(
     plain: Contestant, ours: Contestant, calls: Sequence[Call], gpu: Gpu | None
 ) -> Memory | None:
-    """Warm both up; on a GPU, say what a generation adds. What ours keeps from one to the next
-    counts as its own.
+    """Warm both up; returns the memory that a generation takes on a GPU.
+
+    What ours keeps from one generation to the next counts as its own.
     """
     if gpu is None:
         for contestant in (plain, ours):
@@ -182,18 +175,17 @@ def _warm_up_and_weigh(
     uncached = gpu.peak(lambda: _run(plain, calls[:1], gpu.synchronize))  # its steps are all alike
     _compile(ours, calls, gpu.synchronize)
     gc.collect()
-    # What a recorded step needs in between lies in a pool of its own, and is counted only while it
-    # is recorded: of a small model whose full steps were recorded in the generation before, this
-    # leaves out what those need.
-    return Memory(
-        held, uncached - held, gpu.peak(lambda: _settle(ours, calls, gpu.synchronize)) - held
-    )
+    # The intermediate values of a recorded step lie in a pool of their own, and are counted only
+    # while it is recorded: if the full steps of a small model were recorded in the generation
+    # before, theirs are missing here.
+    toca = gpu.peak(lambda: _settle(ours, calls, gpu.synchronize))
+    return Memory(held, uncached - held, toca - held)
 
 
 def _launches(
     contestant: Contestant, calls: Sequence[Call], kinds: Sequence[str], gpu: Gpu
 ) -> Mapping[str, Launches | None]:
-    """By kind of step; all steps of an uncached model are of one kind."""
+    """The launches by kind of step; all steps of an uncached model are of one kind."""
     if isinstance(contestant.run, Session):
         return launches_by_kind(contestant, calls, kinds, gpu)
     return launches_by_kind(contestant, calls[:1], ["uncached"], gpu)
@@ -206,6 +198,5 @@ def _work(run: Session) -> Work:
 
 def _peak_bytes() -> int:
     """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,6 +1,4 @@
-"""What the figures of all contestants come to: data, made from timings and reports by functions
-that measure nothing.
-"""
+"""The result of a case as data, made from timings and reports; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -19,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """Steps that do the same work: median seconds of one, its FLOPs, the bytes that it has to move,
-    and K, the mean of selecting sites.
+    """Steps that do the same work.
 
-    ``host`` is how long the call kept the host, in seconds; on a CPU that is the step. ``launches``
-    is None where there are none to count, ``count`` how many such steps a generation has.
+    ``seconds`` is the median of one on the device, ``host`` how long the call kept the host (on a
+    CPU that is the step), ``bytes`` what it has to move, ``fresh`` the mean K of the sites that
+    select. ``launches`` is None if there are none to count; ``count`` is how many such steps a
+    generation has.
     """
 
     kind: str
@@ -38,9 +37,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way to run the uncached model: seconds of a generation, its step, and seconds of the first
-    call.
-    """
+    """A way to run the uncached model: seconds of a generation and the first call, and a step."""
 
     name: str
     generation: float
@@ -50,7 +47,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another way to run the generation; ``flops_ratio`` None: not known."""
+    """Another way to run the generation; ``flops_ratio`` is None if it is not known."""
 
     name: str
     latency_ratio: float
@@ -59,8 +56,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU: held before a generation (weights and inputs), and above that at the peak of
-    one, uncached and ours.
+    """Bytes on a GPU: held before a generation, and above that at its peak, uncached and ours.
+
+    Weights and inputs are held before.
     """
 
     held: int
@@ -70,8 +68,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one contestant. ``report`` is that of its session, if it has one; ``launches``
-    are by kind of step.
+    """The figures of one contestant.
+
+    ``report`` is that of its session, if it has one; ``launches`` are by kind of step.
     """
 
     name: str
@@ -91,7 +90,7 @@ class Work:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All times in seconds, all work in FLOPs, per model call unless said otherwise.
+    """The result of a case: times in seconds and work in FLOPs, per model call if not said else.
 
     ``images`` are those of a run, ``mode`` that of ``toca_fx.compile``. ``baseline`` names the
     fastest of the ``baselines``, against which everything is compared. ``generation`` is the time
@@ -136,7 +135,7 @@ class BenchResult:
 
     @property
     def uncached(self) -> Kind:
-        """Its step."""
+        """The step of that baseline."""
         return self.fastest.step
 
     @property
@@ -158,7 +157,7 @@ class BenchResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The result as JSON-ready data."""
         figures = {
             **asdict(self),
             "timings": {name: _milliseconds(timing) for name, timing in self.timings.items()},
@@ -172,7 +171,7 @@ class BenchResult:
 
 
 def _milliseconds(timing: Timing) -> dict[str, Any]:
-    """Steps in milliseconds, generations in seconds."""
+    """A timing as JSON-ready data: steps in milliseconds, generations in seconds."""
     steps = {"device_ms": timing.device, "host_ms": timing.host}
     return {
         **{name: [round(seconds * 1e3, 4) for seconds in found] for name, found in steps.items()},
@@ -196,8 +195,9 @@ def summarize(
     memory: Memory | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> BenchResult:
-    """The result of a case: ``uncached`` are the baselines, ``others`` our variants and other
-    caches.
+    """The result of a case.
+
+    ``uncached`` are the baselines, ``others`` our variants and other caches.
     """
     report = _report(ours)
     steps = len(report.steps)
@@ -270,9 +270,9 @@ def kinds_of(
     launches: Mapping[str, Launches | None] | None = None,
 ) -> tuple[Kind, ...]:
     """The kinds of the steps of a report, by work; ``moved`` are the bytes of every step."""
-    places: dict[tuple[str, int], list[int]] = {}
+    calls: dict[tuple[str, int], list[int]] = {}
     for at, (record, flops) in enumerate(zip(report.steps, report.step_flops, strict=True)):
-        places.setdefault((record.kind, flops), []).append(at)
+        calls.setdefault((record.kind, flops), []).append(at)
     return tuple(
         Kind(
             kind,
@@ -284,22 +284,21 @@ def kinds_of(
             (launches or {}).get(kind),
             len(steps),
         )
-        for (kind, flops), steps in sorted(places.items())
+        for (kind, flops), steps in sorted(calls.items())
     )
 
 
 def _fresh(report: Report, at: int) -> float:
-    """Tokens that a step computes: the mean of the sites that choose."""
+    """The mean number of tokens that the selecting sites of a step compute."""
     plan = report.steps[at].plan
-    counts = [
-        count for count, mode in zip(plan.fresh, plan.modes, strict=True) if mode == "partial"
-    ]
+    sites = zip(plan.fresh, plan.modes, strict=True)
+    counts = [count for count, mode in sites if mode == "partial"]
     return statistics.fmean(counts) if counts else 0.0
 
 
 def seconds_of(kinds: Sequence[Kind], name: str) -> float:
     """Seconds of the median step of a kind; 0 if there is none."""
-    found = [
-        seconds for kind in kinds if kind.kind == name for seconds in [kind.seconds] * kind.count
-    ]
+    found: list[float] = []
+    for kind in kinds:
+        found += [kind.seconds] * kind.count if kind.kind == name else []
     return statistics.median(found) if found else 0.0

@@ -2,8 +2,8 @@
 
 Models have the width and the number of tokens of the paper's, as many blocks as a small machine
 stands (or all), and random weights. All contestants are compiled by inductor, in one process, and
-take turns (see ``clock``), so that all see the same machine. Reported are medians over rounds; what
-warms up is not counted.
+take turns (see ``clock``), so that all see the same machine. Medians over rounds are reported;
+generations that warm up do not count.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ def main(args: argparse.Namespace) -> int:
     """Run the benchmark as ``args`` say; returns the exit status."""
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
-        print(
-            f"unknown case `{unknown[0]}`{did_you_mean(unknown[0], CASES)}; there are {', '.join(CASES)}",
-            file=sys.stderr,
-        )
+        hint = did_you_mean(unknown[0], CASES)
+        known = ", ".join(CASES)
+        print(f"unknown case `{unknown[0]}`{hint}; there are {known}", file=sys.stderr)
         return 2
     try:
         Inner("inductor", args.mode)
@@ -53,19 +52,18 @@ def main(args: argparse.Namespace) -> int:
     torch.compiler.config.recompile_limit = 64
     gpu = find_gpu()
     dtype = args.dtype or ("float32" if gpu is None else "bfloat16")
-    place = {"device": "cpu" if gpu is None else gpu.kind, "dtype": getattr(torch, dtype)}
-    limits = measure_limits(place, gpu)
+    factory = {"device": "cpu" if gpu is None else gpu.kind, "dtype": getattr(torch, dtype)}
+    limits = measure_limits(factory, gpu)
     machine = {**machine_facts(gpu), "threads": args.threads, "dtype": dtype, "rounds": args.rounds}
     console, results = Console(), list[BenchResult]()
     console.print(
         ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
     )
-    console.print(
-        f"a linear layer gets {limits.flops / 1e9:.0f} GFLOP/s, a copy {limits.bytes / 1e9:.1f} GB/s"
-    )
+    linear, copied = f"{limits.flops / 1e9:.0f} GFLOP/s", f"{limits.bytes / 1e9:.1f} GB/s"
+    console.print(f"a linear layer gets {linear}, a copy {copied}")
     for case_name in args.cases or ["dit-xl-2"]:
         case = CASES[case_name]
-        # Drawn between what is timed, not by a thread beside it.
+        # The bar is drawn between timed steps, not by a thread at the same time.
         with Progress(console=console, transient=True, auto_refresh=False) as progress:
             result = run_bench(
                 case_name,
@@ -73,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
                 toca_fx.load_policy(args.policy or case.policy),
                 args.steps or case.steps,
                 args.rounds,
-                place,
+                factory,
                 limits,
                 images=args.images,
                 mode=args.mode,
@@ -103,8 +101,9 @@ def find_gpu() -> Gpu | None:
 
 
 def machine_facts(gpu: Gpu | None) -> dict[str, Any]:
-    """What figures depend on, and when they were taken: with a GPU its card, driver and CUDA
-    runtime, else the processor.
+    """What figures depend on, and when they were taken.
+
+    It is the GPU with its driver and CUDA runtime if there is one, or else the processor.
     """
     found = {"device": platform.processor() or platform.machine()} if gpu is None else gpu.facts()
     return {

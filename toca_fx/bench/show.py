@@ -24,9 +24,7 @@ def show(result: BenchResult, console: Console) -> None:
 
 
 def _steps(result: BenchResult, title: str) -> Table:
-    """A row for each kind of step; the host's time has a column where it is not that of the
-    step.
-    """
+    """A row for each kind of step; the host's time has a column if it is another."""
     rows = [
         (found.name.replace("torch.compile", "uncached"), found.step) for found in result.baselines
     ]
@@ -67,18 +65,15 @@ def _figures(result: BenchResult) -> Iterator[tuple[str, str]]:
     for baseline in result.baselines:
         yield f"generation, {baseline.name}", f"{baseline.generation:.3f} s"
     yield "generation, toca_fx", f"{result.generation:.3f} s"
-    for name, launches in (
-        *((baseline.name, baseline.step.launches) for baseline in result.baselines),
-        *{f"{kind.kind} step": kind.launches for kind in result.kinds}.items(),
-    ):
+    launched = [(baseline.name, baseline.step.launches) for baseline in result.baselines]
+    launched += {f"{kind.kind} step": kind.launches for kind in result.kinds}.items()
+    for name, launches in launched:
         if launches is not None:
             yield f"launches, {name}", str(launches)
     for kind, counts in result.recordings.items():
         yield f"{kind} steps", "; ".join(f"{count} {how}" for how, count in counts.items())
-    partial, full = (
-        seconds_of(result.kinds, "partial") or float("nan"),
-        seconds_of(result.kinds, "full"),
-    )
+    partial = seconds_of(result.kinds, "partial") or float("nan")
+    full = seconds_of(result.kinds, "full")
     if result.selection:
         yield (
             "choosing tokens ahead of a partial step",
@@ -112,7 +107,7 @@ def _figures(result: BenchResult) -> Iterator[tuple[str, str]]:
 
 
 def _ms(seconds: float, digits: int | None = None) -> str:
-    """Milliseconds; short times have more digits."""
+    """A time in milliseconds as text; short times have more digits."""
     if digits is None:
         digits = 1 if seconds >= 0.01 else 2
     return f"{seconds * 1e3:.{digits}f} ms"
@@ -123,7 +118,7 @@ def _mib(nbytes: int) -> str:
 
 
 def _shown(kinds: Sequence[Kind]) -> list[Kind]:
-    """Of many partial steps, the least, the middle and the most work."""
+    """Of each kind the steps of least, middle and most work, as partial steps may be many."""
     shown: list[Kind] = []
     for name in dict.fromkeys(kind.kind for kind in kinds):
         same = [kind for kind in kinds if kind.kind == name]
@@ -132,11 +127,10 @@ def _shown(kinds: Sequence[Kind]) -> list[Kind]:
 
 
 def chart(results: Sequence[BenchResult], path: str) -> None:
-    """Draw FLOPs against time of each step kind, with what the uncached step gets done in the time,
-    and what the machine could.
+    """Draw FLOPs against time of each kind of step, and save the picture at ``path``.
 
-    Where the host is not what does the work, its time is drawn too: above the other, it is the
-    limit.
+    Lines show time that falls as work does, and the roofline of the machine. On a GPU the host's
+    time is drawn too: if it is above that of the device, it is the limit.
     """
     import matplotlib.pyplot as plt
 
@@ -168,21 +162,11 @@ def chart(results: Sequence[BenchResult], path: str) -> None:
         for at, name in enumerate(dict.fromkeys(kind.kind for kind in result.kinds)):
             same = [kind for kind in result.kinds if kind.kind == name]
             work = [kind.flops / full.flops for kind in same]
-            ax.plot(
-                work,
-                [kind.seconds * 1e3 for kind in same],
-                "os."[at % 3],
-                color=f"C{at}",
-                label=name,
-            )
+            times = [kind.seconds * 1e3 for kind in same]
+            ax.plot(work, times, "os."[at % 3], color=f"C{at}", label=name)
             if any(kind.host != kind.seconds for kind in same):
-                ax.plot(
-                    work,
-                    [kind.host * 1e3 for kind in same],
-                    "x",
-                    color=f"C{at}",
-                    label=f"{name}, host",
-                )
+                times = [kind.host * 1e3 for kind in same]
+                ax.plot(work, times, "x", color=f"C{at}", label=f"{name}, host")
         ax.set(
             xlabel="FLOPs, of the uncached step",
             ylabel="time of a step (ms)",

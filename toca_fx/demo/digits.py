@@ -28,10 +28,8 @@ def load_images(size: int = SIZE) -> tuple[Tensor, Tensor]:
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(
-        -1, 1
-    )
-    return images, torch.tensor(data.target, dtype=torch.int64)
+    images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
+    return images.clamp(-1, 1), torch.tensor(data.target, dtype=torch.int64)
 
 
 def build_denoiser() -> nn.Module:
@@ -119,12 +117,11 @@ def sample(
     guidance: float = 2.0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Generate one digit per entry of ``classes`` ([B] int64) with DDIM and classifier-free
-    guidance.
+    """Generate one digit per entry of ``classes``, [B] int64, with DDIM and guidance.
 
-    Both guidance halves go through the denoiser as one batch of 2B rows, the conditional ones
-    first. Returns images [B, 1, 32, 32], about [-1, 1]. The starting noise depends on ``seed``
-    alone.
+    Guidance is classifier-free. Both guidance halves go through the denoiser as one batch of 2B
+    rows, the conditional ones first. Returns images [B, 1, 32, 32], about [-1, 1]. The starting
+    noise depends on ``seed`` alone.
     """
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps)

@@ -1,6 +1,4 @@
-"""``toca-fx demo``: the same digits uncached, cached, and with as many fewer DDIM steps as take
-equal time.
-"""
+"""``toca-fx demo``: the same digits uncached, cached, and in fewer steps that take equal time."""
 
 from __future__ import annotations
 
@@ -25,8 +23,10 @@ Denoiser = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to generate the digits: images [B, 1, 32, 32], wall time in seconds, classifier
-    agreement 0 to 1.
+    """One way to generate the digits, and what came of it.
+
+    ``images`` are [B, 1, 32, 32], ``seconds`` is wall time, ``agreement`` the share that the
+    classifier recognises (0 to 1), ``psnr`` is in dB.
     """
 
     label: str
@@ -105,21 +105,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def warm_up(progress: Progress, models: list[Denoiser], classes: Tensor, steps: int) -> None:
-    """Compile everything before the clock runs, with the very calls that will be timed: full and
-    partial steps.
-    """
+    """Compile everything before it is timed, by calls like those that will be: full and partial."""
     few = 4
     task = progress.add_task("compiling", total=few * len(models))
     known = [*digits.timesteps(few), *[0] * (steps - few)]
     for model in models:
         with toca_fx.session(timesteps=known) as run:
             digits.sample(model, classes, steps=few, on_step=lambda: progress.advance(task))
-            run.close()  # before its steps are over, on purpose
+            run.close()  # otherwise a warning would say that steps are missing
 
 
 @torch.no_grad()
 def recognised(classifier: nn.Module, images: Tensor, classes: Tensor) -> float:
-    """Share of images that the classifier takes for the class that was asked for."""
+    """The share of images that the classifier takes for the class that was asked for."""
     right: Tensor = classifier(images).argmax(1) == classes
     return right.double().mean().item()
 
@@ -130,14 +128,13 @@ def psnr(reference: Tensor, images: Tensor) -> float:
 
 
 def table(outcomes: list[Outcome]) -> Table:
-    """A column per way: wall time, ratios, PSNR and agreement."""
+    """A table with a column per outcome: wall time, ratios, PSNR and agreement."""
     result = Table("", *(outcome.label.replace(", ", "\n") for outcome in outcomes))
     for column in result.columns[1:]:
         column.justify = "right"
     result.add_row("wall time", *(f"{outcome.seconds:.1f} s" for outcome in outcomes))
-    result.add_row(
-        "latency ratio", *(f"{outcomes[0].seconds / outcome.seconds:.2f}x" for outcome in outcomes)
-    )
+    ratios = [outcomes[0].seconds / outcome.seconds for outcome in outcomes]
+    result.add_row("latency ratio", *(f"{ratio:.2f}x" for ratio in ratios))
     result.add_row("FLOPs ratio", *(f"{outcome.flops_ratio:.2f}x" for outcome in outcomes))
     result.add_row(
         "PSNR vs uncached",
@@ -148,18 +145,15 @@ def table(outcomes: list[Outcome]) -> Table:
 
 
 def draw(outcomes: list[Outcome], per_class: int, path: str) -> None:
-    """One grid per outcome, side by side: a row per class."""
+    """Draw one grid of digits per outcome, side by side, with a row per class."""
     figure, axes = plt.subplots(
         1, len(outcomes), figsize=(1.15 * per_class * len(outcomes), 12), layout="constrained"
     )
     for axis, outcome in zip(axes, outcomes, strict=True):
         framed = torch.nn.functional.pad(outcome.images, (2, 2, 2, 2), value=-0.5)
         side = framed.shape[-1]
-        grid = (
-            framed.reshape(10, per_class, side, side)
-            .transpose(1, 2)
-            .reshape(10 * side, per_class * side)
-        )
+        rows = framed.reshape(10, per_class, side, side).transpose(1, 2)
+        grid = rows.reshape(10 * side, per_class * side)
         axis.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_title(f"{outcome.label}\n{outcome.caption}", fontsize=10)
         axis.set_axis_off()
