@@ -45,6 +45,9 @@ from torch._inductor import list_mode_options
 # What torch.library.custom_op returns: torch.library has the class, but does not list it.
 from torch._library.custom_ops import CustomOpDef
 
+# What tlparse reads; torch.compile writes its own graphs with it.
+from torch._logging import trace_structured
+
 # The classes of torch.ops.aten.add.Tensor and torch.ops.aten.add: the targets of ATen graphs.
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -102,6 +105,7 @@ __all__ = [
     "original_module",
     "sdpa_flop_count",
     "storage_id",
+    "trace_structured",
     "tree_map_only",
 ]
 

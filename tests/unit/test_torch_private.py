@@ -144,6 +144,11 @@ def memory_is_told_apart() -> None:
         assert private.storage_id(tensor) != private.storage_id(other)
 
 
+def artifacts_are_taken() -> None:
+    """Where they go is in tests/system/lower/test_show.py."""
+    private.trace_structured("artifact", metadata_fn=lambda: {"name": "a"}, payload_fn=lambda: "b")
+
+
 def lists_are_copied() -> None:
     into = [torch.zeros(2), torch.zeros(3)]
     private.foreach_copy_(into, [torch.ones(2), torch.ones(3)])
@@ -207,6 +212,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "original_module": modules_run_their_own_code,
     "sdpa_flop_count": attention_is_counted,
     "storage_id": memory_is_told_apart,
+    "trace_structured": artifacts_are_taken,
     "tree_map_only": outputs_are_mapped,
 }
 

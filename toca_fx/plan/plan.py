@@ -40,14 +40,20 @@ class StepPlan:
 
     @property
     def kind(self) -> str:
-        """The kind of step: ``full``, ``partial`` or ``mixed``.
+        """See ``kind_of``."""
+        return kind_of(self.modes)
 
-        It is full if no site reads its cache, partial if no cached site is computed whole.
-        """
-        cached = {mode for mode in self.modes if mode != "compute"}
-        if cached <= {"full"}:
-            return "full"
-        return "mixed" if "full" in cached else "partial"
+
+def kind_of(modes: Modes) -> str:
+    """The kind of a step whose sites are in ``modes``.
+
+    It is ``full`` if no site reads its cache, ``partial`` if no cached site is computed whole, else
+    ``mixed``.
+    """
+    cached = {mode for mode in modes if mode != "compute"}
+    if cached <= {"full"}:
+        return "full"
+    return "mixed" if "full" in cached else "partial"
 
 
 @dataclass(frozen=True)
