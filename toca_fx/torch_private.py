@@ -46,7 +46,7 @@ from torch._inductor import list_mode_options
 from torch._library.custom_ops import CustomOpDef
 
 # What tlparse reads; torch.compile writes its own graphs with it.
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 # The classes of torch.ops.aten.add.Tensor and torch.ops.aten.add: the targets of ATen graphs.
 from torch._ops import OpOverload, OpOverloadPacket
