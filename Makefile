@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 # The time of each test is kept in .times/, the ten slowest are printed.
-PYTEST = $(RUN) -m pytest --durations=10 --durations-min=0.1 --junitxml=.times/$@.xml
+PYTEST = $(RUN) -m pytest --quiet --durations=10 --durations-min=0.1 --junitxml=.times/$@.xml
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .PHONY: demo quick test test-all gpu check bench clean lint types unit graph system
@@ -12,7 +12,7 @@ demo: $(VENV)/ready  ## digits, uncached and cached, side by side: demo.png
 	$(VENV)/bin/toca-fx demo
 
 quick: $(VENV)/ready  ## what to run after every change: check, tests/unit and tests/graph, side by side
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target graph types unit lint
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target graph types unit lint
 
 test: quick system  ## quick, then tests/system; what is marked slow is left out, and named at the end
 
