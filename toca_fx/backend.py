@@ -85,10 +85,15 @@ def toca(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Any:
-    """``torch.compile(model, backend="toca", options={"policy": ..., "inner": ..., "mode": ...})``;
-    all may be left out.
+    """The backend "toca" of torch.compile.
 
-    torch.compile takes either ``options`` or ``mode``, so that the mode may be given in both ways.
+    ``torch.compile(model, backend="toca", options={"policy": ..., "inner": ..., "mode": ...})``,
+    where every option may be left out. torch.compile takes either ``options`` or ``mode``, so that
+    the mode may be given in both ways.
+
+    Raises:
+        PolicyError: the policy has problems (all are listed).
+        ValueError, TypeError: an unknown option, ``inner`` or ``mode``.
     """
     options = dict(options or {})
     policy, inner = options.pop("policy", None), options.pop("inner", "inductor")
@@ -102,15 +107,16 @@ def toca(
 
 @dataclass(frozen=True)
 class Backend:
-    """A torch.compile backend. Frozen, because Dynamo guards on backends being equal. ``policy``
-    None: pick by model.
+    """A torch.compile backend with its options; a ``policy`` of None is chosen by the model.
+
+    Frozen, because Dynamo guards on backends being equal.
     """
 
     policy: Policy | None
     inner: Inner
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        """Take Dynamo's graph and its first inputs; return what runs in their place."""
+        """Compile Dynamo's graph for its first inputs; returns the callable that replaces it."""
         if torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):
@@ -119,14 +125,14 @@ class Backend:
                 "gradient. Sample under torch.no_grad() or torch.inference_mode()"
             )
             return self.inner(captured, list(inputs))
-        input_sources(captured)  # which Dynamo forgets
+        input_sources(captured)  # Dynamo forgets them afterwards
         return Dispatcher(captured, self.policy, model_class(), self.inner, inputs)
 
 
 class Dispatcher:
-    """What Dynamo calls in the model's place: hands each call to the session, which knows the step.
+    """The callable that Dynamo runs instead of the model: it hands each call to the session.
 
-    ``policy`` None: the one that suits ``model_class``, or the inputs.
+    A ``policy`` of None is chosen by ``model_class``, or by the inputs.
     """
 
     def __init__(
@@ -142,8 +148,8 @@ class Dispatcher:
         self._frame = frame_id()  # it keeps the parts of a broken graph apart
         parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
         self._parameters = picker(parameters)
-        # Dynamo guards all but the numbers that it made symbolic. Those unused are storage offsets
-        # of views.
+        # Dynamo guards all inputs but the numbers that it made symbolic. Symbolic numbers without
+        # users are storage offsets of views.
         self._varying = [
             at
             for at, node in enumerate(captured.graph.find_nodes(op="placeholder"))
@@ -173,7 +179,7 @@ class Dispatcher:
         return current_session().call(self._model_key(inputs), runner, inputs)
 
     def _prepare(self, inputs: Sequence[Any]) -> Runner:
-        """The way from Dynamo's graph to what runs it, for the shapes of ``inputs``."""
+        """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
         aten = to_aten(self._captured, inputs)
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
@@ -193,8 +199,9 @@ class Dispatcher:
         return self._given
 
     def _model_key(self, inputs: Sequence[Any]) -> ModelKey:
-        """Dynamo shares code between models of one class, so which model it is shows at the call
-        only.
+        """The key of the model that is called.
+
+        Dynamo shares code between models of one class, so that only the call shows which it is.
         """
         parameters = self._parameters(inputs)
         owner = parameters[0] if parameters else _no_parameters

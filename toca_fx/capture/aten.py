@@ -32,13 +32,12 @@ _DECOMPOSED: dict[Any, Any] = {aten.einsum.default: aten.einsum.default.decompos
 
 
 def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-    """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``, which are not
-    modified.
+    """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``.
 
-    Placeholders keep their order. Every node carries ``meta["val"]`` (fake tensors with concrete
-    shapes) and ``meta["path"]`` (the module path such as ``transformer_blocks.3.ff``, "" outside
-    any submodule). The module's ``meta["writes"]`` tells whether the model writes to tensors in
-    place, which the graph that is returned does not.
+    The inputs are not modified. Placeholders keep their order. Every node carries ``meta["val"]``
+    (fake tensors with concrete shapes) and ``meta["path"]`` (the module path such as
+    ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
+    whether the model writes to tensors in place, which the returned graph does not.
 
     Raises:
         UnsupportedModelError: the model writes to memory of the caller in place, or a number
@@ -68,12 +67,13 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
         node.meta["stack"] = tuple(path for path in stack if path)
         node.meta["path"] = stack[-1] if stack else ""
-        nothing = node.target is aten.detach_.default
-        nothing |= node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
-        if is_mutable(node.target) and not nothing:
+        is_identity = node.target is aten.detach_.default or (
+            node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+        )
+        if is_mutable(node.target) and not is_identity:
             graph_module.meta["writes"] = True
             make_functional(node)
-        elif nothing:
+        elif is_identity:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     roles.mark(graph_module.graph, input_sources(captured), inputs)
@@ -82,10 +82,10 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
 
 def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Run both graphs on the first real inputs and compare.
+    """Check that both graphs return the same for the first real inputs.
 
-    For models that write in place: whether a write was followed to all that see it is not certain
-    where tensors share memory.
+    It is meant for models that write in place: where tensors share memory, it is not certain that
+    all readers of a write were found.
 
     Raises:
         UnsupportedModelError: the outputs differ by more than rounding.
@@ -96,14 +96,16 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
         if not torch.allclose(left, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
             error = (left - right).abs().amax().item()
             raise UnsupportedModelError(
-                f"the canonical graph differs from the captured one by {error:.1e} (outputs up to {scale:.1e}); the "
-                "model probably writes in place through an alias, which cannot be followed"
+                f"the canonical graph differs from the captured one by {error:.1e} (outputs up to "
+                f"{scale:.1e}); the model probably writes in place through an alias, which cannot "
+                "be followed"
             )
 
 
 def _run_seeded(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Run with the same random numbers each time (dropped labels in training mode, say), leaving
-    the caller's alone.
+    """Run with the same random numbers each time (dropped labels in training mode, say).
+
+    The state of the caller's generator does not change.
     """
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

@@ -27,8 +27,9 @@ class _Captured(Exception):  # noqa: N818 - no error
 
 
 def _entry(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What Dynamo captures; as ``self``, so that the names of parameters are those in a compiled
-    forward.
+    """Call the model: Dynamo captures this function.
+
+    The model is ``self``, so that the names of parameters are those in a compiled forward.
     """
     if not torch.compiler.is_dynamo_compiling():
         raise UnsupportedModelError(
@@ -47,12 +48,11 @@ def uncompiled(model: Model) -> Model:
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """Dynamo's graph of one call and its flat inputs (parameters and buffers among them); the model
-    is not run.
+    """Dynamo's graph of one call, and its flat inputs, parameters and buffers among them.
 
-    Dynamo keeps what it compiled, and the shapes it saw, with the code it captured: here that is
-    code of our own, made anew each time, and with ``dynamic=False`` no shape is remembered. The
-    model's own code is inlined and stays untouched.
+    The model is not run. Dynamo keeps what it compiled, and the shapes it saw, with the code it
+    captured: here that is code of our own, made anew each time, and with ``dynamic=False`` no shape
+    is remembered. The model's own code is inlined and stays untouched.
 
     Raises:
         UnsupportedModelError: the model cannot be captured as one graph.
@@ -69,9 +69,8 @@ def capture(
     entry = FunctionType(_entry.__code__.replace(), globals(), "entry")
     try:
         with torch.no_grad():
-            torch.compile(entry, backend=stop, fullgraph=True, dynamic=False)(
-                model, *args, **kwargs
-            )
+            compiled = torch.compile(entry, backend=stop, fullgraph=True, dynamic=False)
+            compiled(model, *args, **kwargs)
     except BackendCompilerFailed as error:
         if not found:
             raise UnsupportedModelError(_reason(error)) from error
@@ -85,5 +84,5 @@ def capture(
 def _reason(error: Exception) -> str:
     """Dynamo's first line and its explanation, without hints and stack traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines[1:] if line.startswith("Explanation:")]
-    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *told[:1]])
+    explained = [line for line in lines[1:] if line.startswith("Explanation:")]
+    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *explained[:1]])

@@ -1,8 +1,8 @@
 """Writes in place -> new values, so that what a graph computes depends on its edges only.
 
-``x[:, n:] = y`` is ``copy_(slice(x), y)`` in ATen. It becomes ``slice_scatter(x, y)``, and whatever
-reads that memory later, x or another view of it, reads the new value. Memory that the caller can
-see (inputs, parameters) must not be written.
+``x[:, n:] = y`` is ``copy_(slice(x), y)`` in ATen. It becomes ``slice_scatter(x, y)``, and all
+later readers of that memory, of x or of another view of it, read the new value. Memory that the
+caller can see (inputs, parameters) must not be written.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from toca_fx.torch_private import storage_id
 
 
 def make_functional(node: fx.Node) -> None:
-    """Replace a node that writes in place by one that returns the new value, and redirect later
-    readers of the memory.
+    """Replace a node that writes in place by one that returns the new value.
+
+    Later readers of the memory read the new value instead.
 
     Raises:
         UnsupportedModelError: the memory belongs to the caller, or a view in between cannot be

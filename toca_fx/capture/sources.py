@@ -1,4 +1,4 @@
-"""What Dynamo calls the inputs of its graphs, and the modules that nodes come from."""
+"""Dynamo's names of inputs and modules, and what Dynamo is capturing right now."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ _SOURCES = "toca_fx_input_sources"
 
 
 def clean_path(source: str) -> str:
-    """The module path inside Dynamo's name for it: ``blocks.0.attn`` for
-    ``L['self']._modules['blocks'].0.attn``.
+    """The module path inside Dynamo's name of a module.
+
+    ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
     """
     tokens = (quoted or plain for quoted, plain in _PATH_TOKEN.findall(source))
     return ".".join(token for token in tokens if token not in _PATH_NOISE)
 
 
 def model_class() -> str:
-    """The class name of the model that Dynamo is capturing right now, "" if it captures no method
-    or nothing at all.
+    """The class name of the model that Dynamo is capturing right now.
+
+    It is "" if Dynamo captures nothing, or no method.
     """
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
@@ -48,11 +50,10 @@ def frame_id() -> int | None:
 
 
 def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
-    """Per placeholder of Dynamo's graph, the name of the argument or parameter it comes from ("" if
-    unknown).
+    """The name of the argument or parameter that each placeholder of Dynamo's graph comes from.
 
-    Dynamo forgets them when it has compiled: the first call has to be made in the backend, and
-    later ones tell the same.
+    It is "" if unknown. Dynamo forgets the names when it has compiled: the first call has to be
+    made in the backend, and later ones return the same.
     """
     if _SOURCES not in captured.meta:
         placeholders = captured.graph.find_nodes(op="placeholder")
@@ -63,6 +64,6 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
 
 def _source(placeholder: fx.Node) -> str:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    # A method up to some release of PyTorch, a property since.
+    # It was a method in earlier releases of PyTorch, and is a property now.
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)

@@ -1,6 +1,4 @@
-"""How much of a model was matched: attentions and MLPs found out of how many there are, and the
-share of the blocks' FLOPs.
-"""
+"""How much of a model was matched: attentions, MLPs, and the share of the blocks' FLOPs."""
 
 from __future__ import annotations
 
@@ -18,11 +16,12 @@ from toca_fx.match.sites import Matches
 
 @dataclass(frozen=True)
 class Coverage:
-    """``found`` sites by kind; ``attentions`` and ``mlps`` as (found, there are), in the blocks.
+    """How much of a model was matched.
 
-    ``share`` is that of the blocks' FLOPs that fall away when all sites are taken from their
-    caches. Blocks are the numbered modules that have a residual stream: the layers of a timestep
-    embedder are numbered, too.
+    ``found`` are the numbers of sites by kind; ``attentions`` and ``mlps`` are pairs, those found
+    and all in the blocks. ``share`` is that of the blocks' FLOPs that fall away when all sites are
+    taken from their caches. Blocks are the numbered modules that have a residual stream: the layers
+    of a timestep embedder are numbered, too.
     """
 
     found: dict[str, int]
@@ -32,7 +31,7 @@ class Coverage:
 
 
 def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
-    """Look at a graph from ``trace.to_aten`` and what was matched in it; nothing is run."""
+    """The coverage of a graph from ``capture.aten.to_aten`` by its matches; nothing is run."""
     graph = module.graph
     needed = _needed(graph, {site.output for site in matches.sites})
     blocks = {numbered_block(add.meta.get("path", "")) for add in Flow(graph).residuals}
@@ -40,9 +39,8 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
     attentions = [name for name, node in inside.items() if attention_at(node) is not None]
     mlps = {site.anchor for site in matches.sites if site.kind == "mlp"}
     missed = sum(miss.kind == "mlp" for miss in matches.misses)
-    flops = count_flops(
-        module, [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-    )
+    inputs = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    flops = count_flops(module, inputs)
     total = sum(spent for name, spent in flops.items() if name in inside)
     left = sum(spent for name, spent in flops.items() if name in inside and name in needed)
     return Coverage(
@@ -59,7 +57,7 @@ def _in_one_of(blocks: set[tuple[str, int | None]], node: fx.Node) -> bool:
 
 
 def _needed(graph: fx.Graph, cached: set[str]) -> set[str]:
-    """Names of the nodes that the output needs when the ``cached`` ones are given."""
+    """The names of the nodes that the output depends on if the ``cached`` ones are given."""
     found: set[str] = set()
     pending = list(graph.find_nodes(op="output"))
     while pending:

@@ -31,8 +31,7 @@ def explain(
     num_steps: int | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What ``policy`` would do with ``model``: its sites, what each does over a run, what was
-    skipped, FLOPs, and bytes of memory.
+    """What ``policy`` would do with ``model``: sites and near misses, FLOPs, bytes of memory.
 
     ``args`` and ``kwargs`` are the inputs of one call. Nothing is run and no memory is taken for
     results, so that model and inputs may be on the device "meta". ``policy`` is as in ``compile``;
@@ -92,7 +91,7 @@ def _passes(found: Analysis, plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]
 
 
 def _gathers(found: Analysis, plan: Plan) -> dict[int, tuple[str, ...]]:
-    """By site, what is said of its gathers that could not be moved up to the stream."""
+    """The gathers of each site that could not be moved up to the stream, as text."""
     gathers: dict[int, dict[str, None]] = {}
     for cost in found.costs(plan).values():
         for report in cost.graph.reports:
@@ -127,9 +126,7 @@ def _sites(
 
 
 def _says(policy: Policy, kind: str, path: str, layer: int) -> str:
-    """Which entry of the policy decides what happens to a module: its last matching rule, or
-    ``modules``.
-    """
+    """The entry of the policy that decides on a module: the last matching rule, or ``modules``."""
     for rule in reversed(policy.rules):
         if rule.applies(kind, path, layer) and any(key == "module" for key, _ in rule.overrides):
             return f"rule {rule.position}"
@@ -137,8 +134,9 @@ def _says(policy: Policy, kind: str, path: str, layer: int) -> str:
 
 
 def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
-    """A near miss, with the call that would make its attention known if it is an operator of
-    somebody else's.
+    """A near miss, with advice if it has operators that are not PyTorch's.
+
+    One of them may be an attention, which ``register_attention`` would make known.
     """
     foreign: dict[str, None] = {}
     for node in graph.nodes:
@@ -146,7 +144,6 @@ def _skipped(miss: NearMiss, graph: fx.Graph) -> Skipped:
         inside = path == miss.path or path.startswith(f"{miss.path}.")
         if inside and space and space not in _PYTORCH:
             foreign[f"torch.ops.{space}.{operator_name(node.target)}"] = None
-    advice = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
-    return Skipped(
-        miss.kind, miss.path, miss.reason, f"if this is an attention: {advice}" if advice else ""
-    )
+    calls = "; ".join(f"toca_fx.register_attention({name})" for name in foreign)
+    advice = f"if this is an attention: {calls}" if calls else ""
+    return Skipped(miss.kind, miss.path, miss.reason, advice)

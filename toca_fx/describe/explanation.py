@@ -1,5 +1,6 @@
-"""What ``toca_fx.explain`` found out: data, and a page of text with equal rows of a block list
-joined into one.
+"""The result of ``toca_fx.explain``: data, and a page of text.
+
+Equal rows of the blocks of one list are joined into one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class SiteExplanation:
     ``modes`` and ``computed`` hold one entry per step: the mode (see ``plan``) and the tokens per
     sample. ``action`` is what the policy asks for, ``says`` the entry or rule that asks for it.
     ``influence`` and ``entropy`` are the paths of the attentions that give s1 and s2 of its tokens,
-    ``scores`` the weights other than 0. ``gathers`` say which operators run on all tokens in partial
-    steps, because one behind them cannot be restricted to some.
+    ``scores`` the weights other than 0. ``gathers`` say which operators run on all tokens in
+    partial steps, because an operator behind them cannot be restricted to fresh ones.
     """
 
     path: str
@@ -77,16 +78,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Made by ``toca_fx.explain``. ``steps`` are (s, kind) in the order of the calls; the FLOPs are
-    those of all steps.
+    """What ``toca_fx.explain`` returns; ``str()`` gives a page to read, ``to_dict()`` everything.
 
+    ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps.
     ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it computes ahead of
-    the steps (of one timestep). ``peak_bytes`` is all that a generation of one branch adds to the
-    weights at its peak on a GPU, rounded as its allocator does, ``step_bytes`` of it what the worst
-    step takes while it runs, and ``listed_bytes`` what comes on top in a session that is told its
+    the steps, of one timestep. ``peak_bytes`` is all that a generation of one branch adds to the
+    weights at its peak on a GPU, rounded as its allocator does. ``step_bytes`` of it is what the
+    worst step takes while it runs; ``listed_bytes`` comes on top in a session that knows its
     timesteps. On a GPU steps are recorded, and then keep ``recordable_bytes`` between generations,
-    unless ``queued_because`` says why not. ``str()`` gives a page to read, ``to_dict()``
-    everything.
+    unless ``queued_because`` says why not. ``passes`` are lines on what each pass did, by kind of
+    step.
     """
 
     model: str
@@ -142,33 +143,27 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        kinds = Counter(kind for _, kind in self.steps)
+        counts = Counter(kind for _, kind in self.steps)
+        kinds = [f"{counts[kind]} {kind}" for kind in ("full", "mixed", "partial") if counts[kind]]
         lines = [
             f"model      {self.model or '(no module)'}",
             f"policy     {self.policy}",
-            f"steps      {len(self.steps)}: "
-            + ", ".join(
-                f"{kinds[kind]} {kind}" for kind in ("full", "mixed", "partial") if kinds[kind]
-            ),
-            f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached ({self.flops_ratio:.2f}x fewer)",
-            f"caches     {_mib(self.cache_bytes)} MiB, and {_mib(self.hoisted_bytes)} MiB of hoisted values",
+            f"steps      {len(self.steps)}: {', '.join(kinds)}",
+            f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached "
+            f"({self.flops_ratio:.2f}x fewer)",
+            f"caches     {_mib(self.cache_bytes)} MiB, and {_mib(self.hoisted_bytes)} MiB of "
+            "hoisted values",
             f"memory     {self._memory()}",
             f"on a GPU   {self._launch()}",
             "",
             *_site_lines(self.sites),
         ]
         if self.skipped:
-            lines += [
-                "",
-                "not matched, and so computed on every step:",
-                *_skipped_lines(self.skipped),
-            ]
+            lines += ["", "not matched, and so computed on every step:"]
+            lines += _skipped_lines(self.skipped)
         if self.suggestions:
-            lines += [
-                "",
-                "rules that would include what the policy computes:",
-                *(f"  {rule}" for rule in self.suggestions),
-            ]
+            lines += ["", "rules that would include what the policy computes:"]
+            lines += [f"  {rule}" for rule in self.suggestions]
         for kind, reports in self.passes:
             lines += ["", f"passes that make the graph of a {kind} step:"]
             lines += [f"  {report}" for report in reports]
@@ -178,18 +173,19 @@ class Explanation:
 
     def _memory(self) -> str:
         rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes
-        told = (
-            f"; {_mib(self.listed_bytes)} more if the session is told its timesteps"
-            if self.listed_bytes
-            else ""
+        text = (
+            f"{_mib(self.peak_bytes)} MiB at the peak, of which {_mib(self.step_bytes)} are a "
+            f"step's own and {_mib(rounding)} lost by rounding"
         )
-        own = f"of which {_mib(self.step_bytes)} are a step's own and {_mib(rounding)} lost by rounding"
-        return f"{_mib(self.peak_bytes)} MiB at the peak, {own}{told}"
+        if self.listed_bytes:
+            text += f"; {_mib(self.listed_bytes)} more if the session is told its timesteps"
+        return text
 
     def _launch(self) -> str:
         if self.queued_because:
             return f"queued kernel by kernel: {self.queued_because}"
-        return f"recorded: one launch a step; keeps {_mib(self.recordable_bytes)} MiB between generations"
+        kept = _mib(self.recordable_bytes)
+        return f"recorded: one launch a step; keeps {kept} MiB between generations"
 
 
 def _mib(nbytes: int) -> str:
@@ -201,7 +197,9 @@ def describe(sites: Sequence[SiteExplanation]) -> str:
     site = sites[0]
     counts, total = Counter(site.modes), len(site.modes)
     if counts["compute"]:
-        return f"computed on every step: {f'{site.says} says compute' if site.action == 'compute' else 'every step is full'}"
+        is_asked = site.action == "compute"
+        reason = f"{site.says} says compute" if is_asked else "every step is full"
+        return f"computed on every step: {reason}"
     parts = [f"full on {counts['full']}"] if counts["full"] else []
     if counts["partial"]:
         numbers = [
@@ -210,18 +208,14 @@ def describe(sites: Sequence[SiteExplanation]) -> str:
             for count, mode in zip(each.computed, each.modes, strict=True)
             if mode == "partial"
         ]
-        parts.append(
-            f"{_span(min(numbers), max(numbers), ' to ')} of {site.tokens} tokens on {counts['partial']}"
-        )
+        span = _span(min(numbers), max(numbers), " to ")
+        parts.append(f"{span} of {site.tokens} tokens on {counts['partial']}")
     if counts["reuse"]:
         parts.append(f"reused on {counts['reuse']}")
-    told = f" ({site.says})" if site.says != f"modules.{site.kind}" else ""
-    small = (
-        ": its share is less than one token"
-        if site.action == "partial" and not counts["partial"]
-        else ""
-    )
-    return f"{', '.join(parts)} of {total} steps{small}{told}"
+    rule = f" ({site.says})" if site.says != f"modules.{site.kind}" else ""
+    is_none = site.action == "partial" and not counts["partial"]
+    small = ": its share is less than one token" if is_none else ""
+    return f"{', '.join(parts)} of {total} steps{small}{rule}"
 
 
 def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
@@ -237,10 +231,12 @@ def _site_lines(sites: Sequence[SiteExplanation]) -> Iterator[str]:
     names = [_joined([site.path for site in group]) for group in groups.values()]
     width, widest = max(map(len, names)), max(len(str(site.tokens)) for site in sites)
     for name, group in zip(names, groups.values(), strict=True):
-        yield f"{name:<{width}}  {group[0].kind:<15}  {group[0].tokens:>{widest}} tokens  {describe(group)}"
-        if "partial" in group[0].modes:
-            yield f"{'':<{width}}  chosen by {', '.join(_scores(group[0]))}"
-        for gather in group[0].gathers:
+        site = group[0]
+        tokens = f"{site.tokens:>{widest}} tokens"
+        yield f"{name:<{width}}  {site.kind:<15}  {tokens}  {describe(group)}"
+        if "partial" in site.modes:
+            yield f"{'':<{width}}  chosen by {', '.join(_scores(site))}"
+        for gather in site.gathers:
             yield f"{'':<{width}}  {gather}"
 
 
@@ -252,7 +248,8 @@ def _scores(site: SiteExplanation) -> Iterator[str]:
             yield f"{score}: {weight:g}"
             continue
         source: str | None = getattr(site, made_of)
-        yield f"{score}: {weight:g} ({'nothing gives it' if source is None else f'of {_pattern(source)}'})"
+        given = "nothing gives it" if source is None else f"of {_pattern(source)}"
+        yield f"{score}: {weight:g} ({given})"
     if not site.scores:
         yield "position, all scores being 0"
 
@@ -260,20 +257,22 @@ def _scores(site: SiteExplanation) -> Iterator[str]:
 def _skipped_lines(skipped: Sequence[Skipped]) -> Iterator[str]:
     groups: dict[tuple[str, ...], list[Skipped]] = {}
     for miss in skipped:
-        # Behind ", but" stand the operators found, which may differ a little between the first
-        # block and the others.
+        # Behind ", but" come the operators found, which may differ a little between the first block
+        # and the others.
         key = (_pattern(miss.path), miss.kind, miss.reason.partition(", but ")[0], miss.advice)
         groups.setdefault(key, []).append(miss)
     for group in groups.values():
         first = group[0]
-        yield f"  {_joined([miss.path for miss in group]) or '(top level)'}  {first.kind}: {first.reason}"
+        name = _joined([miss.path for miss in group]) or "(top level)"
+        yield f"  {name}  {first.kind}: {first.reason}"
         if first.advice:
             yield f"    {first.advice}"
 
 
 def _suggestions(sites: Sequence[SiteExplanation]) -> Iterator[str]:
-    """One rule per group of sites that the policy computes; with layers, where others of the same
-    pattern are not.
+    """One rule per group of sites that the policy computes on every step.
+
+    It names layers if other sites of the same pattern are cached.
     """
     computed: dict[tuple[str, str], list[int]] = {}
     for site in sites:
@@ -292,16 +291,15 @@ def _suggestions(sites: Sequence[SiteExplanation]) -> Iterator[str]:
 
 
 def _pattern(path: str) -> str:
-    """``transformer_blocks.3.ff`` -> ``transformer_blocks.*.ff``."""
+    """A path without its number: ``transformer_blocks.3.ff`` -> ``transformer_blocks.*.ff``."""
     return _NUMBER.sub("*", path, count=1)
 
 
 def _joined(paths: Sequence[str]) -> str:
     """Paths of one pattern as one name: ``transformer_blocks.0-27.ff``."""
     layers = [int(found.group()) for path in paths if (found := _NUMBER.search(path))]
-    return _NUMBER.sub(
-        ",".join(_span(first, last) for first, last in _ranges(layers)), paths[0], count=1
-    )
+    spans = ",".join(_span(first, last) for first, last in _ranges(layers))
+    return _NUMBER.sub(spans, paths[0], count=1)
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -31,9 +31,9 @@ _MOST_SPECIAL = 8  # numbers of fresh tokens that a step is compiled for one by 
 class CompiledStep:
     """A step graph compiled by the inner backend, for every number of fresh tokens.
 
-    ``conditions`` are what the compiler asks of the numbers of fresh tokens; none, hopefully.
-    Called with the model's inputs, the buffers of a generation and the chosen rows; returns the
-    model's outputs.
+    ``conditions`` are those that the compiler's code puts on numbers of fresh tokens, none as a
+    rule. A call takes the model's inputs and the tensors of a generation, chosen rows among them,
+    and returns the model's outputs.
     """
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
@@ -53,7 +53,7 @@ class CompiledStep:
             self._warn()
 
     def _warn(self) -> None:
-        """Say what the compiler's code does not hold for."""
+        """Log a warning of the conditions."""
         stand_for = ", ".join(
             f"where {symbol} is the number of fresh tokens of `{self._plan.sites[of.site].path}`"
             for symbol, of in self._symbols.items()
@@ -75,15 +75,12 @@ class CompiledStep:
         return run(*given)
 
     def _for_counts(self, tensors: Mapping[Buffer, Tensor]) -> Callable[..., Any]:
-        """What runs a step with these numbers of fresh tokens, as the compiler's code holds for
-        some only.
-        """
+        """The callable for these numbers of fresh tokens, where there are conditions."""
         counts = {buffer: len(tensors[buffer]) for buffer in self._symbols.values()}
         key = tuple(counts.values())
         if key not in self._holds:
-            self._holds[key] = self._hold_for(
-                {symbol: counts[buffer] for symbol, buffer in self._symbols.items()}
-            )
+            numbers = {symbol: counts[buffer] for symbol, buffer in self._symbols.items()}
+            self._holds[key] = self._hold_for(numbers)
         if self._holds[key]:
             return self._run
         with self._compiling:
@@ -94,12 +91,10 @@ class CompiledStep:
             return self._special[key]
 
     def _hold_for(self, numbers: Mapping[sympy.Expr, int]) -> bool:
-        """Whether what the compiler asked for is so with these numbers."""
+        """Whether the conditions hold for these numbers."""
         try:
-            return all(
-                condition.subs(numbers) == True  # noqa: E712 - sympy's own truth
-                for condition in self.conditions
-            )
+            # sympy's own truth is not True.
+            return all(one.subs(numbers) == True for one in self.conditions)  # noqa: E712
         except (ArithmeticError, TypeError):  # a remainder by 0
             return False
 
@@ -114,8 +109,9 @@ class CompiledStep:
 
 
 def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
-    """Let the linear layers among the nodes ``fresh``, which work on fresh tokens only, decide by
-    their number of rows (see ``kernels/few_rows.py``).
+    """Replace linear layers on fresh tokens by those of ``kernels/few_rows.py``.
+
+    ``fresh`` names the nodes that work on fresh tokens only.
     """
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         weight, *bias = node.args[1:]
@@ -126,14 +122,14 @@ def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    # Of a layer: for all tokens, and under autocast in the type that it casts to.
+    # The fake value of a layer is that for all tokens, in the dtype that autocast casts to.
     value = node.meta["val"]
     on_cpu = value.device.type == "cpu" and value.dtype == torch.float32
     return bool(on_cpu and value.is_contiguous())
 
 
 def picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """What stands at ``keys`` in something, as a tuple."""
+    """A function that returns the items at ``keys`` of a sequence or mapping, as a tuple."""
     if len(keys) > 1:
         return operator.itemgetter(*keys)
     return lambda values: tuple(values[key] for key in keys)
