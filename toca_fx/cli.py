@@ -199,9 +199,9 @@ def add_bench(subparsers: Subparsers) -> None:
         "bench",
         help="measure time saved against work saved",
         description=(
-            "Time models with random weights, uncached and cached, both compiled by inductor: step "
-            "by step in turn on a CPU; whole generations in turn on a GPU, where the uncached model "
-            "runs with and without CUDA graphs, and the faster one counts."
+            "Time models with random weights, uncached and cached, both compiled by inductor: "
+            "step by step in turn on a CPU; whole generations in turn on a GPU, where the "
+            "uncached model runs with and without CUDA graphs, and the faster one counts."
         ),
     )
     from toca_fx.bench.cases import CASES
