@@ -305,7 +305,7 @@ def chosen(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name == "toca_fx.backend" and "policy" in record.getMessage()
+        if record.name == "toca_fx.plan.choose" and "policy" in record.getMessage()
     ]
 
 

@@ -103,10 +103,17 @@ def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:
 
 
 def latents_shape(graph: fx.Graph) -> torch.Size | None:
-    """The shape of the first latents; None if no input is shaped like the output."""
+    """The shape of the first latents.
+
+    If nothing that comes in has as many axes as what goes out, it is that of the first condition
+    which could be an image or a video; None if there is none.
+    """
     nodes = graph.find_nodes(op="placeholder")
-    at = positions(graph, "latents")
-    return nodes[at[0]].meta["val"].shape if at else None
+    shapes = [nodes[at].meta["val"].shape for at in positions(graph, "latents")]
+    if not shapes:
+        conditions = [nodes[at].meta["val"] for at in positions(graph, "condition")]
+        shapes = [x.shape for x in conditions if x.is_floating_point() and x.dim() >= 4]
+    return shapes[0] if shapes else None
 
 
 def aspect(graph: fx.Graph) -> tuple[int, int] | None:

@@ -194,7 +194,7 @@ def test_linear_attention() -> None:
 
 def test_no_sites_at_all() -> None:
     told = toca_fx.explain(nn.Linear(4, 4), make_policy(), torch.randn(2, 4))
-    assert (told.sites, told.cache_bytes, told.told_bytes, told.flops_ratio) == ((), 0, 0, 1.0)
+    assert (told.sites, told.cache_bytes, told.listed_bytes, told.flops_ratio) == ((), 0, 0, 1.0)
     assert told.peak_bytes == told.step_bytes == 512  # the output, as the allocator rounds it
     assert "no sites: the model would run uncached" in str(told)
 
