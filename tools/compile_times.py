@@ -1,10 +1,10 @@
-"""Time the compilation of DiT-XL/2 with all 28 blocks: torch.compile, and full and partial steps;
-cold, and from inductor's cache.
+"""Time the compilation of DiT-XL/2 with all 28 blocks.
 
-python tools/compile_times.py
+    python tools/compile_times.py
 
-Every measurement is a process of its own; "cold" has an empty cache folder, "warm" that of the cold
-one. Times include the first run of each graph.
+Timed are torch.compile, and full and partial steps; cold, and from inductor's cache. Every
+measurement is a process of its own; "cold" has an empty cache folder, "warm" that of the cold one.
+Times include the first run of each graph.
 """
 
 # ruff: noqa: E402
@@ -53,7 +53,7 @@ def measure(what: str) -> None:
             began = time.perf_counter()
             fast(**call)
             seen[run.report().steps[-1].kind] = time.perf_counter() - began
-        run.close()  # before its steps are over, on purpose
+        run.close()  # otherwise a warning would say that steps are missing
     print(
         " + ".join(f"{seconds:.1f} s {kind}" for kind, seconds in seen.items()),
         f"= {sum(seen.values()):.1f} s",

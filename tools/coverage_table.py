@@ -1,9 +1,9 @@
-"""The README's table of diffusers transformers: what toca_fx finds in each, tiny and with random
-weights.
+"""The README's table of diffusers transformers: what toca_fx finds in each.
 
-python -m tools.coverage_table [CLASS ...]
+    python -m tools.coverage_table [CLASS ...]
 
-prints the rows; with no class it renews the table in README.md.
+prints the rows; without a class it writes the table into README.md. The models are tiny, with
+random weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from toca_fx.examples import UNSUPPORTED, build, examples
 from toca_fx.match.matcher import match
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = (
-    "<!-- coverage: written by python -m tools.coverage_table -->",
-    "<!-- end of coverage -->",
-)
+BEGIN = "<!-- coverage: written by python -m tools.coverage_table -->"
+END = "<!-- end of coverage -->"
 SUPPORTED_SHARE = 0.95
 KINDS = ("self_attention", "cross_attention", "joint_attention")
 
@@ -49,7 +47,7 @@ REFUSED: dict[str, str] = {
     "OmniGenTransformer2DModel": _BRANCH,
     "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
 }
-# Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is found is
+# Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is matched is
 # cached, the rest is computed.
 PARTLY: dict[str, str] = {
     "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
@@ -62,22 +60,15 @@ PARTLY: dict[str, str] = {
 
 
 def main(names: Sequence[str]) -> int:
-    """Print rows, or renew the README; returns the exit status."""
+    """Print rows, or write the README's table; returns the exit status."""
     rows = [_row_or_reason(name) for name in names or examples()]
     supported = sum("%" in row for row in rows) - len(PARTLY)
     print(f"{supported} classes of {len(rows)} with at least {SUPPORTED_SHARE:.0%}")
-    rows += (
-        [f"| {name} | | | | | | not built: {why} |" for name, why in sorted(UNSUPPORTED.items())]
-        if not names
-        else []
-    )
-    table = "\n".join(
-        [
-            "| class | self | cross | joint | MLP | block FLOPs in sites | |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-        ]
-    )
+    if not names:
+        unsupported = sorted(UNSUPPORTED.items())
+        rows += [f"| {name} | | | | | | not built: {why} |" for name, why in unsupported]
+    columns = "| class | self | cross | joint | MLP | block FLOPs in sites | |"
+    table = "\n".join([columns, "|---|---|---|---|---|---|---|", *rows])
     if names:
         print(table)
         return 0
@@ -90,7 +81,7 @@ def main(names: Sequence[str]) -> int:
 def _row_or_reason(name: str) -> str:
     try:
         return row(name)
-    except Exception as error:  # whatever a model does to Dynamo: the table says so
+    except Exception as error:  # a model may fail in any way: the table says so
         print(f"{name}: {error}", file=sys.stderr)
         return f"| {name} | | | | | | {type(error).__name__}: {str(error).splitlines()[0]} |"
 
@@ -101,25 +92,20 @@ def row(name: str) -> str:
         return f"| {name} | | | | | | {REFUSED[name]} |"
     model, inputs = build(examples()[name])
     with torch.no_grad():
-        model(
-            **inputs
-        )  # some make tables of positions at their first call, in ways that Dynamo does not follow
+        # Some make tables of positions at their first call, in ways that Dynamo does not follow.
+        model(**inputs)
     captured, flat = capture(model, (), inputs)
     module = to_aten(captured, flat)
     verify(captured, module, flat)
     matches = match(module.graph)
     found = coverage(module, matches)
     sites = " | ".join(str(found.found.get(kind, 0)) for kind in KINDS)
-    attentions = (
-        ""
-        if found.attentions[0] == found.attentions[1]
-        else f"{found.attentions[0]} of {found.attentions[1]} attentions"
-    )
+    matched, all_ = found.attentions
+    attentions = "" if matched == all_ else f"{matched} of {all_} attentions"
     notes = "; ".join(filter(None, (attentions, PARTLY.get(name))))
+    mlps = f"{found.mlps[0]} of {found.mlps[1]}"
     print(name, f"{found.share:.3f}", flush=True)
-    return (
-        f"| {name} | {sites} | {found.mlps[0]} of {found.mlps[1]} | {found.share:.1%} | {notes} |"
-    )
+    return f"| {name} | {sites} | {mlps} | {found.share:.1%} | {notes} |"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Write tools/results/flops.md: FLOPs of the reference policies at the sizes of the paper, beside
-the published ratios.
+"""Write tools/results/flops.md: FLOPs of the reference policies at the sizes of the paper.
 
-python tools/flops_table.py            # write it
-python tools/flops_table.py dit flux   # print the rows of some models only
+    python tools/flops_table.py            # write it
+    python tools/flops_table.py dit flux   # print the rows of some models only
 
-Nothing is run: models and inputs are on the device "meta". Two blocks of each stack are captured,
-planned at full depth, and counted; the second block stands for all that follow it, which is checked
-to be in the same modes on every step (``--whole`` captures all).
+Published ratios are in the table too. Nothing is run: models and inputs are on the device "meta".
+Two blocks of each stack are captured, planned at full depth, and counted; the second block stands
+for all that follow it, which is checked to be in the same modes on every step (``--whole`` captures
+all).
 """
 
 # ruff: noqa: E402
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -59,8 +59,9 @@ Built = tuple[nn.Module, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """A model at real size. ``stacks`` gives the number of blocks by the path of their list;
-    ``build`` takes such numbers.
+    """A model at real size.
+
+    ``stacks`` gives the number of blocks by the path of their list; ``build`` takes such numbers.
     """
 
     title: str
@@ -75,9 +76,8 @@ def _preset(
     def make(depths: Mapping[str, int]) -> Built:
         example = PRESETS[name]
         config = {**example.config, **{settings[stack]: depth for stack, depth in depths.items()}}
-        return build(
-            dataclasses.replace(example, config=config), batch=batch, device="meta", dtype=dtype
-        )
+        example = dataclasses.replace(example, config=config)
+        return build(example, batch=batch, device="meta", dtype=dtype)
 
     return make
 
@@ -85,7 +85,7 @@ def _preset(
 def _open_sora(depths: Mapping[str, int]) -> Built:
     with torch.device("meta"):
         model = STDiT3(depth=depths["spatial_blocks"]).eval().requires_grad_(False)
-    # as tests.stdit3.open_sora_1_2, in the dtype that it is run in
+    # The model of tests.stdit3.open_sora_1_2, in the dtype that it is run in.
     return model.to(torch.bfloat16), open_sora_1_2_inputs(OPEN_SORA_TEXT)
 
 
@@ -121,7 +121,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one policy does to one model; FLOPs of one run.
+    """What one policy does to one model; FLOPs are those of one run.
 
     ``scoring`` is part of ``done``; ``projections`` (of FLUX) and ``captions``, which we compute
     once, are not.
@@ -142,17 +142,17 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """With everything that the graphs compute."""
+        """The FLOPs ratio with everything that the graphs compute."""
         return self.uncached / self.done
 
     @property
     def ratio_as_published(self) -> float:
-        """With the work that the authors' code does and counts."""
+        """The FLOPs ratio with the work that the authors' code does and counts."""
         return self.uncached / (self.done - self.scoring + self.projections + self.captions)
 
     @property
     def difference(self) -> float:
-        """Relative, of ``ratio_as_published`` from the published figure."""
+        """The relative difference of ``ratio_as_published`` from the published figure."""
         return self.ratio_as_published / self.published - 1
 
 
@@ -166,9 +166,9 @@ class Count:
         captured, inputs = capture(module, **kwargs)
         self._aten = trace.to_aten(captured, inputs)
         self._matches = match(self._aten.graph)
-        self._conditions = find_hoistable(
-            self._aten.graph, self._matches.sites, Hoisting().memory_bytes
-        ).conditions
+        memory = Hoisting().memory_bytes
+        hoisted = find_hoistable(self._aten.graph, self._matches.sites, memory)
+        self._conditions = hoisted.conditions
         self._aspect = aspect(self._aten.graph)
         self._paths = {node.name: node.meta["path"] for node in self._aten.graph.nodes}
 
@@ -199,14 +199,14 @@ class Count:
         return tuple(sites), tuple(like)
 
     def _interleaved(self) -> Iterator[tuple[str, ...]]:
-        """Stacks that run alternately together, those that run one after the other apart."""
+        """The stacks in groups: those that run alternately are in one group."""
         stacks = tuple(self.model.stacks)
         order = [stack for site in self._matches.sites if (stack := self._block(site.path)[0])]
         alternating = len(set(order[: len(order) // 2])) == len(stacks)
         yield from [stacks] if alternating else [(stack,) for stack in stacks]
 
     def _block(self, path: str) -> tuple[str, int]:
-        """Stack and layer of a module; "" outside."""
+        """The stack and the layer of a module; "" and 0 outside of stacks."""
         stack, _, rest = path.partition(".")
         return (stack, int(rest.split(".")[0])) if stack in self.model.stacks and rest else ("", 0)
 
@@ -218,10 +218,7 @@ class Count:
     @cached_property
     def _flops(self) -> dict[str, int]:
         """FLOPs of one uncached call by node."""
-        return count_flops(
-            self._aten,
-            [_meta(node.meta["val"]) for node in self._aten.graph.find_nodes(op="placeholder")],
-        )
+        return count_flops(self._aten, _inputs_of(self._aten))
 
     @cached_property
     def uncached(self) -> Counter[tuple[str, int]]:
@@ -232,7 +229,7 @@ class Count:
         return counted
 
     def total(self, by_block: Mapping[tuple[str, int], int]) -> int:
-        """At full depth."""
+        """The sum at full depth."""
         return sum(self._repeats(block) * count for block, count in by_block.items())
 
     def row(self, policy_name: str) -> Row:
@@ -242,13 +239,9 @@ class Count:
         sites, like = self._deep
         plan = make_plan(Matches(sites, ()), policy, aspect=self._aspect)
         steps: dict[Modes, _Step] = {}
-        uncached, totals, scoring, projections, captions = (
-            self.total(self.uncached),
-            [],
-            0,
-            0,
-            -self.total(self._once),
-        )
+        uncached, once = self.total(self.uncached), self.total(self._once)
+        totals: list[int] = []
+        scoring, projections, captions = 0, 0, -once
         for step in plan.steps:
             modes = self._shallow_modes(step, like)
             if modes not in steps:
@@ -267,16 +260,15 @@ class Count:
                 for site, mode in zip(sites, step.modes, strict=True)
                 if mode == "reuse" and site.kind == "joint_attention"
             )
-        partial = [
-            total for step, total in zip(plan.steps, totals, strict=True) if step.kind == "partial"
-        ]
+        done = zip(plan.steps, totals, strict=True)
+        partial = [total for step, total in done if step.kind == "partial"]
         made = Tensors(self._aten, shallow)
         kept = [made.new(buffer._replace(site=like[buffer.site])) for buffer in plan.kept]
         return Row(
             policy_name,
             len(totals),
             uncached * len(totals),
-            sum(totals) + self.total(self._once),
+            sum(totals) + once,
             scoring,
             projections,
             captions,
@@ -289,12 +281,9 @@ class Count:
 
     @cached_property
     def _once(self) -> Counter[tuple[str, int]]:
-        """FLOPs of what depends on captions only, by block."""
+        """FLOPs of the nodes that depend on captions only, by block."""
         part = extract(self._aten, self._conditions)
-        flops = count_flops(
-            part.module,
-            [_meta(node.meta["val"]) for node in part.module.graph.find_nodes(op="placeholder")],
-        )
+        flops = count_flops(part.module, _inputs_of(part.module))
         counted: Counter[tuple[str, int]] = Counter()
         for name, count in flops.items():
             counted[self._block(self._paths[name])] += count
@@ -310,8 +299,10 @@ class Count:
         return tuple(next(iter(modes[i])) for i in range(len(self._matches.sites)))
 
     def _step(self, graph: Any, plan: Plan) -> _Step:
-        """Per block what does not depend on K, per site the FLOPs of all its tokens, scoring among
-        the former, and captions spared.
+        """FLOPs of a step graph, in four parts.
+
+        They are those that do not depend on K, by block; those of all tokens, by site; of the
+        former those of scoring; and those of captions that the step need not compute.
         """
         placeholders = self._aten.graph.find_nodes(op="placeholder")
         made = Tensors(self._aten, plan)
@@ -333,23 +324,22 @@ class Count:
             if node.name in fresh:
                 per_site[fresh[node.name]] += flops.get(node.name, 0)
             elif node.name in flops:
-                # What scoring added has no place in the model; it runs in the block whose nodes
-                # surround it.
+                # Nodes that scoring added belong to no module; they count for the block whose
+                # nodes surround them.
                 fixed[self._block(known) if known is not None else block] += flops[node.name]
                 added[block] += flops[node.name] if known is None else 0
-        # An attention that now tells its scores as well is no longer there: its own work is not
+        # An attention that was replaced by one with scores is missing here: its own work is not
         # scoring.
         live = {block for block, count in added.items() if count}
         for name, count in self._attention_flops.items():
             if name not in present and self._block(self._paths[name]) in live:
                 replaced[self._block(self._paths[name])] += count
-        read = self._needed_for(
-            [str(buffer.part) for buffer in graph.buffers if buffer.role == "hoisted"]
-        )
+        hoisted = [str(buffer.part) for buffer in graph.buffers if buffer.role == "hoisted"]
+        read = self._needed_for(hoisted)
         return fixed, per_site, self.total(added) - self.total(replaced), self.total(read)
 
     def _needed_for(self, names: Sequence[str]) -> Counter[tuple[str, int]]:
-        """FLOPs of the nodes ``names`` and of what they need, by block."""
+        """FLOPs of the nodes ``names`` and of their ancestors, by block."""
         pending, seen = [node for node in self._aten.graph.nodes if node.name in names], set()
         while pending:
             node = pending.pop()
@@ -371,6 +361,11 @@ class Count:
 _Step = tuple[Counter[tuple[str, int]], Counter[int], int, int]
 
 
+def _inputs_of(module: fx.GraphModule) -> list[Any]:
+    """The inputs of a graph, on the device "meta"."""
+    return [_meta(node.meta["val"]) for node in module.graph.find_nodes(op="placeholder")]
+
+
 def _meta(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
@@ -378,7 +373,7 @@ def _meta(value: Any) -> Any:
 
 
 def rows(name: str, *, whole: bool = False) -> list[Row]:
-    """One model under all of its policies."""
+    """The rows of one model under all of its policies."""
     count = Count(MODELS[name], whole=whole)
     return [count.row(policy) for policy in MODELS[name].published]
 

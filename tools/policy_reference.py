@@ -1,8 +1,10 @@
-"""Write what follows from the declarations in toca_fx/policy/: the JSON Schema for editors,
-toca_fx/policy.schema.json, and the reference of the policy format, policies/README.md.
+"""Write the JSON Schema and the reference of the policy format.
 
-python tools/policy_reference.py            # write both
-python tools/policy_reference.py --check    # exit with 1 when one is not current
+    python tools/policy_reference.py            # write both
+    python tools/policy_reference.py --check    # exit with 1 when one is not current
+
+toca_fx/policy.schema.json (for editors) and policies/README.md follow from the declarations in
+toca_fx/policy/.
 """
 
 from __future__ import annotations
@@ -101,8 +103,9 @@ def render(schema: Schema, example: str) -> str:
 
 
 def _section(heading: str, outer: Schema, inner: Schema) -> str:
-    """`outer` is the property, `inner` the mapping it takes; either may say which keys are
-    required.
+    """The section of the property `outer`, which takes the mapping `inner`.
+
+    Either may say which keys are required.
     """
     demands = [outer, *outer.get("allOf", ())]
     required = {key for demand in (inner, *demands) for key in demand.get("required", ())}
@@ -110,9 +113,7 @@ def _section(heading: str, outer: Schema, inner: Schema) -> str:
 
 
 def _nested(root: Schema, name: str, inner: Schema) -> Iterator[str]:
-    """Sections for mappings that stand nowhere else, such as the windows of N; rules refer to the
-    top-level sections.
-    """
+    """Sections for mappings without a top-level section of their own, such as the windows of N."""
     for key, value in inner["properties"].items():
         nested = _object_of(root, value)
         if nested is not None and key not in root["properties"]:
@@ -141,18 +142,13 @@ def _object_of(root: Schema, schema: Schema) -> Schema | None:
 def _table(schema: Schema, required: set[str]) -> str:
     rows = ["| key | type | default | description |", "|---|---|---|---|"]
     for name, value in schema["properties"].items():
-        default = (
-            "required"
-            if name in required
-            else _code(value["default"])
-            if "default" in value
-            else ""
-        )
-        examples = value.get("examples", ())
-        shown = (
-            f" For example {', '.join(_code(example) for example in examples)}." if examples else ""
-        )
-        cells = (f"`{name}`", _type(value), default, value["description"] + shown)
+        default = _code(value["default"]) if "default" in value else ""
+        if name in required:
+            default = "required"
+        description = value["description"]
+        if examples := value.get("examples"):
+            description += f" For example {', '.join(map(_code, examples))}."
+        cells = (f"`{name}`", _type(value), default, description)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -174,7 +170,7 @@ def _code(value: object) -> str:
 
 
 def _flow(value: object) -> str:
-    """A value in YAML's flow style, as it would be typed."""
+    """A value in YAML's flow style, as one would type it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

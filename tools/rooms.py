@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "toca_fx"
 
 
 def rooms(package: Path = PACKAGE) -> nx.DiGraph:
-    """The folders and top-level modules of ``package``, with an edge from each to those that it
-    imports, inside functions too.
+    """The folders and top-level modules of ``package``, with an edge for each import.
+
+    Imports inside functions count.
     """
     found = nx.DiGraph()
     for file in sorted(package.rglob("*.py")):
@@ -62,8 +63,9 @@ def floors(graph: nx.DiGraph) -> int:
 
 
 def draw(graph: nx.DiGraph, file: str) -> None:
-    """Every room on its floor, the entries on top. Left out are what is open to all, and arrows
-    that other arrows imply.
+    """Draw every room on its floor, the entries on top.
+
+    Rooms that are open to all are left out, and arrows that other arrows imply.
     """
     import matplotlib
 

@@ -34,8 +34,9 @@ CHECKPOINT = Path("checkpoints/digits.pt")
 
 
 def init_adaln_zero(model: nn.Module) -> None:
-    """adaLN-zero (DiT, section 3.2): every block starts as the identity, the model's output at
-    zero.
+    """Initialise as adaLN-zero (DiT, section 3.2).
+
+    Every block starts as the identity, and the model's output at zero.
     """
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
@@ -131,8 +132,10 @@ def train_denoiser(
 
 
 def save_checkpoint(state: dict[str, object]) -> None:
-    """Write beside, then rename, so that an interrupted write never loses the previous
-    checkpoint.
+    """Write a checkpoint.
+
+    The file is written under another name first, so that an interrupted write never loses the
+    previous checkpoint.
     """
     CHECKPOINT.parent.mkdir(exist_ok=True)
     torch.save(state, CHECKPOINT.with_suffix(".tmp"))
@@ -140,8 +143,9 @@ def save_checkpoint(state: dict[str, object]) -> None:
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int) -> tuple[nn.Module, float]:
-    """Train on four fifths of the digits, shifted by up to 2 pixels and noised; returns the
-    held-out accuracy too.
+    """Train a classifier; returns the accuracy on held-out digits too.
+
+    It is trained on four fifths of the digits, shifted by up to 2 pixels and noised.
     """
     torch.manual_seed(seed)
     order = torch.randperm(len(images))
@@ -164,7 +168,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> tuple[nn.Modu
 
 
 def save_weights(model: nn.Module, name: str) -> None:
-    """Half precision halves the wheel; the error is far below that of the model itself."""
+    """Write weights in half precision; the error is far below that of the model itself."""
     state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
     save_file(state, digits.WEIGHTS / name)
 

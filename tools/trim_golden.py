@@ -1,13 +1,13 @@
-"""Cut the reference vectors down to what tests/system/conformance needs (at most 14 MB for the
-four cases together).
+"""Cut the reference vectors down to what tests/system/conformance needs.
 
-python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/system/conformance]
+    python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/system/conformance]
 
-GOLDEN_FOLDER holds a folder per case, with the outputs of the authors' ToCa code on a small random
-model of the real depth. Kept are: the weights, equal tensors once (diffusers repeats DiT's timestep
-and class embedders in each block); the inputs; the outputs at every step, without the channels that
-the same linear makes of the same tokens; the chosen tokens, for guidance halves that share them
-once; K and full/partial of all layers. What else a case keeps is in CASES.
+The four cases together have at most 14 MB. GOLDEN_FOLDER holds a folder per case, with the outputs
+of the authors' ToCa code on a small random model of the real depth. What is kept: the weights,
+equal tensors once (diffusers repeats DiT's timestep and class embedders in each block); the inputs;
+the outputs at every step, without the channels that the same linear makes of the same tokens; the
+chosen tokens, for guidance halves that share them once; K and full/partial of all layers. What else
+a case keeps is in CASES.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Cut:
 
 
 def letters_of_layers(facts: Facts) -> list[str]:
-    """Per call a letter for each layer."""
+    """The letters of each call, one for each layer."""
     return [step["layers"] for step in facts["steps"]]
 
 
 def letters_of_modules(facts: Facts) -> dict[str, str]:
-    """Per type of module a letter for each call."""
+    """The letters of each type of module, one for each call."""
     return {
         module: "".join(step["modules"][module] for step in facts["steps"])
         for module in facts["steps"][0]["modules"]
@@ -61,7 +61,7 @@ def letters_of_modules(facts: Facts) -> dict[str, str]:
 
 
 def letters_of_calls(facts: Facts) -> str:
-    """A letter for each call."""
+    """The letters of all calls."""
     return "".join(step["type"] for step in facts["steps"])
 
 
@@ -151,7 +151,7 @@ def write(case: str, golden: Path, out: Path) -> int:
 
 
 def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to keep, and per weight that equals a kept one the name of that one."""
+    """The tensors to keep, and for each weight that equals one of them the name of that one."""
     kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first_with: dict[bytes, str] = {}
@@ -168,18 +168,16 @@ def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str
     kept["outputs"] = full["outputs"].narrow(cut.channel_axis, 0, cut.channels).contiguous()
     for name, tensor in full.items():
         if name.startswith("fresh.") and (cut.layers is None or name.split(".")[1] in cut.layers):
-            kept[name] = (
-                torch.where(tensor < 0, NOTHING, tensor).to(torch.uint8)[:, : cut.rows].contiguous()
-            )
-            if cut.rows is not None and not all(
-                torch.equal(tensor[:, :1], row) for row in tensor.split(1, dim=1)
-            ):
+            padded = torch.where(tensor < 0, NOTHING, tensor).to(torch.uint8)
+            kept[name] = padded[:, : cut.rows].contiguous()
+            alike = all(torch.equal(tensor[:, :1], row) for row in tensor.split(1, dim=1))
+            if cut.rows is not None and not alike:
                 raise ValueError(f"{name}: the rows differ")
     return kept, shared
 
 
 def describe(facts: Facts, cut: Cut) -> Facts:
-    """What the test needs of the case's description."""
+    """The parts of a case's description that the tests need."""
     return {
         **{key: facts[key] for key in ("case", "source", "model", "call", "policy", "notes")},
         "trimmed": cut.trimmed,
@@ -189,18 +187,16 @@ def describe(facts: Facts, cut: Cut) -> Facts:
 
 
 def render(data: Facts) -> str:
-    """JSON with one line per entry of the outer mapping and of the mappings in it, so that changes
-    can be read.
+    """JSON whose changes can be read.
+
+    It has a line for each entry of the outer mapping, and of the mappings in it.
     """
     lines = []
     for key, value in data.items():
         text = json.dumps(value)
         if isinstance(value, dict):
-            text = (
-                "{\n"
-                + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-                + "\n }"
-            )
+            entries = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+            text = "{\n" + ",\n".join(entries) + "\n }"
         lines.append(f" {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
