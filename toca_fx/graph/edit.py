@@ -53,14 +53,14 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node that nobody uses has to stay: inputs, outputs and writes."""
+    """Whether a node without users has to stay: inputs, outputs and writes do."""
     if node.op in ("placeholder", "output"):
         return True
     return is_mutable(node.target)
 
 
 def erase_unused(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int, ...]:
-    """Erase the placeholders that nobody uses; returns the positions of those that are left."""
+    """Erase the placeholders without users; returns the positions of those that are left."""
     used = tuple(position for position, node in enumerate(placeholders) if node.users)
     for node in placeholders:
         if not node.users:

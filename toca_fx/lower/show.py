@@ -12,8 +12,10 @@ log = logging.getLogger(__name__)
 
 
 def show(name: str, module: fx.GraphModule) -> None:
-    """Log the code of a graph at level DEBUG (TORCH_LOGS="+toca_fx"), and hand it to torch's
-    structured trace (TORCH_TRACE=folder) as the artifact ``toca_fx_NAME``.
+    """Log the code of a graph, and hand it to torch's structured trace.
+
+    The log is at level DEBUG (TORCH_LOGS="+toca_fx"); in the trace (TORCH_TRACE=folder) the graph
+    is the artifact ``toca_fx_NAME``.
     """
 
     def code() -> str:

@@ -1,6 +1,4 @@
-"""Outputs restricted to chosen rows: the numbers of the whole output, and which operators still
-work on all tokens.
-"""
+"""Outputs restricted to chosen rows: numbers, and the operators that work on all tokens."""
 
 from __future__ import annotations
 
