@@ -71,29 +71,37 @@ def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | No
 
 
 def _latents(graph: fx.Graph) -> list[fx.Node]:
-    """For each tensor that the model returns, the condition whose shape is most like its own."""
+    """For each tensor that the model returns, the condition so far that is shaped most like it."""
     (returned,) = graph.find_nodes(op="output")
-    values = [node.meta.get("val") for node in returned.all_input_nodes]
     inputs = [
         node
         for node in graph.find_nodes(op="placeholder")
         if node.meta["role"] == "condition" and node.meta["val"].is_floating_point()
     ]
-    found = []
-    for value in values:
-        if not isinstance(value, Tensor):
-            continue
-        alike = [node for node in inputs if node.meta["val"].dim() == value.dim()]
-        # The output may have other channels than the latents: a variance as well, or none of a
-        # condition that came with them.
-        differences = [_differences(node.meta["val"].shape, value.shape) for node in alike]
-        if alike:
-            found.append(alike[differences.index(min(differences))])
-    return found
+    found = [
+        _most_like(node.meta["val"].shape, inputs)
+        for node in returned.all_input_nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    ]
+    return [node for node in found if node is not None]
 
 
-def _differences(one: Sequence[int], other: Sequence[int]) -> int:
-    return sum(a != b for a, b in zip(one, other, strict=True))
+def _most_like(shape: torch.Size, inputs: Sequence[fx.Node]) -> fx.Node | None:
+    """The first of those of ``inputs`` that are shaped most like an output of this ``shape``.
+
+    The output may have other channels: a variance as well, or none of a condition that came with
+    the latents. It may also be a sequence of patches, to which a text is as alike in the number of
+    axes only; then an image or a video is the better guess.
+    """
+    alike = [node for node in inputs if node.meta["val"].dim() == len(shape)]
+    equal = [
+        sum(a == b for a, b in zip(node.meta["val"].shape[1:], shape[1:], strict=True))
+        for node in alike
+    ]
+    images = [node for node in inputs if node.meta["val"].dim() >= 4]
+    if any(equal) or (alike and not images):
+        return alike[equal.index(max(equal))]
+    return images[0] if images else None
 
 
 def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:
@@ -103,17 +111,10 @@ def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:
 
 
 def latents_shape(graph: fx.Graph) -> torch.Size | None:
-    """The shape of the first latents.
-
-    If nothing that comes in has as many axes as what goes out, it is that of the first condition
-    which could be an image or a video; None if there is none.
-    """
+    """The shape of the first latents; None if nothing that comes in is like what goes out."""
     nodes = graph.find_nodes(op="placeholder")
-    shapes = [nodes[at].meta["val"].shape for at in positions(graph, "latents")]
-    if not shapes:
-        conditions = [nodes[at].meta["val"] for at in positions(graph, "condition")]
-        shapes = [x.shape for x in conditions if x.is_floating_point() and x.dim() >= 4]
-    return shapes[0] if shapes else None
+    at = positions(graph, "latents")
+    return nodes[at[0]].meta["val"].shape if at else None
 
 
 def aspect(graph: fx.Graph) -> tuple[int, int] | None:

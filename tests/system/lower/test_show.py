@@ -10,8 +10,9 @@ from pathlib import Path
 GENERATION = """
 import torch, toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
+fast = toca_fx.compile(tiny("original", layers=1), make_policy(), inner="eager")
 with toca_fx.session():
-    run_all(toca_fx.compile(tiny("original", layers=1), make_policy(), inner="eager"), make_inputs())
+    run_all(fast, make_inputs())
 """
 
 
