@@ -66,7 +66,8 @@ def compile(  # noqa: A001 - as torch.compile
                 "a policy for the steps that it runs"
             )
         twin = copy.copy(model)
-        twin.transformer = compile(transformer, backend.policy, inner=inner, mode=mode)  # type: ignore[attr-defined]
+        compiled = compile(transformer, backend.policy, inner=inner, mode=mode)
+        twin.transformer = compiled  # type: ignore[attr-defined]
         return twin
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -135,7 +136,7 @@ class Field:
                 now["timestep"] = known[id(call["timestep"])]
                 return twin(**call)
 
-            found.append(Contestant(name, step, lambda twin=twin: _fresh_hooks(twin)))  # type: ignore[misc]
+            found.append(Contestant(name, step, partial(_fresh_hooks, twin)))
         return found
 
     def _of_cache_dit(self) -> list[Contestant]:

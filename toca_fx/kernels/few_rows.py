@@ -22,7 +22,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     most = _WIDENING_ROWS if weight.shape[0] > weight.shape[1] else _OTHER_ROWS
-    if 0 < rows <= most and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:  # type: ignore[no-untyped-call]
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if 0 < rows <= most and available and torch.backends.mkldnn.enabled:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)

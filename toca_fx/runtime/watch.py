@@ -30,7 +30,9 @@ class Watch:
 
     def seen(self) -> list[bool] | None:
         """The flags; None as long as they are not known."""
-        if self._found is None or (self._done is not None and not self._done.query()):  # type: ignore[no-untyped-call]
+        if self._found is None:
+            return None
+        if self._done is not None and not self._done.query():  # type: ignore[no-untyped-call]
             return None
         found: list[bool] = self._found.tolist()
         return found
