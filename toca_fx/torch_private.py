@@ -8,8 +8,10 @@ touches each name, so that a release of torch that changes one fails there first
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 # torch.foreach has it since 2.15; a loop over copy_ is one launch per tensor.
@@ -153,3 +155,23 @@ def original_module(module: Module) -> Module:
 def forget_compiled_call(module: nn.Module) -> None:
     """Make ``module`` run its own code again, after ``module.compile()``, which has no opposite."""
     module._compiled_call_impl = None
+
+
+NEWEST_TRIED = (2, 15)
+"""The release of torch up to which all tests have passed; pyproject.toml says the same."""
+
+
+def _is_newer(version: str) -> bool:
+    """Whether a release of torch is newer than those that were tried."""
+    return tuple(map(int, version.split(".")[:2])) > NEWEST_TRIED
+
+
+if _is_newer(torch.__version__):
+    logging.getLogger(__name__).warning(
+        "toca_fx was tried with torch up to %d.%d, and this is %s: an error from inside of toca_fx "
+        "may come from that. Install torch<%d.%d, or a newer toca_fx",
+        *NEWEST_TRIED,
+        torch.__version__,
+        NEWEST_TRIED[0],
+        NEWEST_TRIED[1] + 1,
+    )
