@@ -231,6 +231,8 @@ MLPS: dict[str, Callable[[], nn.Module]] = {
     "gelu": Mlp,
     "squared relu": lambda: Mlp(lambda x: F.relu(x) ** 2),
     "quick gelu": lambda: Mlp(lambda x: x * torch.sigmoid(1.702 * x)),
+    "hardswish": lambda: Mlp(F.hardswish),
+    "log sigmoid": lambda: Mlp(F.logsigmoid),
     "geglu": Geglu,
     "swiglu": Swiglu,
     "lora": lambda: Mlp(linear=LoRA),

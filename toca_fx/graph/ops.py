@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 class Family(Flag):
-    """What operators have in common. The first five have one operand, and nothing is computed."""
+    """What operators have in common. SAME to PART have one operand and compute nothing."""
 
     NONE = 0
     SAME = auto()  # the tensor as it is, perhaps copied or in another dtype
@@ -138,6 +138,8 @@ OPS: Mapping[Any, Op] = {
     aten.amax.default: Op(axes.reduction(1), Family.REDUCTION),
     aten.linalg_vector_norm.default: Op(axes.reduction(2), Family.REDUCTION),
     aten.glu.default: Op(axes.along_dim(1, -1), Family.ACTIVATION),
+    aten.hardswish.default: Op(axes.pointwise, Family.ACTIVATION),  # which torch does not tag
+    aten.log_sigmoid.default: Op(axes.pointwise, Family.ACTIVATION),  # nor this
     aten.add.Tensor: _ADD,
     operator.add: _ADD,
     aten.add.Scalar: _ABSORBED,

@@ -65,9 +65,13 @@ def _blocked(
     found = []
     for node in restrict.take_blocked():
         above = sorted(ancestors([node], stop=needed) - needed - {node}, key=order.__getitem__)
-        whole = [_operator(other) for other in above if other.target not in RELAYOUTS]
+        whole = [_operator(other) for other in above if _computes(other)]
         found.append(Gather(site, _operator(node), tuple(dict.fromkeys(whole))))
     return found
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target not in RELAYOUTS
 
 
 def _operator(node: fx.Node) -> str:

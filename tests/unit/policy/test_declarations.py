@@ -131,14 +131,6 @@ def test_a_declared_weight_is_a_score() -> None:
     assert tuple(scores_of(WarmScores)) == (*scores_of(), "heat")
     policy, problems = warm(scores={"heat": 2})
     assert (policy.scores.weights, problems) == ({"heat": 2.0}, [])
-    assert tuple(scores_of()) == (
-        "self_attention",
-        "cross_attention",
-        "staleness",
-        "value_norm",
-        "key_norm",
-        "random",
-    )
 
 
 def test_reference_shows_a_key_once_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
