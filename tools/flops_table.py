@@ -37,6 +37,7 @@ from tests.stdit3 import STDiT3, open_sora_1_2_inputs
 from toca_fx import load_policy
 from toca_fx.capture import aten as trace
 from toca_fx.examples import PRESETS, build
+from toca_fx.graph.network import needed
 from toca_fx.graph.roles import aspect
 from toca_fx.lower.flops import count_flops
 from toca_fx.match.matcher import match
@@ -339,16 +340,10 @@ class Count:
         return fixed, per_site, self.total(added) - self.total(replaced), self.total(read)
 
     def _needed_for(self, names: Sequence[str]) -> Counter[tuple[str, int]]:
-        """FLOPs of the nodes ``names`` and of their ancestors, by block."""
-        pending, seen = [node for node in self._aten.graph.nodes if node.name in names], set()
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes)
+        """FLOPs of the nodes ``names`` and of what they need, by block."""
         counted: Counter[tuple[str, int]] = Counter()
-        for node in seen:
-            counted[self._block(self._paths[node.name])] += self._flops.get(node.name, 0)
+        for name in needed(self._aten.graph, names):
+            counted[self._block(self._paths[name])] += self._flops.get(name, 0)
         return counted
 
     @cached_property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from toca_fx.graph.modules import numbered_block
+from toca_fx.graph.network import needed
 from toca_fx.graph.stream import Flow
 from toca_fx.lower.flops import count_flops
 from toca_fx.match.anchors import attention_at
@@ -33,7 +34,8 @@ class Coverage:
 def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
     """The coverage of a graph from ``capture.aten.to_aten`` by its matches; nothing is run."""
     graph = module.graph
-    needed = _needed(graph, {site.output for site in matches.sites})
+    (end,) = graph.find_nodes(op="output")
+    left_over = needed(graph, [end.name], given={site.output for site in matches.sites})
     blocks = {numbered_block(add.meta.get("path", "")) for add in Flow(graph).residuals}
     inside = {node.name: node for node in graph.nodes if _in_one_of(blocks, node)}
     attentions = [name for name, node in inside.items() if attention_at(node) is not None]
@@ -42,10 +44,10 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
     inputs = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
     flops = count_flops(module, inputs)
     total = sum(spent for name, spent in flops.items() if name in inside)
-    left = sum(spent for name, spent in flops.items() if name in inside and name in needed)
+    left = sum(spent for name, spent in flops.items() if name in inside and name in left_over)
     return Coverage(
         found=dict(Counter(site.kind for site in matches.sites)),
-        attentions=(sum(name not in needed for name in attentions), len(attentions)),
+        attentions=(sum(name not in left_over for name in attentions), len(attentions)),
         mlps=(len(mlps), len(mlps) + missed),
         share=(total - left) / total if total else 0.0,
     )
@@ -54,15 +56,3 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
 def _in_one_of(blocks: set[tuple[str, int | None]], node: fx.Node) -> bool:
     block = numbered_block(node.meta.get("path", ""))
     return block in blocks and block[1] is not None
-
-
-def _needed(graph: fx.Graph, cached: set[str]) -> set[str]:
-    """The names of the nodes that the output depends on if the ``cached`` ones are given."""
-    found: set[str] = set()
-    pending = list(graph.find_nodes(op="output"))
-    while pending:
-        node = pending.pop()
-        if node.name not in found and node.name not in cached:
-            found.add(node.name)
-            pending.extend(node.all_input_nodes)
-    return found
