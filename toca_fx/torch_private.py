@@ -54,7 +54,14 @@ from torch._logging._internal import trace_structured
 from torch._ops import OpOverload, OpOverloadPacket
 
 # Tensors without memory that remember their device: those on the device "meta" do not.
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+# Generates code for a graph when it is first run, and not as often as it is made anew.
+from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
 
 # ATen before autograd and autocast, of any function; torch.export takes modules only.
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -67,8 +74,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StrictMinMaxConstraint,
 )
 
-# Nested outputs of a model; torch has no public module for them.
-from torch.utils._pytree import tree_map_only
+# Nested outputs of a model, of an operator; torch has no public module for them.
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # The range in a StrictMinMaxConstraint.
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -84,6 +91,7 @@ __all__ = [
     "CustomOpDef",
     "DataDependentOutputException",
     "DimDynamic",
+    "FakeTensor",
     "FakeTensorMode",
     "InstructionTranslator",
     "OpOverload",
@@ -108,7 +116,10 @@ __all__ = [
     "sdpa_flop_count",
     "storage_id",
     "trace_structured",
+    "tree_leaves",
+    "tree_map",
     "tree_map_only",
+    "use_lazy_graph_module",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)

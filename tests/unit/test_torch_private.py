@@ -97,6 +97,8 @@ def fake_tensors_are_made() -> None:
     with mode:
         made = torch.empty(2, 3, device="cuda")
     assert made.device.type == "cuda"
+    assert type(made) is private.FakeTensor
+    assert made.fake_mode is mode
     assert private.detect_fake_mode([made]) is mode
     assert private.detect_fake_mode([torch.ones(2)]) is None
     with pytest.raises(private.DataDependentOutputException) as raised:
@@ -158,8 +160,18 @@ def lists_are_copied() -> None:
 
 
 def outputs_are_mapped() -> None:
-    found = private.tree_map_only(int, str, {"a": [1, 2.0], "b": (3,)})
-    assert found == {"a": ["1", 2.0], "b": ("3",)}
+    nested = {"a": [1, 2.0], "b": (3,)}
+    assert private.tree_map_only(int, str, nested) == {"a": ["1", 2.0], "b": ("3",)}
+    assert private.tree_map(str, nested) == {"a": ["1", "2.0"], "b": ("3",)}
+    assert private.tree_leaves(nested) == [1, 2.0, 3]
+
+
+def code_is_generated_late() -> None:
+    with private.use_lazy_graph_module(True):
+        late = fx.symbolic_trace(nn.ReLU())
+    assert type(late) is not fx.GraphModule
+    assert isinstance(late, fx.GraphModule)
+    assert bool((late(torch.tensor([-1.0, 2.0])) == torch.tensor([0.0, 2.0])).all())
 
 
 def pools_can_be_closed() -> None:
@@ -191,6 +203,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "CustomOpDef": custom_operators_are_found,
     "DataDependentOutputException": fake_tensors_are_made,
     "DimDynamic": sizes_have_ranges,
+    "FakeTensor": fake_tensors_are_made,
     "FakeTensorMode": fake_tensors_are_made,
     "InstructionTranslator": captures_are_known,
     "OpOverload": operators_are_told_apart,
@@ -215,7 +228,10 @@ CHECKS: dict[str, Callable[[], None]] = {
     "sdpa_flop_count": attention_is_counted,
     "storage_id": memory_is_told_apart,
     "trace_structured": artifacts_are_taken,
+    "tree_leaves": outputs_are_mapped,
+    "tree_map": outputs_are_mapped,
     "tree_map_only": outputs_are_mapped,
+    "use_lazy_graph_module": code_is_generated_late,
 }
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.graph import roles
-from toca_fx.lower.cost import StepCost, flops_of, nbytes_of
+from toca_fx.lower.cost import StepCost, nbytes_of
 from toca_fx.lower.fake_inputs import FakeInputs
-from toca_fx.lower.flops import Autocast
+from toca_fx.lower.flops import Autocast, FlopCounter
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.plan.planner import Planner
@@ -67,7 +67,7 @@ class Analysis:
         self.settings, self.plan = planner.settings, planner.plan
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
-        self._autocast = Autocast()
+        self._autocast, self._counter = Autocast(), FlopCounter()
         self._lock = threading.RLock()
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
 
@@ -92,7 +92,7 @@ class Analysis:
     def uncached_flops(self) -> int:
         """FLOPs of one run of the model as it was captured."""
         with self._autocast.again():
-            return flops_of(self.aten)
+            return self._flops_of(self.aten)
 
     @cached_property
     def uncached_bytes(self) -> int:
@@ -104,7 +104,7 @@ class Analysis:
     def hoisted_flops(self) -> tuple[int, int]:
         """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
         with self._autocast.again():
-            return flops_of(self.conditions.module), flops_of(self.timed.module)
+            return self._flops_of(self.conditions.module), self._flops_of(self.timed.module)
 
     @cached_property
     def hoisted_bytes(self) -> tuple[int, int]:
@@ -167,4 +167,10 @@ class Analysis:
 
     def _cost(self, plan: Plan, modes: Modes) -> StepCost:
         graph = self.step_graph(plan, modes)
-        return StepCost(graph, FakeInputs(graph, self.aten, plan), plan)
+        return StepCost(graph, FakeInputs(graph, self.aten, plan), plan, self._counter)
+
+    def _flops_of(self, module: fx.GraphModule) -> int:
+        """FLOPs of one run of a graph on the fake values of its placeholders."""
+        placeholders = module.graph.find_nodes(op="placeholder")
+        values = [node.meta.get("val") for node in placeholders]
+        return sum(self._counter.count(module, values).values())

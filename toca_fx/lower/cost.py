@@ -6,20 +6,24 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from toca_fx.lower.fake_inputs import FakeInputs
-from toca_fx.lower.flops import Autocast, columns_flops, count_flops
+from toca_fx.lower.flops import Autocast, FlopCounter, columns_flops
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.rewrite.step_graph import StepGraph
 
 
 class StepCost:
-    """FLOPs and bytes of the steps of one step graph."""
+    """FLOPs and bytes of the steps of one step graph. ``counter`` may be shared with other
+    graphs.
+    """
 
-    def __init__(self, graph: StepGraph, inputs: FakeInputs, plan: Plan) -> None:
+    def __init__(
+        self, graph: StepGraph, inputs: FakeInputs, plan: Plan, counter: FlopCounter
+    ) -> None:
         self.graph = graph
-        self._inputs, self._plan = inputs, plan
+        self._inputs, self._plan, self._counter = inputs, plan, counter
         self._autocast = Autocast()
 
     def flops(self, step: StepPlan) -> int:
@@ -44,7 +48,9 @@ class StepCost:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the nodes compute if all tokens are fresh: fake tensors, by name."""
+        """What the nodes compute if all tokens are fresh: tensors on the device "meta", by
+        name.
+        """
         return self._counted[0]
 
     @cached_property
@@ -55,18 +61,12 @@ class StepCost:
         """
         values: dict[str, Any] = {}
         with self._autocast.again():
-            flops = count_flops(self.graph.module, self._inputs.whole(), values)
+            flops = self._counter.count(self.graph.module, self._inputs.whole(), values)
         per_site = {
             i: sum(flops.get(name, 0) for name in names)
             for i, names in self.graph.fresh_nodes.items()
         }
         return values, sum(flops.values()) - sum(per_site.values()), per_site
-
-
-def flops_of(module: fx.GraphModule) -> int:
-    """FLOPs of one run of a graph on the fake values of its placeholders."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    return sum(count_flops(module, [node.meta.get("val") for node in placeholders]).values())
 
 
 def nbytes_of(values: Iterable[Any]) -> int:

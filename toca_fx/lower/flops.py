@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,7 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toca_fx.graph.ops import overloads_of
 from toca_fx.kernels.columns import attention_and_columns
-from toca_fx.torch_private import detect_fake_mode, sdpa_flop_count
+from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
+from toca_fx.torch_private import (
+    FakeTensorMode,
+    OpOverload,
+    detect_fake_mode,
+    sdpa_flop_count,
+    tree_map,
+    tree_map_only,
+)
 
 (_SCORED,) = overloads_of(attention_and_columns)
 
@@ -55,13 +65,16 @@ _FORMULAS = {
 }
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
 class Autocast:
     """Torch's autocast state when this was made; graphs keep no casts, and need it again."""
 
     def __init__(self) -> None:
         self._states = [
             (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            for device in ("cpu", "cuda")
+            for device in _AUTOCAST_DEVICES
         ]
 
     @contextmanager
@@ -74,19 +87,12 @@ class Autocast:
             yield
 
 
-def count_flops(
-    module: fx.GraphModule, inputs: Sequence[Any], values: dict[str, Any] | None = None
-) -> dict[str, int]:
+def count_flops(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """FLOPs of ``module`` run on ``inputs``, by node; 2 FLOPs per multiply-add.
 
-    ``inputs`` may be fake. Nodes without FLOPs are left out. ``values`` takes what the nodes
-    compute, by name.
+    ``inputs`` may be fake. Nodes without FLOPs are left out.
     """
-    counter = _Counter(module, values)
-    # Tables that the graph makes by itself are fake too, then.
-    with torch.no_grad(), detect_fake_mode(inputs) or nullcontext(), counter.mode:
-        counter.run(*inputs)
-    return counter.flops
+    return FlopCounter().count(module, inputs)
 
 
 def columns_flops(node: fx.Node) -> int:
@@ -97,18 +103,109 @@ def columns_flops(node: fx.Node) -> int:
     return _columns(query.meta["val"].shape, key.meta["val"].shape, more[0] if more else 1)
 
 
-class _Counter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, values: dict[str, Any] | None) -> None:
+class FlopCounter:
+    """Counts the FLOPs of graphs; an operator that comes again on equal layouts is not run again.
+
+    Models are block after block of the same operators, and step graphs are variants of one graph.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[object, _Run] = {}
+
+    def count(
+        self, module: fx.GraphModule, inputs: Sequence[Any], values: dict[str, Any] | None = None
+    ) -> dict[str, int]:
+        """FLOPs of ``module`` run on ``inputs``, by node; 2 FLOPs per multiply-add.
+
+        ``inputs`` may be fake. Nodes without FLOPs are left out. ``values`` takes what the nodes
+        compute, by name: tensors on the device "meta", which share memory as the real ones would.
+        """
+        mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+        counting = _Counting(module, self._known, mode)
+        with torch.no_grad():
+            counting.run(*map(layout_of, inputs))
+        if values is not None:
+            values.update(counting.values)
+        return counting.flops
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What an operator cost, and what it returned, with ``Result`` in the place of tensors."""
+
+    flops: int
+    returned: Any
+
+
+class _Counting(fx.Interpreter):
+    """Runs a graph on ``Layout`` in the place of tensors.
+
+    Tensors of other kinds (of subclasses, or sized by symbols) stay as they are, and operators that
+    read one are run each time.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, known: dict[object, _Run], mode: FakeTensorMode
+    ) -> None:
         super().__init__(module)
-        self._values = values
-        self.mode = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        self._known, self._mode = known, mode
+        self.values: dict[str, Any] = {}
         self.flops: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.mode.get_total_flops()
-        result = super().run_node(n)
-        if spent := self.mode.get_total_flops() - before:
-            self.flops[n.name] = spent
-        if self._values is not None:
-            self._values[n.name] = result
+        """What ``n`` returns."""
+        if n.op == "call_function" and n.target is not operator.getitem:
+            result = self._called(n)
+        elif n.op in ("call_method", "call_module"):
+            result = self._restored(n)
+        else:
+            result = tree_map(layout_of, super().run_node(n))
+        self.values[n.name] = tree_map_only(Layout, lambda layout: layout.meta, result)
         return result
+
+    def _called(self, node: fx.Node) -> Any:
+        """What a function returns, which is run if no equal one was."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        operands: list[Layout] = []
+        key = key_of((args, kwargs), operands)
+        if key is None or not isinstance(node.target, OpOverload):
+            return self._restored(node)
+        key = (node.target, key, _autocast_state())
+        run = self._known.get(key)
+        if run is None:
+            run = self._known[key] = self._run(node, args, kwargs, operands)
+        if run.flops:
+            self.flops[node.name] = run.flops
+        return made(run.returned, operands)
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any, operands: Sequence[Layout]) -> _Run:
+        """Run a node on fake tensors like ``operands``, those in its arguments."""
+        fakes = {id(operand): operand.fake(self._mode) for operand in operands}
+        args, kwargs = tree_map_only(Layout, lambda operand: fakes[id(operand)], (args, kwargs))
+        flops, returned = self._counted(node, args, kwargs)
+        return _Run(flops, described(returned, [fakes[id(operand)] for operand in operands]))
+
+    def _restored(self, node: fx.Node) -> Any:
+        """What any other node returns, on fake tensors in the place of layouts."""
+        args, kwargs = tree_map_only(
+            Layout, lambda operand: operand.fake(self._mode), self.fetch_args_kwargs_from_env(node)
+        )
+        flops, returned = self._counted(node, args, kwargs)
+        if flops:
+            self.flops[node.name] = flops
+        return tree_map(layout_of, returned)
+
+    def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[int, Any]:
+        """The FLOPs of a node, and what it returns."""
+        counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        # Tables that the graph makes by itself are fake too.
+        with self._mode, counter:
+            returned = getattr(self, node.op)(node.target, args, kwargs)
+        return counter.get_total_flops(), returned
+
+
+def _autocast_state() -> object:
+    return tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in _AUTOCAST_DEVICES
+    )

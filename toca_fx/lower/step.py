@@ -19,6 +19,7 @@ from toca_fx.lower.blocks import compile_regions
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.cost import StepCost
 from toca_fx.lower.fake_inputs import FakeInputs
+from toca_fx.lower.flops import FlopCounter
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.step_graph import StepGraph
@@ -39,7 +40,7 @@ class CompiledStep:
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
         self.graph = graph
         self._fake = FakeInputs(graph, source, plan)
-        self.cost = StepCost(graph, self._fake, plan)
+        self.cost = StepCost(graph, self._fake, plan, FlopCounter())
         self._inner, self._plan, self._compiling = inner, plan, threading.Lock()
         self._of_inputs, self._of_tensors = picker(graph.kept), picker(graph.buffers)
         self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
