@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from toca_fx.torch_private import is_mutable, make_fx
-
-
-def inline(graph: fx.Graph, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
-    """Trace ``function`` over the fake values of nodes, and copy it to the insertion point.
-
-    Nodes in ``args`` and ``kwargs`` stand for their values. Returns the output nodes.
-    """
-    nodes: list[fx.Node] = []
-    fx.node.map_arg((args, kwargs or {}), nodes.append)
-
-    def on_values(*values: Any) -> Any:
-        by_node = dict(zip(nodes, values, strict=True))
-        args_, kwargs_ = fx.node.map_arg((args, kwargs or {}), by_node.__getitem__)
-        return function(*args_, **kwargs_)
-
-    # The tracer knows tensors by identity, and nodes may share one fake value.
-    values = [node.meta["val"].detach() for node in nodes]
-    traced = make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*values)
-    inputs = traced.graph.find_nodes(op="placeholder")
-    return graph.graph_copy(traced.graph, dict(zip(inputs, nodes, strict=True)))
+from toca_fx.torch_private import is_mutable
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from toca_fx.graph.fragments import Fragments
 from toca_fx.graph.ops import aten
 from toca_fx.plan.buffers import FEATURES, Buffer
 from toca_fx.plan.step import StepSpec
@@ -27,14 +28,16 @@ class Draft:
     """The graph, which one pass after the other changes, and what passes hand to each other.
 
     ``nodes`` are those of the source by name; a pass that replaces one of them writes the new node
-    there. ``scores`` are those of an attention by its anchor and the score's name, ``entropies``
-    those of cross-attentions by site, ``fresh_nodes`` the names of the nodes that work on fresh
-    tokens only, and ``kept`` the positions of the model's inputs that are still read.
+    there. ``fragments`` puts functions of tensors into the graph. ``scores`` are those of an
+    attention by its anchor and the score's name, ``entropies`` those of cross-attentions by site,
+    ``fresh_nodes`` the names of the nodes that work on fresh tokens only, and ``kept`` the
+    positions of the model's inputs that are still read.
     """
 
     def __init__(self, source: fx.GraphModule, spec: StepSpec) -> None:
         self.module = fx.GraphModule(source, copy.deepcopy(source.graph))
         self.graph = self.module.graph
+        self.fragments = Fragments(self.graph)
         self.spec = spec
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.inputs: list[fx.Node] = self.graph.find_nodes(op="placeholder")

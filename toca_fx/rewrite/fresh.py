@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph.edit import ancestors, inline
+from toca_fx.graph.edit import ancestors
 from toca_fx.graph.ops import RELAYOUTS, aten
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.kernels.ranking import ranked
@@ -101,14 +103,13 @@ def _select(draft: Draft, selection: Selection) -> fx.Node:
     ranks = draft.buffer(Buffer("ranks", selection.site))
     batch, tokens, _ = site.shape
 
-    def order_of(known: Tensor, entropy: Tensor) -> Tensor:
-        spec = draft.spec
-        return ranked(known, entropy, selection.weight, spec.shared, selection.spatial)
-
+    order_of = functools.partial(
+        ranked, weight=selection.weight, shared=draft.spec.shared, spatial=selection.spatial
+    )
     # Right behind the cross-attention: keys and values of the site itself may be merged by these
     # rows.
     with graph.inserting_before(entropy.next):
-        order = inline(graph, order_of, (known, entropy))
+        order = draft.fragments.inline(order_of, (known, entropy))
         chosen = graph.call_function(aten.index_select.default, (order, 1, ranks))
         blank = graph.call_function(aten.zeros_like.default, (known,), {"dtype": torch.bool})
         picked = graph.call_function(aten.scatter.value, (blank, 1, chosen, True))

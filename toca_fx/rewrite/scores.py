@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph.edit import inline
 from toca_fx.graph.ops import aten
 from toca_fx.kernels.influence import of_segment
 from toca_fx.kernels.scores import OF_ATTENTION, OfAttention
@@ -46,7 +46,7 @@ def _base_score(draft: Draft, attentions: _Attentions, score: AttentionScore) ->
     for name, weight in score.weights:
         found = attentions.score(score.attention, name, {"every": score.every})
         with draft.graph.inserting_before(draft.end):
-            own = inline(draft.graph, segment, (found,))
+            own = draft.fragments.inline(segment, (found,))
             scaled = draft.graph.call_function(aten.mul.Tensor, (own, weight))
             scaled.meta["val"] = own.meta["val"]
             if total is not None:
@@ -100,7 +100,7 @@ class _Attentions:
         further = {"read": self._is_read(output)} if may_skip and _on_gpu(output) else {}
         score: fx.Node
         with draft.graph.inserting_before(output):
-            new, score = inline(draft.graph, function, output.args, {**output.kwargs, **further})
+            new, score = draft.fragments.inline(function, output.args, {**output.kwargs, **further})
         output.replace_all_uses_with(new)
         if draft.nodes[anchor] is output:  # the cached output itself, if no projection follows
             draft.nodes[anchor] = new
@@ -123,31 +123,54 @@ class _Attentions:
 
         It is made of the map, if the graph has it, or else of operands.
         """
-        given_scale = attention_scale(attention.output)
-        of_map = formula.of_map if attention.weights is not None else None
-
-        def score(*operands: Tensor) -> Tensor:
-            shaped = [
-                _heads(operand, attention, batch, name == "key" and attention.weights is not None)
-                for name, operand in zip(reads, operands, strict=True)
-            ]
-            if of_map is not None:
-                return of_map(*shaped, **options)
-            default = shaped[0].shape[-1] ** -0.5 if given_scale is None else given_scale
-            return formula.formula(*shaped, *([default] if formula.scaled else []), **options)
-
-        reads = ("weights",) if of_map is not None else formula.reads
+        of_map = attention.weights is not None and formula.of_map is not None
+        reads = ("weights",) if of_map else formula.reads
+        score = functools.partial(
+            _score_beside,
+            formula=formula,
+            of_map=of_map,
+            heads=_Heads(attention.layout, batch),
+            # A key that is multiplied explicitly is transposed.
+            transposed=tuple(name == "key" and attention.weights is not None for name in reads),
+            scale=attention_scale(attention.output),
+            options=tuple(options.items()),
+        )
         nodes = tuple(getattr(attention, name) for name in reads)
         with self._draft.graph.inserting_before(attention.output):
-            return inline(self._draft.graph, score, nodes)  # type: ignore[no-any-return]
+            return self._draft.fragments.inline(score, nodes)  # type: ignore[no-any-return]
 
 
-def _heads(operand: Tensor, attention: Attention, batch: int, transposed: bool) -> Tensor:
-    """An operand of an attention as [B, heads, tokens, width], whatever its layout."""
-    if attention.layout == "bnhd":
-        return operand.transpose(1, 2)
-    operand = operand.transpose(-1, -2) if transposed else operand
-    return operand if operand.dim() == 4 else operand.reshape(batch, -1, *operand.shape[1:])
+@dataclass(frozen=True)
+class _Heads:
+    """How the operands of an attention lie, and of how many samples."""
+
+    layout: str
+    batch: int
+
+    def apart(self, operand: Tensor, transposed: bool) -> Tensor:
+        """An operand as [B, heads, tokens, width]."""
+        if self.layout == "bnhd":
+            return operand.transpose(1, 2)
+        operand = operand.transpose(-1, -2) if transposed else operand
+        is_apart = operand.dim() == 4
+        return operand if is_apart else operand.reshape(self.batch, -1, *operand.shape[1:])
+
+
+def _score_beside(
+    *operands: Tensor,
+    formula: OfAttention,
+    of_map: bool,
+    heads: _Heads,
+    transposed: tuple[bool, ...],
+    scale: float | None,
+    options: tuple[tuple[str, Any], ...],
+) -> Tensor:
+    """A score of the map or the operands of an attention."""
+    shaped = list(map(heads.apart, operands, transposed))
+    if of_map and formula.of_map is not None:
+        return formula.of_map(*shaped, **dict(options))
+    default = shaped[0].shape[-1] ** -0.5 if scale is None else scale
+    return formula.formula(*shaped, *([default] if formula.scaled else []), **dict(options))
 
 
 def _on_gpu(node: fx.Node) -> bool:
