@@ -12,18 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.traceback import preserve_node_meta
 
 from toca_fx.capture.functionalize import make_functional
+from toca_fx.capture.retrace import retrace
 from toca_fx.capture.sources import clean_path, input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import (
-    DataDependentOutputException,
-    FakeTensorMode,
-    is_mutable,
-    make_fx,
-)
+from toca_fx.torch_private import DataDependentOutputException, FakeTensorMode, is_mutable
 
 aten = torch.ops.aten
 
@@ -48,13 +43,8 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
         for value in inputs
     ]
-    interpret = fx.Interpreter(captured).run
-    retrace = make_fx(
-        interpret, tracing_mode="fake", pre_dispatch=True, decomposition_table=_DECOMPOSED
-    )
     try:
-        with preserve_node_meta():
-            graph_module = retrace(*fakes)
+        graph_module = retrace(captured, fakes, _DECOMPOSED)
     except DataDependentOutputException as error:
         raise UnsupportedModelError(
             f"the graph reads a number out of a tensor ({error.func}): a Python float changes from "
