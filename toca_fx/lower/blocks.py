@@ -22,7 +22,7 @@ from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
 from toca_fx.lower.fake_inputs import like
-from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher
+from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher, use_lazy_graph_module
 
 aten = torch.ops.aten
 
@@ -46,7 +46,8 @@ def compile_regions(
     compiled: dict[_Kind, Callable[..., Any]] = {}
     for name, kind in kinds.items():
         if kind not in compiled:
-            compiled[kind] = compiler(kind.piece, list(kind.inputs))
+            piece = fx.GraphModule(kind.piece, kind.piece.graph)
+            compiled[kind] = compiler(piece, list(kind.inputs))
         delattr(pieces, name)
         setattr(pieces, name, compiled[kind])
     # What FX generates calls them in turn; Module.__call__ would only add to that.
@@ -65,9 +66,11 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
     body = sorted(region, key=region.__getitem__)
     for before, after in itertools.pairwise(body):
         before.append(after)
-    pieces = split_module(module, module, region.__getitem__, keep_original_order=True)
-    _return_tuples(pieces)
-    return pieces
+    # Pieces get their code when they run: most are equal to others, and never do.
+    with use_lazy_graph_module(True):
+        pieces = split_module(module, module, region.__getitem__, keep_original_order=True)
+        _return_tuples(pieces)
+    return fx.GraphModule(pieces, pieces.graph)
 
 
 def _return_tuples(pieces: fx.GraphModule) -> None:

@@ -101,10 +101,10 @@ class CompiledStep:
 
     def _compile(self, examples: list[Any]) -> Callable[..., Any]:
         # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
-        module = fx.GraphModule(self.graph.module, copy.deepcopy(self.graph.module.graph))
+        graph = copy.deepcopy(self.graph.module.graph)
         if self._inner.backend == "inductor":
-            use_few_rows(module.graph, set().union(*self.graph.fresh_nodes.values()))
-            module.recompile()
+            use_few_rows(graph, set().union(*self.graph.fresh_nodes.values()))
+        module = fx.GraphModule(self.graph.module, graph)
         with torch.no_grad():
             return compile_regions(module, examples, self._inner, self._fake.mode)
 

@@ -35,8 +35,7 @@ class Draft:
     """
 
     def __init__(self, source: fx.GraphModule, spec: StepSpec) -> None:
-        self.module = fx.GraphModule(source, copy.deepcopy(source.graph))
-        self.graph = self.module.graph
+        self.graph = copy.deepcopy(source.graph)
         self.fragments = Fragments(self.graph)
         self.spec = spec
         self.nodes = {node.name: node for node in self.graph.nodes}

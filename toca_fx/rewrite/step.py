@@ -47,6 +47,5 @@ def rewrite(source: fx.GraphModule, spec: StepSpec) -> StepGraph:
         reports.append(report)
         log.info("%s", report)
     draft.graph.lint()
-    draft.module.recompile()
-    buffers = tuple(draft.buffers)
-    return StepGraph(draft.module, draft.kept, buffers, draft.fresh_nodes, tuple(reports))
+    module, buffers = fx.GraphModule(source, draft.graph), tuple(draft.buffers)
+    return StepGraph(module, draft.kept, buffers, draft.fresh_nodes, tuple(reports))
