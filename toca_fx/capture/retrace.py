@@ -208,7 +208,7 @@ def _run(call: fx.Node, operands: Iterable[Tensor]) -> Any:
                 result = getattr(args[0], target)(*args[1:], **kwargs)
             else:
                 result = target(*args, **kwargs)
-    except RuntimeError as error:  # as_strided beyond the end of an operand, say
+    except RuntimeError as error:  # reads a number out of another call, say
         raise _NotCopied(f"{call} cannot be run by itself: {error}") from error
     if _layout(result) != _layout_of(call):
         raise _NotCopied(f"{call} returns something else if it is run by itself")
