@@ -27,9 +27,11 @@ import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 
 if "changed" in sys.argv:  # as another version of the package would
-    from toca_fx.kernels import influence as attention
-    norm = attention.feature_norm
-    attention.feature_norm = lambda feature: 3 * norm(feature) ** 2
+    from dataclasses import replace
+    from toca_fx.kernels.scores import OF_ATTENTION
+    row = OF_ATTENTION["value_norm"]
+    changed = replace(row, formula=lambda feature: 3 * row.formula(feature) ** 2)
+    OF_ATTENTION["value_norm"] = changed
 
 model = tiny("diffusers", layers=2).double()
 outputs = []
