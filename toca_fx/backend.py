@@ -146,6 +146,7 @@ class Dispatcher:
     ) -> None:
         self._captured, self._inner = captured, inner
         self._given, self._model_class = policy, model_class
+        self._chosen: Policy | None = None
         self._frame = frame_id()  # it keeps the parts of a broken graph apart
         parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
         self._parameters = picker(parameters)
@@ -184,20 +185,18 @@ class Dispatcher:
         aten = to_aten(self._captured, inputs)
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
-        planner = Planner(self._policy(aten.graph), match(aten.graph), roles.aspect(aten.graph))
+        planner = Planner(self._choose(aten.graph), match(aten.graph), roles.aspect(aten.graph))
         return Runner(Program(Analysis(aten, planner), self._inner), inputs)
 
-    def _policy(self, graph: fx.Graph) -> Policy:
-        """The policy that was given, or the one chosen at the first call."""
-        if not self._runners:
+    def _choose(self, graph: fx.Graph) -> Policy:
+        """The policy that was given, or the one that suits the model; for all shapes."""
+        if self._chosen is None:
             latents = roles.latents_shape(graph)
             rank = None if latents is None else len(latents)
-            self._given = self._given or default_policy(self._model_class, rank)
-            if warning := written_for_another(self._given, self._model_class):
+            self._chosen = self._given or default_policy(self._model_class, rank)
+            if warning := written_for_another(self._chosen, self._model_class):
                 log.warning("%s", warning)
-        if self._given is None:
-            raise AssertionError("the first call chooses a policy")
-        return self._given
+        return self._chosen
 
     def _model_key(self, inputs: Sequence[Any]) -> ModelKey:
         """The key of the model that is called.
@@ -209,7 +208,7 @@ class Dispatcher:
         if owner not in _model_keys:
             _model_keys[owner] = {}
         # Models may share some parameters, an embedder say.
-        key = (self._frame, self._given, tuple(map(id, parameters)))
+        key = (self._frame, self._chosen, tuple(map(id, parameters)))
         return _model_keys[owner].setdefault(key, ModelKey())
 
 

@@ -28,7 +28,17 @@ def test_rooms_import_what_the_table_allows() -> None:
         assert set(found[room]) <= allowed[room] | OPEN_TO_ALL, room
     print(f"{floors(found)} floors, {found.number_of_edges()} arrows")
     assert floors(found) <= 12
-    assert found.number_of_edges() <= 74
+    assert found.number_of_edges() <= 60
+
+
+def test_plans_know_sites_only() -> None:
+    """Of what was matched, and of policies what they resolve; no later room looks into one."""
+    for file in (PACKAGE / "plan").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert set(re.findall(r"from toca_fx\.match[.\w]*", text)) <= {"from toca_fx.match.sites"}
+    for room in ("match", "kernels", "rewrite", "lower", "runtime"):
+        for file in (PACKAGE / room).glob("*.py"):
+            assert ".policies" not in file.read_text(encoding="utf-8"), file
 
 
 def test_policies_and_plans_start_without_torch() -> None:

@@ -94,14 +94,17 @@ def _most_like(shape: torch.Size, inputs: Sequence[fx.Node]) -> fx.Node | None:
     axes only; then an image or a video is the better guess.
     """
     alike = [node for node in inputs if node.meta["val"].dim() == len(shape)]
-    equal = [
-        sum(a == b for a, b in zip(node.meta["val"].shape[1:], shape[1:], strict=True))
-        for node in alike
-    ]
+    equal = [_equal_axes(node.meta["val"].shape, shape) for node in alike]
     images = [node for node in inputs if node.meta["val"].dim() >= 4]
-    if any(equal) or (alike and not images):
+    if any(axes for axes, _ in equal) or (alike and not images):
         return alike[equal.index(max(equal))]
     return images[0] if images else None
+
+
+def _equal_axes(one: Sequence[int], other: Sequence[int]) -> tuple[int, bool]:
+    """How many axes behind the first have the same size, and whether the first has."""
+    same = [a == b for a, b in zip(one, other, strict=True)]
+    return sum(same[1:]), bool(same) and same[0]
 
 
 def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:

@@ -35,9 +35,8 @@ class Program:
         self.analysis, self.inner = analysis, inner
         self._lock = threading.RLock()
         self._steps: dict[StepSpec, CompiledStep] = {}
-        # A specification takes long to hash; plans are kept by the analysis, so that their
-        # identity stays theirs.
-        self._of_plan: dict[tuple[int, Modes], CompiledStep] = {}
+        # A specification takes long to hash. Plans are kept, so that no other gets their identity.
+        self._of_plan: dict[tuple[int, Modes], tuple[Plan, CompiledStep]] = {}
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
         show("captured", analysis.aten)
@@ -55,8 +54,8 @@ class Program:
                     graph = self.analysis.step_graph(plan, modes)
                     show(f"step_{len(self._steps)}_{kind_of(modes)}", graph.module)
                     self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
-                found = self._of_plan[id(plan), modes] = self._steps[spec]
-            return found
+                found = self._of_plan[id(plan), modes] = plan, self._steps[spec]
+            return found[1]
 
     def step_flops(self, num_steps: int | None, step: StepPlan) -> int:
         """FLOPs of one call that did ``step`` of the plan for ``num_steps``.

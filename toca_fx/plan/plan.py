@@ -117,12 +117,24 @@ class Plan:
     @cached_property
     def entropies(self) -> tuple[int, ...]:
         """Indices of the cross-attentions whose entropy some site selects by."""
-        sources = {self.entropy_of(i) for i in self.scored}
+        sources = {self.entropy_sources[i] for i in self.scored}
         return tuple(sorted(source for source in sources if source is not None))
 
-    def entropy_of(self, site: int) -> int | None:
-        """The cross-attention by whose entropy a site selects, if it does."""
-        return self.sites[site].entropy if self.weight_of_entropy(site) else None
+    @cached_property
+    def entropy_sources(self) -> tuple[int | None, ...]:
+        """By site, the cross-attention by whose entropy it selects, if it does."""
+        weighed = zip(self.sites, self.entropy_weights, strict=True)
+        return tuple(site.entropy if weight else None for site, weight in weighed)
+
+    @cached_property
+    def entropy_weights(self) -> tuple[float, ...]:
+        """By site, the weight of its score that is made of a cross-attention's entropy."""
+        return tuple(policy.scores.weights.get(scores.INSIDE, 0.0) for policy in self.policies)
+
+    @cached_property
+    def dtypes(self) -> tuple[str, ...]:
+        """By site, the dtype of the features that it keeps: "model" or a name in torch."""
+        return tuple(policy.cache.dtype for policy in self.policies)
 
     def weights_ahead(self, site: int) -> dict[str, float]:
         """The weights of a site's scores that are known ahead of a step.
@@ -134,10 +146,6 @@ class Plan:
         if "staleness" in found:
             found["staleness"] /= policy.scores.staleness_over or policy.N.base
         return found
-
-    def weight_of_entropy(self, site: int) -> float:
-        """The weight of a site's score that is made of a cross-attention's entropy."""
-        return sum(weight for _, weight in scores.weights(self.policies[site].scores, "inside"))
 
     @cached_property
     def remembering(self) -> tuple[int, ...]:
@@ -199,7 +207,7 @@ class Plan:
         """
         chosen = []
         for i in self.scored:
-            source = self.entropy_of(i)
+            source = self.entropy_sources[i]
             if modes[i] == "partial" and source is not None and source < i:
                 chosen += [i] if modes[source] != "reuse" else []
         return tuple(chosen)
@@ -238,7 +246,7 @@ class Plan:
             sites=self.sites,
             modes=modes,
             hoisted=tuple(hoisted),
-            dtypes=tuple(policy.cache.dtype for policy in self.policies),
+            dtypes=self.dtypes,
             runs=self.runs,
             keys=tuple(i for i in self.remembering if self._uses_keys(i, modes)),
             entropies=tuple(i for i in self.entropies if modes[i] != "reuse"),
@@ -269,8 +277,8 @@ class Plan:
         return AttentionScore(site, source, weights, min(every, default=1))
 
     def _selection(self, site: int) -> Selection:
-        source = self.entropy_of(site)
+        source = self.entropy_sources[site]
         if source is None:
             raise AssertionError("sites select within a step by a cross-attention only")
         spatial = self.spatial[site] if self.spatial else None
-        return Selection(site, source, self.weight_of_entropy(site), spatial)
+        return Selection(site, source, self.entropy_weights[site], spatial)

@@ -13,6 +13,8 @@ Known = Literal["full", "ahead", "inside"]
 Source = Literal["influence", "entropy"]
 
 SCORES = scores_of()
+(INSIDE,) = (name for name, score in SCORES.items() if score.known == "inside")
+"""The score of a cross-attention's entropy: steps have one place for such a score."""
 
 
 def weights(scores: Scores, known: Known) -> tuple[tuple[str, float], ...]:

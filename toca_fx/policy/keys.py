@@ -53,6 +53,14 @@ class Score:
     known: Literal["full", "ahead", "inside"]
     source: Literal["influence", "entropy"] | None = None
 
+    def __post_init__(self) -> None:
+        possible = {"full": "influence", "ahead": None, "inside": "entropy"}
+        if self.source != possible[self.known]:
+            raise TypeError(
+                f"Score({self.known!r}, {self.source!r}): a score that is known {self.known} has "
+                f"the source {possible[self.known]!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Key:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
 
 from toca_fx.policy.keys import Key, Score, key, keys_of
 
@@ -180,11 +183,15 @@ class Scores:
         return every if every % 2 else every + 1
 
 
-def scores_of(scores: type[Scores] = Scores) -> dict[str, Score]:
+def scores_of(declaring: type = Scores) -> Mapping[str, Score]:
     """The registry of scores by name, in the order of the format."""
-    return {
-        weight.field: weight.key.score for weight in keys_of(scores) if weight.key.score is not None
-    }
+    return _scores_of(declaring)
+
+
+@cache
+def _scores_of(declaring: type) -> Mapping[str, Score]:
+    found = {declared.field: declared.key.score for declared in keys_of(declaring)}
+    return MappingProxyType({name: score for name, score in found.items() if score is not None})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ class Tensors:
 
     def __init__(self, source: fx.GraphModule, plan: Plan) -> None:
         self._plan = plan
-        self._dtypes = tuple(policy.cache.dtype for policy in plan.policies)
         self._nodes = {node.name: node for node in source.graph.nodes}
         # What a run keeps has the dtype of the stream behind its last site.
         self._ends = {run[0]: plan.sites[run[-1]].residual for run in plan.runs}
@@ -40,7 +39,7 @@ class Tensors:
                 value = self._value(site.projections[int(buffer.part)])
             elif buffer.site in self._ends:
                 value = self._value(self._ends[buffer.site])
-            dtype = kept_dtype(self._dtypes, buffer, value.dtype)
+            dtype = kept_dtype(self._plan.dtypes, buffer, value.dtype)
             return torch.empty(value.shape, dtype=dtype, device=value.device)
         dtype = torch.bool if buffer.role == "picked" else score_dtype(value)
         return torch.zeros(value.shape[:2], dtype=dtype, device=value.device)

@@ -71,7 +71,7 @@ def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
     with toca_fx.session() as run:
         run_all(fast, make_inputs(2, batch=batch, dtype=dtype))
         (generation,) = run.generations
-        tensors = [*generation.storage.buffers.values(), *generation.storage.selector._stale]
+        tensors = [*generation.storage.buffers.values(), *generation.storage.selector.counters]
         allocated = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     score = 8 if dtype == torch.float64 else 4
     features = 2 * layers * batch * tokens * channels * dtype.itemsize
