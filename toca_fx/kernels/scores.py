@@ -29,7 +29,8 @@ class OfAttention:
     ``scaled``, then ``options`` by keyword, and returns [B, tokens]. ``attention``, if there is
     one, stands in for scaled_dot_product_attention and returns its output and the score; ``of_map``
     makes the score of a map [B, H, N, M] that the graph has. ``every`` is the distance of the
-    queries that count, ``share`` what a map is scaled by.
+    queries that count, ``share`` what a map is scaled by. A ``skippable`` one takes ``read`` too,
+    and does without the score where that is false.
     """
 
     reads: tuple[Operand, ...]
@@ -38,6 +39,7 @@ class OfAttention:
     options: tuple[Option, ...] = ()
     attention: Callable[..., tuple[Tensor, Tensor]] | None = None
     of_map: Callable[..., Tensor] | None = None
+    skippable: bool = False
 
 
 OF_ATTENTION: Mapping[str, OfAttention] = {
@@ -50,6 +52,7 @@ OF_ATTENTION: Mapping[str, OfAttention] = {
         options=("every",),
         attention=influence.attention_and_influence,
         of_map=influence.map_influence,
+        skippable=True,
     ),
     "cross_attention": OfAttention(
         ("query", "key"),

@@ -15,9 +15,7 @@ from toca_fx.rewrite.step_graph import StepGraph
 
 
 class StepCost:
-    """FLOPs and bytes of the steps of one step graph. ``counter`` may be shared with other
-    graphs.
-    """
+    """FLOPs and bytes of the steps of one step graph; graphs may share a ``counter``."""
 
     def __init__(
         self, graph: StepGraph, inputs: FakeInputs, plan: Plan, counter: FlopCounter
@@ -28,7 +26,7 @@ class StepCost:
 
     def flops(self, step: StepPlan) -> int:
         """FLOPs of one run with the fresh tokens of ``step``, with the scoring that it does."""
-        _, fixed, per_site = self._counted
+        fixed, per_site = self._counted
         unread = 0 if step.read else sum(map(columns_flops, self.graph.module.graph.nodes))
         sites = self._plan.sites
         partial = sum(whole * step.fresh[i] // sites[i].tokens for i, whole in per_site.items())
@@ -46,27 +44,29 @@ class StepCost:
         values = zip(self._inputs.whole(), used, strict=True)
         return nbytes_of(value for value, read in values if read)
 
-    @property
     def values(self) -> dict[str, Any]:
-        """What the nodes compute if all tokens are fresh: tensors on the device "meta", by
-        name.
-        """
-        return self._counted[0]
+        """What the nodes compute if all tokens are fresh: tensors on the device "meta", by name.
 
-    @cached_property
-    def _counted(self) -> tuple[dict[str, Any], int, dict[int, int]]:
-        """``values``, FLOPs that do not depend on K, and FLOPs by site if all tokens are fresh.
-
-        The FLOPs of a site are linear in K.
+        They are not kept: there are thousands.
         """
         values: dict[str, Any] = {}
         with self._autocast.again():
-            flops = self._counter.count(self.graph.module, self._inputs.whole(), values)
+            self._counter.count(self.graph.module, self._inputs.whole(), values)
+        return values
+
+    @cached_property
+    def _counted(self) -> tuple[int, dict[int, int]]:
+        """FLOPs that do not depend on K, and FLOPs by site if all tokens are fresh.
+
+        The FLOPs of a site are linear in K.
+        """
+        with self._autocast.again():
+            flops = self._counter.count(self.graph.module, self._inputs.whole())
         per_site = {
             i: sum(flops.get(name, 0) for name in names)
             for i, names in self.graph.fresh_nodes.items()
         }
-        return values, sum(flops.values()) - sum(per_site.values()), per_site
+        return sum(flops.values()) - sum(per_site.values()), per_site
 
 
 def nbytes_of(values: Iterable[Any]) -> int:

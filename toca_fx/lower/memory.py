@@ -98,7 +98,7 @@ def _of_kind(cost: StepCost, plan: Plan, made: Tensors, step: StepPlan) -> int:
     with FakeTensorMode():
         given = [made.example(buffer, 1) for buffer in orders]
     fresh = {i: (step.fresh[i], site.tokens) for i, site in enumerate(plan.sites)}
-    return _bytes(given) + step_peak(cost.graph.module.graph, cost.values, fresh)
+    return _bytes(given) + step_peak(cost.graph.module.graph, cost.values(), fresh)
 
 
 def step_peak(

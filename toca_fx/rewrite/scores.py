@@ -15,6 +15,7 @@ from toca_fx.kernels.influence import of_segment
 from toca_fx.kernels.scores import OF_ATTENTION, OfAttention
 from toca_fx.match.anchors import Attention, attention_at, attention_scale
 from toca_fx.plan.buffers import READ, Buffer
+from toca_fx.plan.scores import INSIDE
 from toca_fx.plan.step import AttentionScore
 from toca_fx.rewrite.draft import Draft
 from toca_fx.rewrite.report import PassReport
@@ -31,7 +32,7 @@ def score_attentions(draft: Draft) -> PassReport:
     for i in spec.entropies:
         # The entropies of the two halves of a guidance batch then sum to that of both maps.
         share = 0.5 if spec.shared else 1.0
-        draft.entropies[i] = attentions.score(i, "cross_attention", {"share": share})
+        draft.entropies[i] = attentions.score(i, INSIDE, {"share": share})
     for score in spec.scores:
         draft.write(Buffer("score", score.site), _base_score(draft, attentions, score))
     sites = (*spec.entropies, *(score.site for score in spec.scores))
@@ -43,11 +44,12 @@ def _base_score(draft: Draft, attentions: _Attentions, score: AttentionScore) ->
     site, source = draft.spec.sites[score.site], draft.spec.sites[score.attention]
     segment = functools.partial(of_segment, start=source.segment or 0, count=site.tokens)
     total: fx.Node | None = None
-    for name, weight in score.weights:
+    weights = dict(score.weights)
+    for name in (name for name in OF_ATTENTION if name in weights):
         found = attentions.score(score.attention, name, {"every": score.every})
         with draft.graph.inserting_before(draft.end):
             own = draft.fragments.inline(segment, (found,))
-            scaled = draft.graph.call_function(aten.mul.Tensor, (own, weight))
+            scaled = draft.graph.call_function(aten.mul.Tensor, (own, weights[name]))
             scaled.meta["val"] = own.meta["val"]
             if total is not None:
                 scaled = draft.graph.call_function(aten.add.Tensor, (total, scaled))
@@ -83,7 +85,7 @@ class _Attentions:
             plain = attention.output.target is aten.scaled_dot_product_attention.default
             if plain and formula.attention is not None:
                 function = functools.partial(formula.attention, **given)
-                found = self._replace(source.anchor, attention, function, "every" in given)
+                found = self._replace(source.anchor, attention, function, formula.skippable)
             else:
                 found = self._beside(attention, source.shape[0], formula, given)
             draft.scores[source.anchor, name] = found

@@ -155,7 +155,7 @@ def test_what_compiled_steps_allocate(preset: str) -> None:
         for modes, step in steps.items():
             counted = found.costs(plan)[modes]
             fresh = {i: (step.fresh[i], site.tokens) for i, site in enumerate(plan.sites)}
-            told = step_peak(counted.graph.module.graph, counted.values, fresh)
+            told = step_peak(counted.graph.module.graph, counted.values(), fresh)
             seen = simulated(found, plan, step, inputs, mode)
             assert told == pytest.approx(seen, rel=0.03), step.kind
             worst = max(worst, seen)
