@@ -10,6 +10,7 @@ import torch
 
 import toca_fx
 from toca_fx.demo import digits, run
+from toca_fx.policy import shipped_policies
 
 
 @pytest.mark.slow(reason="the demo command recognises its digits too")
@@ -34,18 +35,20 @@ def test_cached_samples_are_close_to_uncached_ones() -> None:
 def test_demo_command_writes_a_picture_and_prints_the_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    picture = tmp_path / "demo.png"
-    assert (
-        run.main(argparse.Namespace(policy="digits", per_class=1, seed=0, output=str(picture))) == 0
-    )
+    picture, policy = tmp_path / "demo.png", tmp_path / "fewer.yaml"
+    shipped = shipped_policies()["digits"].read_text(encoding="utf-8")
+    assert "steps: 50" in shipped
+    policy.write_text(shipped.replace("steps: 50", "steps: 12"), encoding="utf-8")
+    arguments = argparse.Namespace(policy=policy, per_class=1, seed=0, output=str(picture))
+    assert run.main(arguments) == 0
     printed = capsys.readouterr().out
     for word in (
         "latency ratio",
         "FLOPs ratio",
         "PSNR",
         "recognised",
-        "uncached, 50 steps",
-        "digits, 50 steps",
+        "uncached, 12 steps",
+        "digits, 12 steps",
     ):
         assert word in printed
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
