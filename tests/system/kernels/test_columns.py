@@ -65,8 +65,9 @@ def triton() -> Any:
     return pytest.importorskip("triton")
 
 
-@pytest.mark.usefixtures("triton")
 def test_the_kernel_sums_the_columns_of_the_map() -> None:
+    # Triton 3.6 interprets `range` by int(array), which NumPy 2.4 refuses.
+    pytest.importorskip("triton", minversion="3.7")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(CASES)],
