@@ -107,13 +107,13 @@ def one_row_for_all_of_it(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-def added(x: Tensor, y: Tensor) -> Tensor:
-    x.add_(y, alpha=2)  # exact, fused or not
+def interpolated(x: Tensor, y: Tensor) -> Tensor:
+    x.lerp_(y, weight=0.25)
     return x
 
 
-def added_to_a_slice(x: Tensor, y: Tensor) -> Tensor:
-    x[:, 1:4].add_(y[:, :3], alpha=2)
+def interpolated_slice(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 1:4].lerp_(y[:, :3], weight=0.25)
     return x
 
 
@@ -218,8 +218,8 @@ WRITES: dict[Write, list[Any]] = {
     other_dtype: [aten.to.dtype, aten.to.dtype, *SCATTERED],
     all_of_it: [aten.clone.default],
     one_row_for_all_of_it: [aten.clone.default],
-    added: [aten.add.Tensor],
-    added_to_a_slice: [aten.add.Tensor, aten.slice_scatter.default],
+    interpolated: [aten.lerp.Scalar],
+    interpolated_slice: [aten.lerp.Scalar, aten.slice_scatter.default],
     slice_plus_equals: [aten.add.Tensor, aten.slice_scatter.default, *SCATTERED],
     channels_multiplied: [aten.mul.Tensor, aten.slice_scatter.default],
     slice_zeroed: [aten.zero.default, aten.slice_scatter.default],
