@@ -221,7 +221,7 @@ def test_a_graph_without_writes_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("toca_fx.capture.aten.make_functional", refuse)
     module = Writing(
-        lambda x, y: F.dropout(x[:, 1:3].transpose(1, 2), 0.0).detach_() + y[:, 0, :, None]
+        lambda x, y: F.dropout(x.detach_()[:, 1:3].transpose(1, 2), 0.0) + y[:, 0, :, None]
     )
     graph, _ = traced(module)
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [
