@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from toca_fx.graph.edit import eliminate_dead_code, erase_unused
+from toca_fx.graph.edit import ancestors
 from toca_fx.graph.ops import aten
 from toca_fx.plan.buffers import Buffer, hoisted
 from toca_fx.rewrite.report import PassReport
@@ -35,23 +34,25 @@ def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str]
 
     The values of the nodes ``given`` are inputs. ``source`` is not changed.
     """
-    graph = copy.deepcopy(source.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    inputs = graph.find_nodes(op="placeholder")
-    buffers: dict[Buffer, fx.Node] = {}
-    last = inputs[-1]
-    for name in given:
-        with graph.inserting_after(last):
-            last = buffers[hoisted(name)] = graph.placeholder(hoisted(name).name)
-        last.meta["val"] = nodes[name].meta["val"]
-        nodes[name].replace_all_uses_with(last)
-    (end,) = graph.find_nodes(op="output")
-    with graph.inserting_before(end):
-        values = [graph.call_function(aten.contiguous.default, (nodes[name],)) for name in names]
-        end.args = (tuple(values),)
-    eliminate_dead_code(graph)
-    used = tuple(buffer for buffer, node in buffers.items() if node.users)
-    kept = erase_unused(graph, inputs)
-    erase_unused(graph, list(buffers.values()))
+    nodes = {node.name: node for node in source.graph.nodes}
+    found = ancestors(map(nodes.__getitem__, names), map(nodes.__getitem__, given))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    kept: list[int] = []
+    for at, node in enumerate(source.graph.find_nodes(op="placeholder")):
+        if node in found:
+            kept.append(at)
+            copies[node] = graph.node_copy(node)
+    used = tuple(name for name in given if nodes[name] in found)
+    for name in used:
+        copies[nodes[name]] = graph.placeholder(hoisted(name).name)
+        copies[nodes[name]].meta["val"] = nodes[name].meta["val"]
+    for node in source.graph.nodes:
+        if node in found and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    values = [
+        graph.call_function(aten.contiguous.default, (copies[nodes[name]],)) for name in names
+    ]
+    graph.output(tuple(values))
     graph.lint()
-    return StepGraph(fx.GraphModule(source, graph), kept, used)
+    return StepGraph(fx.GraphModule(source, graph), tuple(kept), tuple(map(hoisted, used)))

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import toca_fx
 from tests.helpers import make_policy
 from tests.marks import slow_but
 from toca_fx.examples import build, examples, prediction, vary
+from toca_fx.lower.compiler import Compiler
 from toca_fx.lower.hoisted_values import distance
 from toca_fx.runtime.report import Report
 
@@ -50,10 +51,11 @@ def run(
     hoisting: dict[str, int],
     known: list[float] | None = None,
     between: Callable[[int], None] = lambda step: None,
+    inner: Compiler = "eager",
 ) -> tuple[list[Tensor], Report]:
     policy = make_policy(sampler={"steps": STEPS}, hoisting=hoisting)
     torch._dynamo.reset()
-    fast = toca_fx.compile(model, policy, inner="eager")
+    fast = toca_fx.compile(model, policy, inner=inner)
     outputs = []
     with torch.no_grad(), toca_fx.session(None if known else STEPS, timesteps=known) as session:
         for step, call in enumerate(calls):
@@ -98,6 +100,22 @@ def test_hoisting_changes_no_result(name: str) -> None:
     assert spent(step_by_step) == [spent(step_by_step)[0], *[timed] * (STEPS - 1)]
     assert spent(at_once) == [spent(step_by_step)[0] + (STEPS - 1) * timed, *[0] * (STEPS - 1)]
     assert at_once.flops_done == step_by_step.flops_done <= without.flops_done
+
+
+def test_timed_values_are_compiled_for_timesteps_that_are_not_listed_only() -> None:
+    model, calls = generation("PixArtTransformer2DModel")
+    listed = timesteps(calls)
+    compiled: list[int] = []
+    for known in (listed, [*listed[:-1], listed[-1] - 1], None):
+        graphs: list[fx.GraphModule] = []
+
+        def inner(module: fx.GraphModule, _: list[Any], graphs: Any = graphs) -> fx.GraphModule:
+            graphs.append(module)
+            return module
+
+        run(model, calls, ON, known, inner=inner)
+        compiled.append(len(graphs))
+    assert compiled == [compiled[0], compiled[0] + 1, compiled[0] + 1]
 
 
 def test_a_caption_is_projected_once_and_again_if_it_changes() -> None:
