@@ -247,3 +247,5 @@ WRITES: dict[Write, list[Any]] = {
     with_an_axis_less: [aten.mul.Tensor, aten.slice_scatter.default],
     detached: SCATTERED,
 }
+# torch 2.15 traces a number that is written as a number, no longer as a tensor.
+SINCE_2_15 = {aten.fill.Tensor: aten.fill.Scalar, aten.index_put.default: aten.masked_fill.Scalar}
