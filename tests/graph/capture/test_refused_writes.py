@@ -78,10 +78,10 @@ def behind_the_graphs_back(module: Writing, x: Tensor, y: Tensor) -> Outputs:
 
 
 REFUSED: dict[Callable[..., Outputs], str] = {
-    to_the_input: r"aten.fill_.Tensor.* the caller sees that memory",
+    to_the_input: r"aten.fill_.* the caller sees that memory",
     to_a_view_of_the_input: r"aten.mul_.Tensor.* the caller sees that memory",
     to_a_parameter: r"aten.mul_.Tensor.* the caller sees that memory",
-    to_a_buffer: r"aten.fill_.Tensor.* the caller sees that memory",
+    to_a_buffer: r"aten.fill_.* the caller sees that memory",
     random_numbers: r"aten.normal_.default.* it has no counterpart that returns a new tensor",
     to_an_out_argument: r"aten.mul.out.* it has no counterpart that returns a new tensor",
     to_a_diagonal: r"aten.mul_.Tensor.* through aten.diagonal.default, which cannot be followed",
