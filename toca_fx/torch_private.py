@@ -172,12 +172,12 @@ NEWEST_TRIED = (2, 15)
 """The release of torch up to which all tests have passed; pyproject.toml says the same."""
 
 
-def _is_newer(version: str) -> bool:
+def is_newer(version: str) -> bool:
     """Whether a release of torch is newer than those that were tried."""
     return tuple(map(int, version.split(".")[:2])) > NEWEST_TRIED
 
 
-if _is_newer(torch.__version__):
+if is_newer(torch.__version__):
     logging.getLogger(__name__).warning(
         "toca_fx was tried with torch up to %d.%d, and this is %s: an error from inside of toca_fx "
         "may come from that. Install torch<%d.%d, or a newer toca_fx",
