@@ -15,11 +15,21 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, fx, nn
 
+import toca_fx
 import toca_fx.capture.dynamo
-from tests.models import CrossDiT, JointDiT, SmallModel, randomize, tiny_dit, tiny_original_dit
+from tests.models import (
+    CrossDiT,
+    JointDiT,
+    OriginalDiT,
+    SmallModel,
+    randomize,
+    tiny_dit,
+    tiny_original_dit,
+)
 from toca_fx import load_policy
 from toca_fx.capture.aten import to_aten
 from toca_fx.capture.sources import input_sources
+from toca_fx.describe.explanation import Explanation
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
@@ -261,3 +271,13 @@ def program_of(
 ) -> Program:
     """Its steps, compiled when they are first needed."""
     return Program(analysis_of(captured, inputs, policy), Inner(inner))
+
+
+def explain_tiny(
+    kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any
+) -> Explanation:
+    """What toca_fx says of a tiny model."""
+    model = tiny(kind, layers=layers)
+    x, t, y = next(iter(make_inputs(1)))
+    names = ("t", "y") if isinstance(model, OriginalDiT) else ("timestep", "class_labels")
+    return toca_fx.explain(model, policy, x, **dict(zip(names, (t, y), strict=True)), **options)

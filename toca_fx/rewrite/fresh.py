@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.graph.edit import ancestors
-from toca_fx.graph.ops import RELAYOUTS, aten
+from toca_fx.graph.ops import RELAYOUTS, aten, operator_name
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.kernels.ranking import ranked
 from toca_fx.plan.buffers import Buffer
@@ -67,8 +67,8 @@ def _blocked(
     found = []
     for node in restrict.take_blocked():
         above = sorted(ancestors([node], stop=needed) - needed - {node}, key=order.__getitem__)
-        whole = [_operator(other) for other in above if _computes(other)]
-        found.append(Gather(site, _operator(node), tuple(dict.fromkeys(whole))))
+        whole = [_name(other) for other in above if _computes(other)]
+        found.append(Gather(site, _name(node), tuple(dict.fromkeys(whole))))
     return found
 
 
@@ -76,9 +76,8 @@ def _computes(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in RELAYOUTS
 
 
-def _operator(node: fx.Node) -> str:
-    """The name of a node's operator: ``cumsum`` for aten.cumsum.default."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
+def _name(node: fx.Node) -> str:
+    return operator_name(node.target) or str(node.target)
 
 
 def _rows(draft: Draft) -> dict[int, fx.Node]:

@@ -5,9 +5,9 @@
     timed        depend on the timestep as well: the modulations of all blocks, whose weights are
                  read for a handful of rows
 
-Both are cut out of the step graphs, full and partial, and become inputs of them (``hoisted:NAME``,
-see ``buffers``). The cut lies behind the last operator that is worth it: what is only moved, scaled
-or added afterwards is done in the step, where it is fused.
+Both are cut out of the step graphs, full and partial, and become inputs of them (``plan.buffers``).
+The cut lies behind the last operator that is worth it: what is only moved, scaled or added
+afterwards is done in the step, where it is fused.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoist
     ordered = [node for node in graph.nodes if node in found]
     conditions = []
     for node in ordered:
-        size = value_bytes(node)
+        size = node.meta["val"].nbytes
         if level[node] == _CONDITION and size <= memory:
             conditions.append(node.name)
             memory -= size
@@ -111,9 +111,3 @@ def _is_cheap(node: fx.Node) -> bool:
 def _rows(node: fx.Node) -> int:
     value = node.meta.get("val")
     return math.prod(value.shape[:-1]) if isinstance(value, Tensor) else 0
-
-
-def value_bytes(node: fx.Node) -> int:
-    """Bytes of a node's value."""
-    value: Tensor = node.meta["val"]
-    return value.numel() * value.element_size()

@@ -5,30 +5,18 @@ errors.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import toca_fx
-from tests.helpers import make_inputs, make_policy, tiny
-from tests.models import OriginalDiT
-from toca_fx.describe.explanation import Explanation
+from tests.helpers import explain_tiny, make_policy
 
 
 @pytest.fixture(autouse=True)
 def _no_policy_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOCA_POLICY", raising=False)
-
-
-def explain_tiny(
-    kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any
-) -> Explanation:
-    model = tiny(kind, layers=layers)
-    x, t, y = next(iter(make_inputs(1)))
-    names = ("t", "y") if isinstance(model, OriginalDiT) else ("timestep", "class_labels")
-    return toca_fx.explain(model, policy, x, **dict(zip(names, (t, y), strict=True)), **options)
 
 
 @torch.library.custom_op("toca_test::attention", mutates_args=())

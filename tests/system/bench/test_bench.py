@@ -5,8 +5,6 @@ made-up GPU; and its parts.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,11 @@ import pytest
 import torch
 
 import toca_fx
+from tests.made_up_gpu import MadeUpGpu
 from toca_fx import cli
 from toca_fx.bench import run as bench_run
 from toca_fx.bench.cases import CASES, Case
 from toca_fx.bench.contestants import Contestant, Field
-from toca_fx.bench.gpu import Traced
 from toca_fx.bench.limits import Limits
 from toca_fx.examples import PRESETS, Draw
 from toca_fx.policy import Policy
@@ -56,45 +54,6 @@ def on_a_gpu(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_run, "measure_limits", lambda place, gpu: Limits(1e12, 1e11))
     monkeypatch.setattr(Field, "toca", eager)
     monkeypatch.setattr(Field, "uncached", lambda self: Contestant("torch.compile", self.model))
-
-
-class HostEvent:
-    """A mark on the host's clock."""
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end_event: HostEvent) -> float:
-        return (end_event.at - self.at) * 1e3
-
-
-class MadeUpGpu:
-    """The CPU, as if it were a GPU."""
-
-    kind = "cpu"
-
-    def __init__(self) -> None:
-        self.peaks = iter((1_300, 4_000))
-
-    def event(self) -> HostEvent:
-        return HostEvent()
-
-    def synchronize(self) -> None:
-        pass
-
-    def facts(self) -> dict[str, str | None]:
-        return {"device": "NVIDIA Paper 1", "driver": None, "cuda": "13.0"}
-
-    def allocated(self) -> int:
-        return 1_000
-
-    def peak(self, work: Callable[[], None]) -> int:
-        work()
-        return next(self.peaks)
-
-    def traced(self, work: Callable[[], None]) -> Iterable[Traced]:
-        work()
-        return [Traced("cudaLaunchKernel", False), Traced("triton_poi_fused_0", True)]
 
 
 @pytest.mark.usefixtures("small")

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import toca_fx
-from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
+from tests.helpers import KINDS, call, explain_tiny, make_inputs, make_policy, run_all, tiny
 from tests.marks import slow_but
 from tests.models import OriginalDiT, tiny_dit
 from toca_fx import examples as integration
-from toca_fx.describe.explanation import Explanation
 
 PARTIAL = {
     "self_attention": "reuse",
@@ -25,15 +24,6 @@ PARTIAL = {
 @pytest.fixture(autouse=True)
 def _no_policy_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TOCA_POLICY", raising=False)
-
-
-def explain_tiny(
-    kind: str = "diffusers", policy: Any = None, layers: int = 3, **options: Any
-) -> Explanation:
-    model = tiny(kind, layers=layers)
-    x, t, y = next(iter(make_inputs(1)))
-    names = ("t", "y") if isinstance(model, OriginalDiT) else ("timestep", "class_labels")
-    return toca_fx.explain(model, policy, x, **dict(zip(names, (t, y), strict=True)), **options)
 
 
 # What it says is what happens
