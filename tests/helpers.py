@@ -39,8 +39,8 @@ from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import StepPlan
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
+from toca_fx.runtime.context import Run
 from toca_fx.runtime.selector import Selector
-from toca_fx.runtime.session import Session
 
 KINDS = ("diffusers", "original")
 
@@ -135,10 +135,13 @@ def text_inputs(steps: int = 12, batch: int = 2) -> list[Call]:
 
 
 def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Call a tiny model with its own argument names; the output image."""
+    """Call a tiny model with its own argument names; the output image.
+
+    Texts are tensors of the call alone, as an embedder in the loop makes them.
+    """
     if isinstance(getattr(model, "_orig_mod", model), DiTTransformer2DModel):
         return model(x, timestep=t, class_labels=y).sample
-    return model(x, t=t, y=y)
+    return model(x, t=t, y=y.clone() if y.is_floating_point() else y)
 
 
 def run_all(model: nn.Module, inputs: Iterable[Call]) -> list[Tensor]:
@@ -147,9 +150,9 @@ def run_all(model: nn.Module, inputs: Iterable[Call]) -> list[Tensor]:
         return [call(model, *step).clone() for step in inputs]
 
 
-def programs(run: Session) -> list[Program]:
+def programs(run: Run) -> list[Program]:
     """The programs that a session has run, in order of appearance."""
-    return list(run.programs)
+    return list(run.session.programs)
 
 
 def chosen_rows(given: Mapping[Buffer, Tensor]) -> dict[int, Tensor]:
@@ -190,11 +193,11 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     return record
 
 
-def picked_tokens(run: Session) -> Chosen:
+def picked_tokens(run: Run) -> Chosen:
     """The tokens that partial sites computed in the last call of the only model, per sample,
     ascending.
     """
-    (generation,) = run.generations
+    (generation,) = run.session.generations
     plan, modes = generation.plan, generation.plan.steps[generation.progress.position - 1].modes
     picked = {
         site.path: generation.storage.buffers[Buffer("picked", i)]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from toca_fx.match.anchors import register_attention as register_attention
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
+    from toca_fx.runtime.context import branch as branch
+    from toca_fx.runtime.context import session as session
     from toca_fx.runtime.report import Report as Report
-    from toca_fx.runtime.session import branch as branch
-    from toca_fx.runtime.session import session as session
 
 __version__ = "0.1.0"
 
@@ -29,8 +29,8 @@ _HOME = {
     "explain": "toca_fx.describe.explain",
     "Explanation": "toca_fx.describe.explanation",
     "register_attention": "toca_fx.match.anchors",
-    "session": "toca_fx.runtime.session",
-    "branch": "toca_fx.runtime.session",
+    "session": "toca_fx.runtime.context",
+    "branch": "toca_fx.runtime.context",
     "Report": "toca_fx.runtime.report",
     "load_policy": "toca_fx.policy",
     "Policy": "toca_fx.policy",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.dynamo import uncompiled
@@ -26,8 +25,9 @@ from toca_fx.match.matcher import match
 from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy, PolicySource, load_policy
+from toca_fx.runtime.context import current_branch, current_session
+from toca_fx.runtime.models import models_of
 from toca_fx.runtime.runner import Runner
-from toca_fx.runtime.session import ModelKey, current_session
 
 log = logging.getLogger(__name__)
 
@@ -147,15 +147,21 @@ class Dispatcher:
         self._captured, self._inner = captured, inner
         self._given, self._model_class = policy, model_class
         self._chosen: Policy | None = None
-        self._frame = frame_id()  # it keeps the parts of a broken graph apart
-        parameters = [at for at, value in enumerate(inputs) if isinstance(value, nn.Parameter)]
-        self._parameters = picker(parameters)
+        sources = input_sources(captured)
+        state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value)]
+        # What makes a model the one it is: its weights, as graphs for other shapes read other
+        # buffers; or its buffers, where all weights are quantised.
+        weights = [at for at in state if isinstance(inputs[at], nn.Parameter)]
+        self._weights = picker(weights or [at for at in state if isinstance(inputs[at], Tensor)])
+        # The frame keeps the parts of a broken graph apart. A graph that holds its weights is of
+        # one model only.
+        self._models = models_of((frame_id() if state else id(self), policy))
         # Dynamo guards all inputs but the numbers that it made symbolic. Symbolic numbers without
         # users are storage offsets of views.
         self._varying = [
             at
             for at, node in enumerate(captured.graph.find_nodes(op="placeholder"))
-            if at not in parameters and (isinstance(inputs[at], Tensor) or node.users)
+            if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
         self._runners: dict[tuple[object, ...], Runner] = {}
         self._lock = threading.Lock()
@@ -178,7 +184,9 @@ class Dispatcher:
                         "tensor, or nothing is ever cached",
                         _MANY_SHAPES,
                     )
-        return current_session().call(self._model_key(inputs), runner, inputs)
+        model = self._models.key(self._weights(inputs))
+        path, told = current_branch()
+        return current_session().call(model, runner, inputs, path, told)
 
     def _prepare(self, inputs: Sequence[Any]) -> Runner:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
@@ -197,22 +205,3 @@ class Dispatcher:
             if warning := written_for_another(self._chosen, self._model_class):
                 log.warning("%s", warning)
         return self._chosen
-
-    def _model_key(self, inputs: Sequence[Any]) -> ModelKey:
-        """The key of the model that is called.
-
-        Dynamo shares code between models of one class, so that only the call shows which it is.
-        """
-        parameters = self._parameters(inputs)
-        owner = parameters[0] if parameters else _no_parameters
-        if owner not in _model_keys:
-            _model_keys[owner] = {}
-        # Models may share some parameters, an embedder say.
-        key = (self._frame, self._chosen, tuple(map(id, parameters)))
-        return _model_keys[owner].setdefault(key, ModelKey())
-
-
-# By a model's first parameter: keys go when the model goes. Parameters compare by identity here,
-# not by value.
-_model_keys: MutableMapping[Tensor, dict[object, ModelKey]] = WeakIdKeyDictionary()
-_no_parameters = torch.empty(0)

@@ -20,7 +20,7 @@ from torch import nn
 
 import toca_fx
 from toca_fx.policy import Action, Policy, Ratio, Scores
-from toca_fx.runtime.session import Session
+from toca_fx.runtime.context import Run
 
 Call = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ class Contestant:
         try:
             yield
         except BaseException:
-            if isinstance(self.run, Session):
+            if isinstance(self.run, Run):
                 self.run.close()
             raise
         finally:
@@ -90,7 +90,7 @@ class Field:
         twin = toca_fx.compile(self.model, policy, mode=self.mode)
         return Contestant(name, twin, self._session, warm_ups)
 
-    def _session(self) -> AbstractContextManager[Session]:
+    def _session(self) -> AbstractContextManager[Run]:
         return toca_fx.session(timesteps=self.timesteps)
 
     def alternatives(self, policy: Policy) -> list[Contestant]:

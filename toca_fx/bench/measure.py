@@ -19,7 +19,7 @@ from toca_fx.bench.gpu import Gpu, Launches, launches_by_kind
 from toca_fx.bench.limits import Limits
 from toca_fx.bench.result import BenchResult, Measured, Memory, Work, summarize
 from toca_fx.policy import Policy
-from toca_fx.runtime.session import Session
+from toca_fx.runtime.context import Run
 
 if TYPE_CHECKING:
     from toca_fx.examples import Example
@@ -95,7 +95,7 @@ def run_bench(
             contestant.name,
             timing,
             contestant.compile_seconds,
-            contestant.run.report() if isinstance(contestant.run, Session) else None,
+            contestant.run.report() if isinstance(contestant.run, Run) else None,
             {} if gpu is None or contestant in others else _launches(contestant, calls, kinds, gpu),
         )
         for contestant, timing in zip((*uncached, ours, *others), timings, strict=True)
@@ -135,7 +135,7 @@ def _compile(contestant: Contestant, calls: Sequence[Call], wait: Callable[[], N
         for call in calls[1:]:
             contestant.step(call)
         wait()
-    if isinstance(contestant.run, Session):
+    if isinstance(contestant.run, Run):
         report = contestant.run.report()
         seconds = sorted(record.seconds for record in report.steps)
         contestant.compile_seconds = sum(seconds[-report.compiled_graphs :])
@@ -186,13 +186,13 @@ def _launches(
     contestant: Contestant, calls: Sequence[Call], kinds: Sequence[str], gpu: Gpu
 ) -> Mapping[str, Launches | None]:
     """The launches by kind of step; all steps of an uncached model are of one kind."""
-    if isinstance(contestant.run, Session):
+    if isinstance(contestant.run, Run):
         return launches_by_kind(contestant, calls, kinds, gpu)
     return launches_by_kind(contestant, calls[:1], ["uncached"], gpu)
 
 
-def _work(run: Session) -> Work:
-    uncached, steps = run.least_bytes()
+def _work(run: Run) -> Work:
+    uncached, steps = run.session.least_bytes()
     return Work(uncached[0], steps)
 
 

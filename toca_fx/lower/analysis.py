@@ -29,12 +29,14 @@ class Inputs:
     """Positions among the inputs of a graph, and the ``device`` of the first tensor that it uses.
 
     Of the tensors that the graph uses, those in ``state`` stay where they are from call to call,
-    and those in ``varying`` do not. ``timestep`` is None if none was recognised.
+    and those in ``varying`` do not. ``timestep`` is None if none was recognised, ``conditions`` are
+    tensors, used or not: captions, labels, masks.
     """
 
     state: tuple[int, ...]
     varying: tuple[int, ...]
     timestep: int | None
+    conditions: tuple[int, ...]
     device: torch.device
     on_one_device: bool
 
@@ -51,6 +53,7 @@ def _inputs_of(graph: fx.Graph) -> Inputs:
         tuple(at for at in used if at in state),
         tuple(at for at in used if at not in state),
         timestep[0] if timestep else None,
+        roles.positions(graph, "condition"),
         devices[0] if devices else torch.device("cpu"),
         len(set(devices)) <= 1,
     )

@@ -12,15 +12,14 @@ from toca_fx.rewrite.hoist import Hoisted
 from toca_fx.torch_private import foreach_copy_
 
 _ALIGNMENT = 64  # bytes; compilers take for granted that inputs are aligned
-_NEVER = -2  # no row of a table
 
 
 class HoistedValues:
     """Tensors for all hoisted values, always the same ones, so that a recorded step finds them.
 
     ``tensors`` are the inputs of the step graphs (role ``hoisted``). Those of the timed values are
-    views of one row per dtype, so that one copy out of ``tables``, [T + 1, width] for T known
-    timesteps, brings all of them; the last row of a table is NaN.
+    views of one row per dtype, so that one copy out of ``tables``, [T, width] for T known
+    timesteps, brings all of them.
     """
 
     def __init__(self, hoisted: Hoisted, values: Mapping[str, Tensor], steps: int) -> None:
@@ -46,7 +45,7 @@ class HoistedValues:
             dtype: torch.zeros(width, dtype=dtype, device=device) for dtype, width in widths.items()
         }
         self.tables = {
-            dtype: torch.empty(steps + 1 if steps else 0, width, dtype=dtype, device=device)
+            dtype: torch.empty(steps, width, dtype=dtype, device=device)
             for dtype, width in widths.items()
         }
         self._columns = columns
@@ -55,11 +54,9 @@ class HoistedValues:
             made[name] = row.view(values[name].shape)
         self.tensors = {buffers.hoisted(name): tensor for name, tensor in made.items()}
         self._timed = [made[name] for name in hoisted.timed]
-        # The timesteps [T], the row of the last call, and whether some call was at a timestep that
-        # is not listed, or at that of the call before.
+        # The timesteps [T], and whether some call was at one that is not listed.
         self.timesteps = torch.zeros(steps, dtype=torch.float32, device=device)
-        self.row = torch.full((), _NEVER, device=device)
-        self.doubts = torch.zeros(2, dtype=torch.bool, device=device)
+        self.doubts = torch.zeros(1, dtype=torch.bool, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -69,19 +66,26 @@ class HoistedValues:
 
     def clear(self) -> None:
         """Begin a generation."""
-        self.row.fill_(_NEVER)
         self.doubts.zero_()
 
     def put(self, found: Sequence[Tensor]) -> None:
         """Write the timed values of the present step."""
         foreach_copy_(self._timed, list(found))
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All timed values of the present step, as one tensor per dtype."""
+        return tuple(self._rows.values())
+
+    def put_rows(self, rows: Sequence[Tensor]) -> None:
+        """Write timed values that were ``rows`` at another call."""
+        for own, row in zip(self._rows.values(), rows, strict=True):
+            own.copy_(row)
+
     def fill(self, found: Sequence[Tensor]) -> None:
         """Write the timed values at all timesteps, [T, ...] each, to the tables."""
         for (dtype, start), values in zip(self._columns.values(), found, strict=True):
-            self.tables[dtype][:-1, start : start + values[0].numel()].copy_(values.flatten(1))
-        for table in self.tables.values():
-            table[-1].fill_(torch.nan if table.is_floating_point() else 0)
+            self.tables[dtype][:, start : start + values[0].numel()].copy_(values.flatten(1))
 
     def take(self, row: int) -> None:
         """Bring the timed values of a known timestep."""
@@ -89,16 +93,13 @@ class HoistedValues:
             self._rows[dtype].copy_(table[row])
 
     def look_up(self, timestep: Tensor) -> None:
-        """Bring the timed values of a timestep, or NaN if it is not listed.
+        """Bring the timed values of a timestep, or of the nearest that is listed.
 
         Nothing waits for the device.
         """
         apart = distance(timestep.reshape(1, -1), self.timesteps[:, None]).amax(dim=1)
-        lost = apart.amin() > 0
-        # A number in torch.where would be copied to the device, and waited for.
-        row = apart.argmin().masked_fill(lost, len(apart))
-        self.doubts.logical_or_(torch.stack([lost, row == self.row]))
-        self.row.copy_(row)
+        row = apart.argmin()
+        self.doubts.logical_or_(apart.amin() > 0)
         for dtype, table in self.tables.items():
             torch.index_select(table, 0, row[None], out=self._rows[dtype][None])
 

@@ -1,191 +1,327 @@
-"""The clock of a session: which step of which generation a call is.
+"""The clock: which step of which generation a model call is.
 
 ``decide`` is pure: it makes a ``Decision`` of a ``Situation``, and touches neither tensors nor
-logs. Sessions carry it out.
+logs. Sessions carry it out. A call's place is told (a session, or numbers that came with the call),
+or recognised by its conditions and timestep; otherwise it is in doubt, and a doubtful step is full.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from toca_fx.runtime import words
+from toca_fx.runtime.schedules import Schedule, Timestep, fits, longest
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a generation has come: ``position`` of its ``num_steps`` model calls are done.
+    """How far a generation has come.
 
-    ``timestep`` is the last one that was read (None: none was), ``direction`` the first difference
-    between two of them (0.0: not known yet). ``ambiguous`` says that its calls may belong to
-    several branches or generations, ``caches_lost`` that its caches hold nothing a step may read:
-    none was run yet, or the last one failed.
+    ``position`` is that of its next call, out of ``num_steps``. ``timestep`` is the last one that
+    was read, ``direction`` 1 or -1 once two have been (0: not yet), ``trail`` all of them since it
+    began (empty if one was not read). ``calls`` is how many calls its last position had: of two
+    nobody knows whose memories are left. ``lost`` says that its memories hold nothing a step may
+    read: none was run yet, the last one failed, or they were given back.
     """
 
     num_steps: int
     position: int = 0
-    timestep: float | None = None
-    direction: float = 0.0
-    ambiguous: bool = False
-    caches_lost: bool = True
+    timestep: Timestep | None = None
+    direction: int = 0
+    trail: Schedule = ()
+    calls: int = 0
+    lost: bool = True
 
     @property
     def finished(self) -> bool:
         """Whether every planned step has run."""
         return self.position >= self.num_steps
 
-    def turns_back(self, timestep: float | None) -> bool:
+    def turns_back(self, timestep: Timestep | None) -> bool:
         """Whether ``timestep`` (None: not read) goes against the direction of the run so far.
 
-        That is the sign of a new generation.
+        One row of a batch that does is enough.
         """
-        if timestep is None or self.timestep is None:
+        if timestep is None or self.timestep is None or len(timestep) != len(self.timestep):
             return False
-        return (timestep - self.timestep) * self.direction < 0
+        moves = (now - before for now, before in zip(timestep, self.timestep, strict=True))
+        return any(move * self.direction < 0 for move in moves)
 
-    def advance(self, timestep: float | None) -> Progress:
-        """The progress after a step at ``timestep`` (None: not read) that wrote its caches."""
-        done = replace(self, position=self.position + 1, caches_lost=False)
-        if timestep is None:
-            return done
+    def advance(self, decision: Decision, timestep: Timestep | None) -> Progress:
+        """The progress after the step that was decided on, which wrote the memories."""
+        trail = () if timestep is None else (timestep,)
+        if decision.place == "on" and not decision.restarts:
+            unbroken = timestep is not None and (self.trail or not self.calls)
+            trail = (*self.trail, *trail) if unbroken else ()
         direction = self.direction
-        if self.timestep is not None and not direction:
-            direction = timestep - self.timestep
-        return replace(done, timestep=timestep, direction=direction)
+        if timestep is not None and self.timestep is not None and not direction:
+            moved = sum(timestep) / len(timestep) - sum(self.timestep) / len(self.timestep)
+            direction = (moved > 0) - (moved < 0)
+        return replace(
+            self,
+            position=decision.position + 1,
+            timestep=self.timestep if timestep is None else timestep,
+            direction=direction,
+            trail=trail,
+            calls=self.calls + 1 if decision.again else 1,
+            lost=False,
+        )
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the caller said of a run.
+
+    It has ``num_steps`` model calls, at ``timesteps`` if they are known; ``position`` is that of
+    this very call, if it came with its number.
+    """
+
+    num_steps: int
+    timesteps: Schedule | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True)
 class Situation:
     """What is known of a model call before it is run.
 
-    ``implicit`` says that it happens outside of any ``toca_fx.session``, ``has_timestep`` that an
-    argument of the model is recognised as the timestep. ``timestep`` is its value, None if it is
-    not read. ``current`` is the progress of the model's and branch's last generation, if there is
-    one, and ``program_changed`` says that it ran with inputs of other shapes, dtypes or devices.
+    ``told`` is None outside of any session, and ``seen`` are the schedules that the model has run
+    whole. ``timestep`` is the value of the model's argument (None: it is not read, or there is
+    none), exact to ``rounding``, relatively. ``identified`` says whether any of the call's
+    conditions tells generations apart. ``current`` is the generation with these conditions,
+    ``foreign`` if another thread or task runs it; ``head`` is the one called last, of the same run.
+    ``several`` says that calls of several branches are expected at a step.
     """
 
-    implicit: bool
+    told: Told | None = None
+    timestep: Timestep | None = None
     has_timestep: bool = True
-    timestep: float | None = None
+    rounding: float = 0.0
+    identified: bool = True
     current: Progress | None = None
-    program_changed: bool = False
+    foreign: bool = False
+    head: Progress | None = None
+    several: bool = False
+    seen: tuple[Schedule, ...] = ()
+
+
+Place = Literal["on", "branch", "generation"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a model call is: step ``position`` of a generation, which ``begins`` with it or goes on.
+    """What a model call is: step ``position``.
 
-    ``ambiguous`` is that of the generation from here on, ``full`` says that the step has to be full
-    whatever the plan says, and ``warnings`` are what the user has to know, in order.
+    It goes "on" with the current generation, or begins one: a "branch" of the run of the head, or
+    the "generation" of a new run, of ``num_steps`` (None: nobody knows, and no later step reads
+    what this one writes). ``full`` says that the step has to be full whatever the plan says,
+    ``again`` that it is another call of the last position, ``restarts`` that its timesteps begin
+    anew. ``warnings`` are what the user has to know, in order.
     """
 
-    begins: bool
+    place: Place
     position: int
-    ambiguous: bool = False
+    num_steps: int | None
     full: bool = True
+    again: bool = False
+    restarts: bool = False
     warnings: tuple[str, ...] = ()
 
 
 def decide(situation: Situation) -> Decision:
-    """Whether a call goes on with the current generation or begins one, and as which step.
+    """Which step of which generation a call is; it is full where that is in doubt."""
+    if situation.told is None:
+        return _recognised(situation)
+    return _told(situation, situation.told)
 
-    A call outside of any session begins a generation after the last planned step, when the timestep
-    turns back, or with other shapes. The clock of a session goes on through all of that.
+
+def start(
+    told: Told,
+    timestep: Timestep | None,
+    rounding: float,
+    others: tuple[Progress, ...],
+    num_steps: int | None,
+) -> tuple[Told, str | None]:
+    """What is told of the run of a model that is called for the first time in a session.
+
+    It has what is left of the session's steps: ``others`` are the models that ran before it. Two
+    experts have a position each, and a run may begin in the middle of a schedule. Returns a warning
+    too, if the timesteps told are no timesteps of the model; their number counts then.
     """
-    warnings = []
-    if situation.implicit and not situation.has_timestep:
-        warnings.append(_NO_TIMESTEP)
-    current = situation.current
-    if current is None:
-        return Decision(begins=True, position=0, warnings=tuple(warnings))
-    if situation.program_changed:  # nothing of the old caches fits
-        if situation.implicit:
-            return Decision(begins=True, position=0, warnings=tuple(warnings))
-        warnings.append(_OTHER_INPUTS)
-        return Decision(begins=True, position=current.position, warnings=tuple(warnings))
-    if situation.implicit and (current.finished or current.turns_back(situation.timestep)):
-        warnings += _other_length(current, situation.timestep)
-        return Decision(begins=True, position=0, warnings=tuple(warnings))
-    return _go_on(situation, current, warnings)
+    if told.timesteps is not None and timestep is not None:
+        length = len(told.timesteps)
+        for at in range(length):
+            if fits(told.timesteps, at, timestep, rounding):
+                return Told(length - at, told.timesteps[at:]), None
+        return Told(length), words.UNITS
+    furthest = max(others, key=lambda other: other.position, default=None)
+    if furthest is None or num_steps is None:
+        return told, None
+    same = timestep is not None and timestep == furthest.timestep
+    gone = furthest.position - 1 if same else furthest.position
+    left = told.num_steps - gone
+    if gone == 0 or left < 1:
+        return told, None
+    return Told(left, None if told.timesteps is None else told.timesteps[gone:]), None
 
 
-def _go_on(situation: Situation, current: Progress, warnings: list[str]) -> Decision:
-    """The next step of the ``current`` generation.
+# Told: the run's steps are known, and conditions tell branches apart.
 
-    It is full on lost caches, past the last step, and where branches may be mixed.
+
+def _told(call: Situation, told: Told) -> Decision:
+    current, head = call.current, call.head
+    if current is not None and (not call.foreign or _is_next(call, told, current)):
+        return _goes_on(call, told, current)
+    if head is None:
+        return Decision("generation", told.position or 0, told.num_steps)
+    return _begins(call, told, head)
+
+
+def _is_next(call: Situation, told: Told, current: Progress) -> bool:
+    """Whether the call is at the very place that ``current`` has come to."""
+    if told.position is not None:
+        return told.position == current.position
+    if call.timestep is None:
+        return True
+    if told.timesteps is not None:
+        return fits(told.timesteps, current.position, call.timestep, call.rounding)
+    return call.timestep != current.timestep and not current.turns_back(call.timestep)
+
+
+def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
+    """The next step of a generation whose conditions are known."""
+    expected, t = current.position, call.timestep
+    if not current.calls:  # its first call failed
+        return Decision("on", expected, current.num_steps)
+    if told.position is not None:
+        if told.position == 0 and expected > 1:
+            return Decision("generation", 0, told.num_steps)
+        again = told.position == expected - 1
+        return _on(current, told.position, again, (words.SAME_STEP,) if again else ())
+    if t is None:
+        return _on(current, expected)
+    if told.timesteps is not None:
+        return _listed(call, told.timesteps, current, t)
+    if t == current.timestep:  # a second-order sampler, or two that share conditions
+        found = _on(current, expected, again=True)
+        return replace(found, warnings=(*found.warnings, words.SAME_TIMESTEP))
+    if current.turns_back(t):
+        return _anew(call, current, t)
+    if call.head is not None and current.position < call.head.position:  # it missed steps
+        same = t == call.head.timestep
+        expected = max(expected, call.head.position - 1 if same else call.head.position)
+    return _on(current, expected)
+
+
+def _anew(call: Situation, current: Progress, timestep: Timestep) -> Decision:
+    """A new generation, or rows of a batch that others have taken over, in the same session."""
+    before = current.timestep or ()
+    moves = [(now - then) * current.direction for now, then in zip(timestep, before, strict=True)]
+    if not all(move < 0 for move in moves):
+        return replace(_on(current, current.position, warnings=(words.ROWS,)), full=True)
+    left = current.num_steps - current.position
+    return Decision("generation", 0, left if left > 0 else current.num_steps)
+
+
+def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -> Decision:
+    """The step of a generation whose timesteps are ``listed``."""
+    expected = current.position
+    if fits(listed, expected, t, call.rounding):
+        return _on(current, expected)
+    if fits(listed, expected - 1, t, call.rounding):
+        return _on(current, expected - 1, again=True, warnings=(words.SAME_TIMESTEP,))
+    places = _places(call, listed, t)
+    later = [at for at in places if at > expected]
+    if later:  # a branch that has paused
+        return _on(current, later[0])
+    if places:
+        return Decision("generation", places[0], current.num_steps)
+    return replace(_on(current, expected, warnings=(words.UNLISTED,)), full=True)
+
+
+def _places(call: Situation, listed: Schedule, timestep: Timestep) -> list[int]:
+    return [at for at in range(len(listed)) if fits(listed, at, timestep, call.rounding)]
+
+
+def _on(
+    current: Progress, position: int, again: bool = False, warnings: tuple[str, ...] = ()
+) -> Decision:
+    """Step ``position`` of ``current``.
+
+    It is full on memories that are lost, doubtful or not of the step before, and past the end.
     """
-    ambiguous = current.ambiguous
-    if current.finished:
-        warnings.append(
-            f"the model was called more often than the session's {current.num_steps} steps; the "
-            "calls beyond are full steps. Give session(num_steps=...) the number of model calls"
-        )
-    if situation.timestep is not None and situation.timestep == current.timestep:
-        # Guidance branches, or generations of one call each. A session's clock is the caller's
-        # word; outside of one there is none.
-        ambiguous = situation.implicit
-        warnings.append(same_timestep(caches=not situation.implicit))
-    full = current.caches_lost or current.finished or ambiguous
-    return Decision(False, current.position, ambiguous, full, tuple(warnings))
+    beyond = position >= current.num_steps
+    if beyond:
+        warnings = (words.beyond(current.num_steps), *warnings)
+    missed = position != current.position and not again
+    full = current.lost or current.calls > 1 or again or missed or beyond
+    return Decision("on", position, current.num_steps, full, again, warnings=warnings)
 
 
-def _other_length(current: Progress, timestep: float | None) -> list[str]:
-    """The warning of a generation outside of any session that is over, none if it was as planned.
-
-    It may have been longer or shorter.
-    """
-    turned = current.turns_back(timestep)
-    if timestep is None or not current.direction or current.finished == turned:
-        return []
-    if current.finished:
-        return [
-            f"the policy has {current.num_steps} steps, and a generation went on after them; the "
-            "next one began in the middle of it"
-        ]
-    return [
-        f"a generation ended after {current.position} steps; the policy has {current.num_steps}, "
-        "of which it had the first ones only. Put each generation into a "
-        "toca_fx.session(num_steps=...)"
-    ]
-
-
-def same_timestep(caches: bool) -> str:
-    """The warning of two calls at one timestep; ``caches`` says whether they are cached even so."""
-    consequence = "they share caches and clock" if caches else "nothing is cached from here on"
-    return (
-        f"two calls in a row had the same timestep, and {consequence}; if they are guidance "
-        "branches, set `guidance: {layout: separate}` in the policy, or wrap each kind of call in "
-        "toca_fx.branch(name)"
-    )
-
-
-def stretched(policy: str, tuned_for: int, num_steps: int) -> str | None:
-    """The warning that a ``policy`` runs another number of steps than it was ``tuned_for``.
-
-    None if it does not.
-    """
-    if num_steps == tuned_for:
-        return None
-    return (
-        f"policy `{policy}` was tuned for {tuned_for} steps and runs {num_steps}: its slopes and "
-        "windows are stretched over them"
-    )
+def _begins(call: Situation, told: Told, head: Progress) -> Decision:
+    """The first call with these conditions: another branch, or another generation."""
+    last, t = head.position - 1, call.timestep
+    place: Place = "branch"
+    warnings: tuple[str, ...] = ()
+    if told.position is not None:
+        place = "generation" if told.position == 0 and last > 0 else "branch"
+        return Decision(place, told.position, told.num_steps)
+    if t is None:
+        position = last if call.several else head.position
+    elif told.timesteps is not None:
+        places = _places(call, told.timesteps, t)
+        near = [at for at in places if at in (last, head.position)]
+        position = (near or places or [head.position])[0]
+        warnings = () if places else (words.UNLISTED,)
+        if position < last:
+            place = "generation"
+    elif t == head.timestep:
+        position = last
+    elif head.turns_back(t):
+        left = head.num_steps - head.position
+        return Decision("generation", 0, left if left > 0 else told.num_steps)
+    else:
+        position = head.position
+    if position >= head.num_steps:
+        warnings = (words.beyond(head.num_steps), *warnings)
+    return Decision(place, max(position, 0), head.num_steps, warnings=warnings)
 
 
-def ended_early(progress: Progress) -> str | None:
-    """The warning that a session ended before its last step; None if it did not."""
-    if progress.finished:
-        return None
-    return (
-        f"the session was planned for {progress.num_steps} steps and had {progress.position}, so "
-        "that the policy's last steps were left out. Give session(num_steps=...) the number of "
-        "model calls, or session(timesteps=...) those of the scheduler after its set_timesteps"
-    )
+# Not told: recognised by conditions and timestep.
 
 
-_NO_TIMESTEP = (
-    "no argument of the model is recognised as the timestep, so that a new generation is not "
-    "noticed before the policy's steps have run; put each generation into a toca_fx.session()"
-)
-_OTHER_INPUTS = (
-    "the inputs changed their shape, dtype or gradient mode in the middle of a generation, and the "
-    "caches were dropped; if two kinds of calls alternate, wrap one of them in "
-    "toca_fx.branch(name)"
-)
+def _recognised(call: Situation) -> Decision:
+    """A call outside of any session: cached if its schedule was seen whole before."""
+    t, current = call.timestep, call.current
+    if t is None or not call.identified:
+        unknown = words.NO_CONDITIONS if call.has_timestep else words.NO_TIMESTEP
+        return Decision("generation", 0, None, warnings=(unknown,))
+    if current is None or (call.foreign and not _follows(call, current, t)):
+        return _starts(call, t)
+    if not current.calls:
+        return replace(_starts(call, t), place="on", restarts=True)
+    if t == current.timestep:
+        found = _starts(call, t)
+        warnings = (words.SAME_TIMESTEP,)
+        return replace(found, place="on", again=True, restarts=True, warnings=warnings)
+    if current.turns_back(t):
+        return _starts(call, t)
+    trail = (*current.trail, t)
+    known = longest(call.seen, trail)
+    position = len(trail) - 1
+    if known is None:
+        return Decision("on", position, None, warnings=(words.unseen(current.trail[0]),))
+    trusted = not current.lost and current.calls == 1 and current.num_steps == len(known)
+    return Decision("on", position, len(known), full=not trusted)
+
+
+def _follows(call: Situation, current: Progress, timestep: Timestep) -> bool:
+    return longest(call.seen, (*current.trail, timestep)) is not None
+
+
+def _starts(call: Situation, timestep: Timestep) -> Decision:
+    known = longest(call.seen, (timestep,))
+    if known is None:
+        return Decision("generation", 0, None, warnings=(words.unseen(timestep),))
+    return Decision("generation", 0, len(known))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from toca_fx.lower.hoisted_values import HoistedValues, distance
-from toca_fx.runtime import clock, watch
+from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.runtime import watch, words
+from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.watch import Watch
 
-log = logging.getLogger(__name__)
-
-_VERSION = operator.attrgetter("_version")
+_MANY = 3  # calls in a row with new captions
 
 
 class Conditioning:
@@ -25,7 +23,7 @@ class Conditioning:
 
     Conditions are computed again when an input that they depend on is another tensor than on the
     call before, or was written to: a text embedding that a pipeline hands over at each step costs
-    its projections once. ``timesteps`` [T] are those of all calls of the generation; where they are
+    its projections once. ``timesteps`` are those of all calls of the generation; where they are
     known, the values that depend on them are computed for all of them at once.
     """
 
@@ -33,66 +31,94 @@ class Conditioning:
         self,
         runner: Runner,
         values: HoistedValues,
-        timesteps: Tensor | None,
+        timesteps: Schedule | None,
         warn: Callable[[str], None],
     ) -> None:
         self._runner, self._program, self._values = runner, runner.program, values
         self._found, self._warn = runner.program.analysis, warn
         self._position = self._found.inputs.timestep
-        known = (
-            timesteps is not None
-            and self._position is not None
-            and self._found.hoisted.timed
-            and self._found.table_fits(len(timesteps))
-        )
-        self._timesteps = timesteps if known else None
-        self._seen: dict[str, tuple[list[Any], list[int]]] = {}
+        self._state = frozenset(self._found.inputs.state)
+        self._key: Timestep | None = None
+        self._timesteps = self._listed(timesteps)
+        self._seen: dict[str, Seen] = {}
+        self._filled = False
         self._from_table = self._timesteps is not None
         self._watch: Watch | None = None
         self._mislisted = False
-        self._distinct = True
+        self._renewed = 0
         for left in runner.take_watches():
             if not self._check(left):
                 runner.leave_watch(left)
         self._mislisted = False  # that was the generation before
+
+    def _listed(self, timesteps: Schedule | None) -> Tensor | None:
+        """The timesteps [T] that values are computed for at once; None: values are not."""
+        if timesteps is None or self._position is None or not self._found.hoisted.timed:
+            return None
+        if any(len(each) != 1 for each in timesteps):  # one per row or frame: in the calls
+            return None
+        if not self._found.table_fits(len(timesteps)):
+            return None
+        return torch.tensor(timesteps, dtype=torch.float64).flatten()
 
     @property
     def listed(self) -> bool:
         """Whether the timed values of this call come from the table of all timesteps."""
         return self._from_table
 
-    def prepare(self, inputs: Sequence[Any], call: int) -> int:
+    def prepare(self, inputs: Sequence[Any], call: int, timestep: Timestep | None) -> int:
         """Compute the values that are missing or have changed, ahead of call number ``call``.
 
-        Returns the FLOPs that it took.
+        ``timestep`` is that of the call, None if it is not read. Returns the FLOPs that it took.
+        If it raises, what was seen has not been computed.
         """
-        try:
-            return self._prepare(inputs, call)
-        except BaseException:
-            self._seen.clear()  # what was seen has not been computed
-            raise
-
-    def _prepare(self, inputs: Sequence[Any], call: int) -> int:
         found, spent = self._found, 0
-        given = [inputs[position] for position in found.conditions.kept]
-        renewed = bool(found.hoisted.conditions) and self._changed("conditions", given)
+        kept = found.conditions.kept
+        renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs, kept)
         if renewed:
+            given = [inputs[position] for position in kept]
             with torch.no_grad():
                 torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
+            self._see("conditions", inputs, kept)
             spent += found.hoisted_flops[0]
+        self._renewed = self._renewed + 1 if renewed else 0
+        if self._renewed == _MANY:
+            self._warn(words.REBUILT)
         if not found.hoisted.timed:
             return spent
-        self._from_table = self._is_listed(inputs, call)
-        if not self._from_table or self._timesteps is None:
-            return spent + found.hoisted_flops[1]
-        kept = [inputs[position] for position in found.timed.kept if position != self._position]
-        if self._changed("timed", kept) or (renewed and found.timed.buffers):
-            if -1 in self._seen["timed"][1]:  # every call would compute the values of all
-                self._from_table = False
-                return spent + found.hoisted_flops[1]
-            self._fill(inputs, self._timesteps)
-            spent += found.hoisted_flops[1] * len(self._timesteps)
-        return spent
+        self._from_table = self._is_listed(inputs, call, timestep)
+        if self._from_table:
+            return spent + self._prepare_table(inputs, renewed)
+        self._key = timestep
+        known = self._runner.timed_values
+        if not known.fit(inputs):
+            known = self._runner.renew_timed_values(inputs, self._state)
+        return spent + (0 if timestep in known else found.hoisted_flops[1])
+
+    def _prepare_table(self, inputs: Sequence[Any], renewed: bool) -> int:
+        """Fill the table if its values have changed.
+
+        Where they do so at every call it would be computed for all steps at every step: it is
+        filled at first, and then if a call has what the one before had.
+        """
+        found, timesteps = self._found, self._timesteps
+        if timesteps is None:
+            raise AssertionError("no timesteps are known")
+        kept = [position for position in found.timed.kept if position != self._position]
+        is_first = "timed" not in self._seen
+        changed = self._changed("timed", inputs, kept) or (renewed and bool(found.timed.buffers))
+        if changed:
+            self._filled = False
+        if self._filled:
+            return 0
+        if changed and not is_first:
+            self._see("timed", inputs, kept)
+            self._from_table = False
+            return found.hoisted_flops[1]
+        self._fill(inputs, timesteps)
+        self._see("timed", inputs, kept)
+        self._filled = True
+        return found.hoisted_flops[1] * len(timesteps)
 
     def bring(self, inputs: Sequence[Any], call: int) -> None:
         """Copy the timed values of this call to where the step graph reads them.
@@ -101,15 +127,30 @@ class Conditioning:
         """
         if not self._found.hoisted.timed:
             return
-        timed = self._found.timed
         if not self._from_table or self._position is None:
-            given = [inputs[position] for position in timed.kept]
-            conditions = (self._values.tensors[buffer] for buffer in timed.buffers)
-            self._values.put(self._program.run_timed(*given, *conditions))
+            self._compute(inputs)
         elif watch.reading_waits(inputs[self._position]):
             self._values.look_up(inputs[self._position])
         else:
             self._values.take(call)
+
+    def _compute(self, inputs: Sequence[Any]) -> None:
+        """Compute the timed values of this call, or take them from an earlier one."""
+        known, timed = self._runner.timed_values, self._found.timed
+        values = known.get(self._key)
+        if values is not None:
+            self._values.put_rows(values)
+            return
+        given = [inputs[position] for position in timed.kept]
+        conditions = (self._values.tensors[buffer] for buffer in timed.buffers)
+        self._values.put(self._program.run_timed(*given, *conditions))
+        known.keep(self._key, self._values.rows)
+
+    def forget(self) -> None:
+        """Compute all values again at the next call: somebody wrote where nobody could see it."""
+        self._seen.clear()
+        self._filled = False
+        self._runner.forget_timed_values()
 
     def close(self) -> None:
         """Warn of what the device has found out by now; the rest is left to the next generation."""
@@ -118,64 +159,33 @@ class Conditioning:
             if not self._check(last):
                 self._runner.leave_watch(last)
 
-    def _is_listed(self, inputs: Sequence[Any], call: int) -> bool:
+    def _is_listed(self, inputs: Sequence[Any], call: int, timestep: Timestep | None) -> bool:
         """Whether this call is at the timestep that is listed for it.
 
-        An accelerator finds that out by itself, and nothing waits for it; only the first call of a
-        schedule that was never given before is read there too. If its timesteps are in other units
-        than the model's, values are computed in the calls.
+        An accelerator finds that out by itself, and nothing waits for it.
         """
-        if self._timesteps is None or self._position is None:
+        if self._timesteps is None or self._position is None or call >= len(self._timesteps):
             return False
-        timestep = inputs[self._position]
-        if not watch.reading_waits(timestep):
+        given = inputs[self._position]
+        if not watch.reading_waits(given):
             # If it is off by rounding, it counts as not listed: exact values cost little.
-            if not self._agrees(timestep, call):
-                return False
-            return bool((timestep == self._timesteps[call].to(timestep)).all())
-        # With one timestep per token they differ. Beyond the list there is nothing to look up.
-        if timestep.dim() > 1 or call >= len(self._timesteps):
+            return timestep == (self._timesteps[call].to(given.dtype).item(),)
+        if given.dim() > 1:  # with one timestep per token they differ
             return False
-        if call == 0 and not self._runner.is_confirmed(self._timesteps):
-            self._mislisted = not self._agrees(timestep, call)
-            if not self._mislisted:
-                self._runner.confirm(self._timesteps)
-        elif self._watch is None:
+        if self._watch is None:
             self._watch = Watch(self._values.doubts)
         elif self._check(self._watch):
             self._watch = None
         return not self._mislisted
-
-    def _agrees(self, timestep: Tensor, call: int) -> bool:
-        """Whether the timestep is the one listed for the call, but for rounding; warns if not."""
-        if self._timesteps is not None and call < len(self._timesteps):
-            is_same = bool(distance(timestep, self._timesteps[call]).amax() <= 0)
-        else:
-            is_same = False
-        if is_same:
-            return True
-        self._warn(
-            "the model is called at another timestep than session(timesteps=...) gives for the "
-            "call, so that its modulations are computed in the call; give the values of the "
-            "model's timestep argument, call by call"
-        )
-        return False
 
     def _check(self, left: Watch) -> bool:
         """Warn of what the device has found out; returns whether that is known by now."""
         found = left.seen()
         if found is None:
             return False
-        lost, repeated = found
-        if lost:
+        if any(found):
             self._mislisted = True
-            self._warn(
-                "the model was called at a timestep that session(timesteps=...) does not list, and "
-                "its outputs there are NaN. Give the values of the model's timestep argument, call "
-                "by call"
-            )
-        elif repeated and self._distinct:
-            self._warn(clock.same_timestep(caches=True))
+            self._warn(words.LOST)
         return True
 
     def _fill(self, inputs: Sequence[Any], timesteps: Tensor) -> None:
@@ -186,9 +196,7 @@ class Conditioning:
         timestep = inputs[position]
         if watch.reading_waits(timestep):
             self._values.timesteps.copy_(timesteps, non_blocking=True)
-        rounded = timesteps.to(timestep.dtype)
-        self._distinct = len(set(rounded.tolist())) == len(rounded)
-        listed = rounded.to(timestep.device, non_blocking=True)
+        listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
@@ -196,28 +204,16 @@ class Conditioning:
         with torch.no_grad():
             self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
 
-    def _changed(self, what: str, values: list[Any]) -> bool:
-        """Whether ``values`` are others than at the last call, or were written to since.
+    def _changed(self, what: str, inputs: Sequence[Any], kept: Sequence[int]) -> bool:
+        """Whether inputs are others than those that were seen last, or were written to since.
 
-        They are kept for the next call, and with them their addresses.
+        If so they are forgotten, until their values have been computed.
         """
-        try:
-            versions = list(map(_VERSION, values))  # hundreds of weights, at every call
-        except (AttributeError, RuntimeError):  # numbers, and tensors made in inference mode
-            versions = list(map(_version, values))
-        before = self._seen.get(what)
-        self._seen[what] = (values, versions)
-        if before is None or versions != before[1] or -1 in versions:
-            return True
-        return any(map(operator.is_not, values, before[0])) and any(map(_differ, values, before[0]))
+        seen = self._seen.get(what)
+        if seen is not None and not seen.differ(inputs):
+            return False
+        self._seen.pop(what, None)
+        return True
 
-
-def _version(value: Any) -> int:
-    """How often a tensor was written to; -1 for one made in inference mode, which has no count."""
-    if not isinstance(value, Tensor):
-        return 0
-    return -1 if value.is_inference() else value._version
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return one is not other if isinstance(one, Tensor) else bool(one != other)
+    def _see(self, what: str, inputs: Sequence[Any], kept: Sequence[int]) -> None:
+        self._seen[what] = Seen(inputs, kept, self._state)

@@ -6,20 +6,23 @@ It runs the steps that the clock decides on.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import READ
-from toca_fx.plan.plan import StepPlan
+from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
+from toca_fx.runtime.identity import Mark
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.schedules import Schedule, Timestep
+from toca_fx.runtime.storage import Storage
 
 # A step graph gets one of them as its input ``read``.
 _SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
@@ -28,80 +31,146 @@ _SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
 class Generation:
     """Plan, storage, conditioning and progress of one sampling run, by one ``runner``.
 
-    It owns its caches, and the next generation has others. ``num_steps`` None are the policy's
-    steps; ``position`` is the first step that it runs. ``timesteps`` [T] are those of all its
-    calls, where they are known; ``warn`` takes what the user has to know.
+    It owns its memories from its first step to its last one, and the next generation has others.
+    ``marks`` are those of its conditions, ``path`` the names of its branch, ``run`` the sampling
+    run that it is a branch of, ``owner`` the thread or task that calls it. ``num_steps`` are those
+    of its run (None: nobody knows, and it keeps nothing). ``timesteps`` are those of all its calls,
+    where they are known. ``renewed`` counts how often in a row its run had new conditions,
+    ``repeated`` says that these came again. ``cache_bytes`` and ``hoisted_bytes`` are what it holds
+    while it goes on. ``warn`` takes what the user has to know.
     """
 
     def __init__(
         self,
         runner: Runner,
-        num_steps: int | None,
-        position: int,
-        timesteps: Tensor | None,
+        decision: Decision,
+        marks: Sequence[Mark],
+        path: tuple[str, ...],
+        run: object,
+        owner: weakref.ref[Any],
+        timesteps: Schedule | None,
         warn: Callable[[str], None],
     ) -> None:
-        self.runner = runner
-        self.plan = runner.program.analysis.plan(num_steps)
-        self.progress = Progress(len(self.plan.steps), position)
-        self.storage = runner.acquire(self.plan, 0 if timesteps is None else len(timesteps))
-        self.conditioning = Conditioning(runner, self.storage.hoisted, timesteps, warn)
+        self.runner, self.marks, self.path, self.run = runner, marks, path, run
+        self.owner, self.timesteps = owner, timesteps
+        self.progress = Progress(decision.num_steps or 0, decision.position)
+        self.running = self.repeated = False
+        self.renewed = self.cache_bytes = self.hoisted_bytes = 0
+        self.said: set[str] = set()
+        self.plan: Plan = runner.program.analysis.plan(decision.num_steps)
+        self.storage: Storage | None = None
+        self.conditioning: Conditioning | None = None
+        self._keeps, self._warn = decision.num_steps is not None, warn
+
+    @property
+    def label(self) -> str:
+        """The branch, for reports."""
+        return "/".join(self.path)
+
+    def replan(self, decision: Decision) -> None:
+        """Go on by another plan, of the number of steps that is known by now."""
+        self.close()
+        self.plan = self.runner.program.analysis.plan(decision.num_steps)
+        self.progress = replace(self.progress, num_steps=decision.num_steps or 0)
+        self._keeps = decision.num_steps is not None
 
     def close(self) -> None:
-        """Give the storage back; nothing can be run any more."""
-        self.conditioning.close()
-        self.runner.release(self.storage)
+        """Give the memories back; a later step is full, on new ones."""
+        self.progress = replace(self.progress, lost=True)
+        conditioning, storage = self.conditioning, self.storage
+        self.conditioning = self.storage = None
+        if conditioning is not None:
+            conditioning.close()
+        if storage is not None:
+            self.runner.release(storage)
 
-    def run(
-        self, decision: Decision, timestep: float | None, inputs: Sequence[Any], branch: str
+    def forget(self) -> None:
+        """Read nothing that was computed so far: the next step is full, on values made anew."""
+        self.progress = replace(self.progress, lost=True)
+        if self.conditioning is not None:
+            self.conditioning.forget()
+
+    def run_step(
+        self, decision: Decision, timestep: Timestep | None, inputs: Sequence[Any]
     ) -> tuple[Any, StepRecord]:
         """Run one step, at ``timestep`` (None: not read); returns the outputs and the record.
 
-        If it raises, the caches count as lost.
+        If it raises, wherever that is, the memories count as lost and the call as not made.
         """
         began = time.perf_counter()
-        position = decision.position
-        step = self.plan.full_step(position) if decision.full else self.plan.steps[position]
-        self.progress = replace(self.progress, ambiguous=decision.ambiguous, caches_lost=True)
+        before, position = self.progress, decision.position
+        full = decision.full or before.lost or decision.position >= len(self.plan.steps)
+        self.progress = replace(before, lost=True)
+        step = self.plan.full_step(position) if full else self.plan.steps[position]
         compiled = self.runner.program.step(self.plan, step.modes)
-        hoisted_flops = self.conditioning.prepare(inputs, position)
-        outputs, launch, selection_seconds = self._launch(compiled, step, inputs)
-        self.progress = self.progress.advance(timestep)
-        seconds = time.perf_counter() - began
-        return outputs, StepRecord(
-            step.index, step.kind, branch, seconds, selection_seconds, step, hoisted_flops, launch
+        storage, conditioning = self._memories()
+        hoisted_flops = conditioning.prepare(inputs, position, timestep)
+        outputs, launch, selection_seconds = self._launch(
+            compiled, step, inputs, position, storage, conditioning
         )
+        seconds = time.perf_counter() - began
+        record = StepRecord(
+            step.index,
+            step.kind,
+            self.label,
+            seconds,
+            selection_seconds,
+            step,
+            len(self.plan.steps),
+            hoisted_flops,
+            launch,
+        )
+        self.progress = before.advance(decision, timestep)
+        if not self._keeps or self.progress.finished:
+            self.close()
+        return outputs, record
+
+    def _memories(self) -> tuple[Storage, Conditioning]:
+        if self.storage is None or self.conditioning is None:
+            known = 0 if self.timesteps is None else len(self.timesteps)
+            storage = self.runner.acquire(self.plan, known)
+            self.conditioning = Conditioning(
+                self.runner, storage.hoisted, self.timesteps, self._warn
+            )
+            self.storage = storage
+            self.cache_bytes, self.hoisted_bytes = storage.nbytes, storage.hoisted.nbytes
+        return self.storage, self.conditioning
 
     def _launch(
-        self, compiled: CompiledStep, step: StepPlan, inputs: Sequence[Any]
+        self,
+        compiled: CompiledStep,
+        step: StepPlan,
+        inputs: Sequence[Any],
+        position: int,
+        storage: Storage,
+        conditioning: Conditioning,
     ) -> tuple[Any, Launch, float]:
         """Run the ``compiled`` step, as a recording where that is possible.
 
         Returns the model's outputs, how the step was launched, and the seconds that selecting
         tokens took.
         """
-        position = self.progress.position
         selection_seconds = 0.0
 
         def body(inputs: Sequence[Any]) -> Any:
             """All that the device does in a step; steps of one ``key`` differ in tensors only."""
             nonlocal selection_seconds
-            selector, selects = self.storage.selector, time.perf_counter()
+            selector, selects = storage.selector, time.perf_counter()
             given = selector.select(step) if step.kind != "full" else {}
             selection_seconds = time.perf_counter() - selects
-            self.conditioning.bring(inputs, position)
+            conditioning.bring(inputs, position)
             read = {READ: _SCORES_READ[step.read]}
-            outputs = compiled(inputs, {**self.storage.tensors, **given, **read})
+            outputs = compiled(inputs, {**storage.tensors, **given, **read})
             if step.kind == "full":
                 selector.full()
             else:
                 selector.advance()
             return outputs
 
-        recordings, reason = self.storage.recordings, self.storage.reason
+        recordings, reason = storage.recordings, storage.reason
         if recordings is None:
             outputs = body(inputs)
             return outputs, Launch("queued", reason), selection_seconds
-        kind = (step.modes, step.read, self.conditioning.listed)
+        kind = (step.modes, step.read, conditioning.listed)
         outputs, reason = recordings.run(kind, (*kind, step.fresh), body, inputs)
         return outputs, Launch("queued" if reason else "recorded", reason), selection_seconds

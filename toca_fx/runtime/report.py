@@ -26,9 +26,10 @@ class Launch:
 class StepRecord:
     """One model call. ``index`` is s of the policy, ``plan`` what the call did.
 
-    ``seconds`` is the whole call on the host's clock, ``selection_seconds`` the part that chose
-    tokens (0 for a recorded step: it is part of the recording). ``hoisted_flops`` is what the call
-    spent beside its step graph, on values that do not depend on the latents.
+    ``num_steps`` are those of its generation's plan. ``seconds`` is the whole call on the host's
+    clock, ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of
+    the recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that
+    do not depend on the latents.
     """
 
     index: int
@@ -37,6 +38,7 @@ class StepRecord:
     seconds: float
     selection_seconds: float
     plan: StepPlan
+    num_steps: int
     hoisted_flops: int
     launch: Launch = Launch("queued", "")
 
@@ -153,15 +155,11 @@ class Report:
 
 def make_report(
     calls: Sequence[tuple[Program, StepRecord]],
-    num_steps: int | None,
     cache_bytes: int,
     hoisted_bytes: int,
     warnings: Sequence[str],
 ) -> Report:
-    """The report on ``calls``, each of which comes with the program that ran it.
-
-    Generations were planned for ``num_steps``; None: the policy's number.
-    """
+    """The report on ``calls``, each of which comes with the program that ran it."""
     programs = list(dict.fromkeys(program for program, _ in calls))
     return Report(
         steps=tuple(record for _, record in calls),
@@ -176,7 +174,9 @@ def make_report(
             for program in programs
             for i, site in enumerate(program.analysis.matches.sites)
         ),
-        step_flops=tuple(program.step_flops(num_steps, record.plan) for program, record in calls),
+        step_flops=tuple(
+            program.step_flops(record.num_steps, record.plan) for program, record in calls
+        ),
         flops_uncached=sum(program.analysis.uncached_flops for program, _ in calls),
         cache_bytes=cache_bytes,
         hoisted_bytes=hoisted_bytes,

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from toca_fx.lower.cuda_graphs import Recordings, recorder_for
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
+from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.selector import Selector
 from toca_fx.runtime.storage import Storage
+from toca_fx.runtime.timed_values import TimedValues
 from toca_fx.runtime.watch import Watch
 
 
@@ -31,9 +33,10 @@ class Runner:
         self._recorded: weakref.WeakSet[Storage] = weakref.WeakSet()
         self._seen: set[Hashable] = set()
         self._watches: list[Watch] = []
-        self._schedules: set[tuple[float, ...]] = set()
         found = program.analysis.inputs
         self._recorder = recorder_for(found.device)
+        self._timed_at = self._timed_inputs()
+        self.timed_values = TimedValues()
         self._classes = {type(inputs[at]) for at in found.state}
 
     def acquire(self, plan: Plan, timesteps: int) -> Storage:
@@ -108,13 +111,26 @@ class Runner:
             else:
                 self._recorded.discard(storage)
 
-    def confirm(self, timesteps: Tensor) -> None:
-        """Note that the model was called at the first of ``timesteps``: they are in its units."""
-        self._schedules.add(tuple(timesteps.tolist()))
+    def _timed_inputs(self) -> list[int]:
+        """The inputs that timed values depend on, besides the timestep."""
+        found = self.program.analysis
+        if not found.hoisted.timed:
+            return []
+        at = set(found.timed.kept)
+        if found.timed.buffers:
+            at |= set(found.conditions.kept)
+        return sorted(at - {found.inputs.timestep})
 
-    def is_confirmed(self, timesteps: Tensor) -> bool:
-        """Whether ``timesteps`` have been confirmed."""
-        return tuple(timesteps.tolist()) in self._schedules
+    def renew_timed_values(self, inputs: Sequence[Any], state: frozenset[int]) -> TimedValues:
+        """Forget the timed values of earlier calls; those to come depend on these inputs."""
+        most = self.program.analysis.settings.hoisting_bytes
+        found = TimedValues(Seen(inputs, self._timed_at, state), most)
+        self.timed_values = found
+        return found
+
+    def forget_timed_values(self) -> None:
+        """Forget the timed values of earlier calls."""
+        self.timed_values = TimedValues()
 
     def leave_watch(self, watch: Watch) -> None:
         """Keep the watch of a generation that is over before the device has come to its end."""

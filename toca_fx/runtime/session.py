@@ -1,73 +1,55 @@
-"""Sessions: the generation that a model call belongs to, and what has been done so far.
+"""Sessions: the run that a model call belongs to, and what has been done so far.
 
-A *generation* is one sampling run of one model and one guidance branch. The clock says which of its
-steps a call is, the plan what the step does.
+The clock says which step of which generation a call is, the plan what the step does.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toca_fx.lower.program import Program
-from toca_fx.runtime import clock, watch
-from toca_fx.runtime.clock import Situation
+from toca_fx.runtime import clock, watch, words
+from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.generation import Generation
+from toca_fx.runtime.generations import Generations, owned_by_caller
+from toca_fx.runtime.identity import marks_of
+from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.report import Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.schedules import Schedule, Timestep
 
 log = logging.getLogger(__name__)
 
-_TIMESTEPS_READ = 2  # of a model's first generation: they show whether branches alternate
-
-
-@dataclass(eq=False)
-class ModelKey:
-    """Identity of one model, across its recompilations and through all sessions.
-
-    ``timesteps_read`` says whether the first timesteps of one of its generations have been read.
-    """
-
-    timesteps_read: bool = False
-
-
-@dataclass
-class ModelRun:
-    """The ``generations`` of one model in one session, by guidance branch.
-
-    ``calls`` is how many the model has had.
-    """
-
-    generations: dict[str, Generation] = field(default_factory=dict)
-    calls: int = 0
+_MOST = 64  # generations of one model in one session
+_MOST_UNTOLD = 8  # outside of any: those that were left in their middle keep their memories
+_UNMATCHED = 4  # calls in a row, each with conditions that were never seen
 
 
 class Session:
     """One sampling run, or (implicit) all runs outside of any ``toca_fx.session``.
 
-    ``num_steps`` are the model calls of the run (None: those of the policy), ``timesteps`` [T] the
-    timestep of each, where they are known.
+    ``num_steps`` are the model calls of the run (None: those of the policy), ``timesteps`` those of
+    each, where they are known.
     """
 
     def __init__(
         self,
         num_steps: int | None = None,
-        timesteps: Tensor | None = None,
+        timesteps: Schedule | None = None,
         *,
         implicit: bool = False,
     ) -> None:
         self.num_steps, self._timesteps, self._implicit = num_steps, timesteps, implicit
-        self._models: weakref.WeakKeyDictionary[ModelKey, ModelRun] = weakref.WeakKeyDictionary()
+        self.closed = False
+        self._models: weakref.WeakKeyDictionary[ModelKey, Generations] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
         self._calls: list[tuple[Program, StepRecord]] = []
         self._warnings: dict[str, None] = {}
         self._cache_bytes = self._hoisted_bytes = 0
@@ -79,115 +61,262 @@ class Session:
 
     @property
     def generations(self) -> tuple[Generation, ...]:
-        """The generations that hold caches now: the last one of each model and branch.
+        """The generations that may go on, of all models; a closed session has none."""
+        return tuple(each for known in list(self._models.values()) for each in known.all)
 
-        A closed session has none.
+    def call(
+        self,
+        model: ModelKey,
+        runner: Runner,
+        inputs: Sequence[Any],
+        path: tuple[str, ...] = (),
+        told: Told | None = None,
+    ) -> Any:
+        """Run the model's next step, in the branch ``path``; returns its outputs.
+
+        ``told`` is what came with the call, if anything did.
         """
-        runs = self._models.values()
-        return tuple(generation for run in runs for generation in run.generations.values())
-
-    def call(self, model: ModelKey, runner: Runner, inputs: Sequence[Any]) -> Any:
-        """Run the model's next step; returns its outputs."""
-        found = runner.program.analysis
-        timestep_at = found.inputs.timestep
-        run = self._models.setdefault(model, ModelRun())
-        branch = _branch.get()
-        if not branch and found.settings.separate:
-            branch = "first" if run.calls % 2 == 0 else "second"
-        current = run.generations.get(branch)
-        timestep = None if timestep_at is None else self._read(inputs[timestep_at], model, current)
-        decision = clock.decide(
-            Situation(
-                implicit=self._implicit,
-                has_timestep=timestep_at is not None,
-                timestep=timestep,
-                current=None if current is None else current.progress,
-                program_changed=current is not None and current.runner is not runner,
-            )
-        )
-        for warning in decision.warnings:
-            self.warn(warning)
-        if current is None or decision.begins:
-            current = self._begin(run, branch, runner, decision.position)
+        if self.closed:
+            raise RuntimeError(words.CLOSED)
+        known = self._known(model, runner)
+        generation = None
         try:
-            outputs, record = current.run(decision, timestep, inputs, branch)
-        except BaseException:
-            if self._implicit:
-                run.generations.pop(branch).close()
-            raise
-        run.calls += 1
-        if not self._implicit:
-            self._calls.append((runner.program, record))
+            with known.lock:
+                timestep = self._read(known, runner, inputs, told)
+                generation, decision = self._place(known, runner, inputs, path, told, timestep)
+                generation.running = True
+            outputs, record = generation.run_step(decision, timestep, inputs)
+        finally:
+            if generation is not None:
+                generation.running = False
+        with known.lock:
+            self._note(known, generation, decision, runner, record)
         return outputs
 
-    def _begin(self, run: ModelRun, branch: str, runner: Runner, position: int) -> Generation:
-        """Begin a generation, which replaces the branch's last one."""
-        if branch in run.generations:
-            run.generations.pop(branch).close()
-        begun = run.generations[branch] = Generation(
-            runner, self.num_steps, position, self._timesteps, self.warn
-        )
-        storages = [generation.storage for generation in self.generations]
-        self._cache_bytes = sum(storage.nbytes for storage in storages)
-        self._hoisted_bytes = sum(storage.hoisted.nbytes for storage in storages)
-        settings = begun.plan.settings
-        for warning in begun.plan.warnings:
+    def _known(self, model: ModelKey, runner: Runner) -> Generations:
+        """What is known of a model here; a session is told that it begins."""
+        with self._lock:
+            found = self._models.get(model)
+            if found is None:
+                settings = runner.program.analysis.settings
+                told = Told(self.num_steps or settings.steps, self._timesteps)
+                most = _MOST_UNTOLD if self._implicit else _MOST
+                found = Generations(model, None if self._implicit else told, most)
+                self._models[model] = found
+            return found
+
+    def _place(
+        self,
+        known: Generations,
+        runner: Runner,
+        inputs: Sequence[Any],
+        path: tuple[str, ...],
+        told: Told | None,
+        timestep: Timestep | None,
+    ) -> tuple[Generation, Decision]:
+        """The generation of a call, and which of its steps it is."""
+        found = runner.program.analysis
+        conditions = [inputs[at] for at in found.inputs.conditions]
+        current, foreign = known.find(conditions, path, runner)
+        at = found.inputs.timestep
+        rounding = 0.0 if at is None else _rounding(inputs[at])
+        head = known.head(current)
+        if head is None and known.told is not None and not known.calls and told is None:
+            known.told, warning = clock.start(
+                known.told, timestep, rounding, self._others(known), self.num_steps
+            )
             self.warn(warning)
-        self.warn(clock.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
+        decision = clock.decide(
+            Situation(
+                told=told or known.told,
+                timestep=timestep,
+                has_timestep=at is not None,
+                rounding=rounding,
+                identified=bool(conditions),
+                current=None if current is None else current.progress,
+                foreign=foreign,
+                head=head,
+                several=found.settings.separate or known.model.several,
+                seen=known.model.schedules.whole,
+            )
+        )
+        if current is None or (foreign and decision.place != "on") or decision.place != "on":
+            replaced = None if foreign else current
+            begun = self._begin(known, runner, decision, conditions, path, timestep, told)
+            if decision.place == "branch" and head is not None:
+                begun.run = known.newest_run() if current is None else current.run
+                known.model.several |= timestep is not None and timestep == head.timestep
+                newest = known.all[-1]
+                if newest.path == path and not newest.repeated and timestep != head.timestep:
+                    begun.renewed = newest.renewed + 1
+            known.add(begun, replaced if decision.place == "generation" else None)
+            current = begun
+        else:
+            self._go_on(known, current, decision, conditions, timestep, foreign)
+        self._say(known, current, decision)
+        return current, decision
+
+    def _begin(
+        self,
+        known: Generations,
+        runner: Runner,
+        decision: Decision,
+        conditions: Sequence[Tensor],
+        path: tuple[str, ...],
+        timestep: Timestep | None,
+        told: Told | None,
+    ) -> Generation:
+        """A generation that begins with this call."""
+        begun = Generation(
+            runner,
+            decision,
+            marks_of(conditions),
+            path,
+            object(),
+            owned_by_caller(),
+            None if told is not None or known.told is None else known.told.timesteps,
+            self.warn,
+        )
+        settings = begun.plan.settings
+        if decision.num_steps is not None:
+            for warning in begun.plan.warnings:
+                self.warn(warning)
+            self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
 
-    def _read(self, timestep: Tensor, model: ModelKey, current: Generation | None) -> float | None:
+    def _go_on(
+        self,
+        known: Generations,
+        current: Generation,
+        decision: Decision,
+        conditions: Sequence[Tensor],
+        timestep: Timestep | None,
+        foreign: bool,
+    ) -> None:
+        """Carry on with a generation: it may have new conditions, another owner, another plan."""
+        if foreign:
+            known.model.moves, current.owner = True, owned_by_caller()
+        if all(mark.same(value) for mark, value in zip(current.marks, conditions, strict=True)):
+            if current.progress.timestep != timestep and current.progress.calls:
+                current.repeated, known.model.renews = True, False
+        else:
+            current.marks = marks_of(conditions)
+        steps = decision.num_steps or 0
+        if self._implicit and steps != current.progress.num_steps:
+            current.replan(decision)
+
+    def _others(self, known: Generations) -> tuple[Progress, ...]:
+        """How far the other models of the session have come."""
+        heads = (each.head(None) for each in list(self._models.values()) if each is not known)
+        return tuple(head for head in heads if head is not None)
+
+    def _note(
+        self,
+        known: Generations,
+        generation: Generation,
+        decision: Decision,
+        runner: Runner,
+        record: StepRecord,
+    ) -> None:
+        """Take note of a call that has been made."""
+        known.called(generation, decision)
+        trail = generation.progress.trail
+        settings = runner.program.analysis.settings
+        if trail and not decision.again:
+            known.model.schedules.note(trail, settings.steps)
+        if generation.progress.finished and decision.num_steps is not None:
+            known.model.read = True
+            if trail and not self._implicit and not decision.again:
+                known.model.schedules.told(trail)
+        if not self._implicit:
+            self._calls.append((runner.program, record))
+            self._hold()
+
+    def _hold(self) -> None:
+        """Note how much is held, for the report."""
+        held = self.generations
+        self._cache_bytes = max(self._cache_bytes, sum(each.cache_bytes for each in held))
+        self._hoisted_bytes = max(self._hoisted_bytes, sum(each.hoisted_bytes for each in held))
+
+    def _read(
+        self, known: Generations, runner: Runner, inputs: Sequence[Any], told: Told | None
+    ) -> Timestep | None:
         """The timestep's value; None if it is not needed.
 
-        On an accelerator reading it waits for the device. A session that knows its timesteps does
-        without (the device itself compares, see ``Conditioning``), and one that knows their number
-        reads the first two of its model's first generation.
+        On an accelerator reading it waits for the device. In a session that is done for the first
+        generation of the model only, or of its timesteps where they are told.
         """
-        if timestep.numel() == 0:
+        at = runner.program.analysis.inputs.timestep
+        if at is None or inputs[at].numel() == 0:
             return None
-        position = 0 if current is None else current.progress.position
-        if watch.reading_waits(timestep) and not self._implicit:
-            if self._timesteps is not None or model.timesteps_read or position >= _TIMESTEPS_READ:
+        given: Tensor = inputs[at]
+        if watch.reading_waits(given):
+            if told is not None:
                 return None
-            model.timesteps_read = position + 1 == _TIMESTEPS_READ
-        return float(timestep.max())  # frames that are given, not denoised, are at timestep 0
+            if known.told is not None:
+                listed = known.told.timesteps
+                whole = known.model.schedules.whole
+                if known.model.read if listed is None else listed in whole:
+                    return None
+            else:
+                log.info("toca_fx: %s", words.WAITS)
+        return reading(given)
+
+    def _say(self, known: Generations, generation: Generation, decision: Decision) -> None:
+        """Give the warnings of a decision: once in a session, once per run outside of any."""
+        if not self._implicit:
+            for warning in decision.warnings:
+                self.warn(warning)
+            return
+        said = generation.said if decision.place == "on" and not decision.restarts else set()
+        for warning in decision.warnings:
+            if warning not in said:
+                log.warning("toca_fx: %s", warning)
+        generation.said = said | set(decision.warnings)
 
     def warn(self, message: str | None) -> None:
         """Log a warning once and keep it for the report; None: there is none."""
         if message is not None and message not in self._warnings:
-            self._warnings[message] = None
-            log.warning(message)
+            if not self._implicit:
+                self._warnings[message] = None
+            log.warning("toca_fx: %s", message)
+
+    def invalidate(self) -> None:
+        """Read nothing that was computed so far: the next step of each generation is full.
+
+        For writes to weights and captions that nobody can see: through ``.data``, numpy or dlpack
+        to the memory they have, and any to tensors made in inference mode.
+        """
+        for generation in self.generations:
+            generation.forget()
 
     def complete(self) -> None:
-        """End the run: warn if it had fewer steps than planned."""
-        calls = sum(run.calls for run in self._models.values())
-        for generation in self.generations:
-            # Experts that share the steps of one run (`transformer` and `transformer_2`) have a
-            # part of them each.
-            shared = len(self._models) > 1 and calls >= generation.progress.num_steps
-            if not shared:
-                self.warn(clock.ended_early(generation.progress))
+        """End the run: warn if it had fewer steps than planned, or none."""
+        if not self._calls:
+            self.warn(words.NO_CALL)
+        heads = [known.head(None) for known in list(self._models.values())]
+        came = [head for head in heads if head is not None]
+        steps = sum(head.position for head in came)
+        for head in came:
+            # Experts that share the steps of one run have a part of them each.
+            shared = len(came) > 1 and steps >= (self.num_steps or head.num_steps)
+            if not head.finished and not shared:
+                self.warn(words.ended_early(head.num_steps, head.position))
 
     def close(self) -> None:
-        """Free the caches; records and report stay.
+        """Free the memories; records and report stay.
 
-        There is no warning if steps are missing. An implicit session can be used again, and gives
-        its warnings again.
+        There is no warning if steps are missing. An implicit session can be used again.
         """
+        self.closed = not self._implicit
         for generation in self.generations:
             generation.close()
         self._models.clear()
-        if self._implicit:
-            self._warnings.clear()
 
     def report(self) -> Report:
         """The report on what has been done so far in this session."""
         return make_report(
-            self._calls,
-            self.num_steps,
-            self._cache_bytes,
-            self._hoisted_bytes,
-            tuple(self._warnings),
+            self._calls, self._cache_bytes, self._hoisted_bytes, tuple(self._warnings)
         )
 
     def least_bytes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -197,87 +326,23 @@ class Session:
         """
         calls = self._calls
         uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
-        ours = tuple(program.step_bytes(self.num_steps, record.plan) for program, record in calls)
+        ours = tuple(program.step_bytes(record.num_steps, record.plan) for program, record in calls)
         return uncached, ours
 
 
-_session: ContextVar[Session | None] = ContextVar("toca_fx_session", default=None)
-# By task or thread, not in a context variable: those are inherited, and tasks would share their
-# parent's session.
-_implicit: weakref.WeakKeyDictionary[object, Session] = weakref.WeakKeyDictionary()
-_branch: ContextVar[str] = ContextVar("toca_fx_branch", default="")
+def reading(timestep: Tensor) -> Timestep:
+    """The value of a timestep: [], [B], or one per row and frame or token; equal neighbours once.
 
-
-@contextmanager
-def session(
-    num_steps: int | None = None, *, timesteps: Sequence[float] | Tensor | None = None
-) -> Iterator[Session]:
-    """One generation: every toca-compiled model called inside has new caches and a new clock.
-
-    ``num_steps`` is the number of model calls of the sampling run (per guidance branch); by default
-    the policy's ``sampler.steps``. Sessions nest, and each thread or asyncio task sees only its
-    own. Calls beyond ``num_steps`` are full steps, with a warning. Twins of one model compiled with
-    one policy count as one model. ``timesteps`` are the values of the model's timestep argument,
-    call by call: values that depend only on them and the conditions, such as the modulations of all
-    blocks, are then computed for all steps at once, if they fit into the policy's
-    ``hoisting.memory``.
-
-    Raises:
-        ValueError: ``num_steps`` is not a positive integer, or is not the number of ``timesteps``.
+    It waits for the device.
     """
-    is_integer = isinstance(num_steps, int) and not isinstance(num_steps, bool)
-    if num_steps is not None and (not is_integer or num_steps < 1):
-        raise ValueError(
-            f"session(num_steps={num_steps!r}): expected a positive integer, the number of model "
-            "calls"
-        )
-    known = None
-    if timesteps is not None:
-        # Numbers keep all of their digits: they are compared with the model's, in its precision. A
-        # tensor on a device is read here, once.
-        known = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
-    if known is not None and num_steps not in (None, len(known)):
-        raise ValueError(
-            f"session(num_steps={num_steps}, timesteps=...): {len(known)} timesteps were given, "
-            "one is needed for each step"
-        )
-    run = Session(num_steps if known is None else len(known), known)
-    token = _session.set(run)
-    try:
-        yield run
-        run.complete()
-    finally:
-        _session.reset(token)
-        run.close()
+    if timestep.numel() == 1:
+        return (float(timestep.item()),)
+    found = timestep.flatten()
+    if found.numel() > 16 or found.device.type != "cpu":
+        found = found.unique_consecutive()  # type: ignore[no-untyped-call]
+    values = [float(value) for value in found.tolist()]
+    return tuple(value for at, value in enumerate(values) if not at or value != values[at - 1])
 
 
-@contextmanager
-def branch(name: str) -> Iterator[None]:
-    """The guidance branch that the calls inside belong to, such as "cond" or "uncond".
-
-    Branches that are called one after the other have caches and a clock each.
-
-    Raises:
-        ValueError: ``name`` is not a non-empty string.
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'branch({name!r}): expected a non-empty name, such as "uncond"')
-    token = _branch.set(name)
-    try:
-        yield
-    finally:
-        _branch.reset(token)
-
-
-def current_session() -> Session:
-    """The innermost open session of this thread or task, else its implicit one."""
-    run = _session.get()
-    if run is not None:
-        return run
-    try:
-        owner: object = asyncio.current_task() or threading.current_thread()
-    except RuntimeError:  # no event loop runs here
-        owner = threading.current_thread()
-    if owner not in _implicit:
-        _implicit[owner] = Session(implicit=True)
-    return _implicit[owner]
+def _rounding(timestep: Tensor) -> float:
+    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0

@@ -21,12 +21,12 @@ from tests.system.conformance.cases import load_case
 from tests.system.conformance.replay import Replay, Tiny
 from toca_fx.plan.buffers import Buffer
 from toca_fx.policy import Guidance, Policy
-from toca_fx.runtime.session import Session
+from toca_fx.runtime.context import Run
 
 
-def picked(run: Session) -> dict[str, list[set[int]]]:
+def picked(run: Run) -> dict[str, list[set[int]]]:
     """Of each module that computed some of its tokens in the last call, per sample which."""
-    (generation,) = run.generations
+    (generation,) = run.session.generations
     plan, last = generation.plan, generation.progress.position - 1
     choosing = [at for at, mode in enumerate(plan.steps[last].modes) if mode == "partial"]
     return {

@@ -22,8 +22,9 @@ from toca_fx.lower.program import Program
 from toca_fx.match.matcher import match
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
+from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.runner import Runner
-from toca_fx.runtime.session import ModelKey, Session
+from toca_fx.runtime.session import Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
 
 STEPS = 3

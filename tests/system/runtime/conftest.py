@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from tests.helpers import tiny
-from toca_fx.runtime.session import current_session
+from toca_fx.runtime.context import current_session
 
 
 @pytest.fixture(autouse=True)

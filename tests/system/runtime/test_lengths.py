@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-import torch
 from torch import nn
 
 import toca_fx
 from tests.helpers import make_inputs, run_all
-from tests.system.runtime.generations import fast_twin, uncached
+from tests.system.runtime.generations import fast_twin, in_session, same, uncached
 from toca_fx import PolicyError
-from toca_fx.runtime.session import current_session
 
 
 def test_calls_beyond_the_last_step_are_full(
@@ -41,7 +39,7 @@ def test_calls_beyond_the_last_step_are_full(
         if "more often than the session's 5 steps" in warning
     ]
     assert len(beyond) == 1
-    assert caplog.messages.count(beyond[0]) == 1
+    assert caplog.messages.count(f"toca_fx: {beyond[0]}") == 1
 
 
 def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
@@ -60,7 +58,7 @@ def test_another_number_of_steps_is_warned_of(model: nn.Module) -> None:
 def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
     """As when a scheduler was asked for its timesteps before it knew the number of steps."""
     fast = fast_twin(model)
-    with toca_fx.session(timesteps=torch.arange(999, -1, -1)) as run:
+    with toca_fx.session(num_steps=1000) as run:
         run_all(fast, make_inputs(12))
     (warning,) = [warning for warning in run.report().warnings if "was planned for" in warning]
     assert "planned for 1000 steps and had 12" in warning
@@ -76,25 +74,22 @@ def test_a_session_that_ends_early_says_so(model: nn.Module) -> None:
     assert run.report().warnings == (), "closed early on purpose"
 
 
-@pytest.mark.parametrize(
-    ("steps", "words"),
-    [
-        (7, "a generation ended after 7 steps; the policy has 12"),
-        (20, "a generation went on after them"),
-    ],
-)
-def test_without_a_session_another_number_of_steps_is_noticed(
-    model: nn.Module, steps: int, words: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("steps", [7, 12, 20])
+def test_without_a_session_a_schedule_is_cached_from_its_second_run_on(
+    model: nn.Module, steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fast = fast_twin(model)
-    for _ in range(2):
-        run_all(fast, make_inputs(steps))
-    assert [message for message in caplog.messages if words in message]
+    fast, inputs, others = fast_twin(model), make_inputs(steps), make_inputs(steps, seed=1)
+    for step, output in zip(inputs, run_all(fast, inputs), strict=True):
+        assert uncached(model, step, output)
+    first = [message for message in caplog.messages if message.startswith("toca_fx: nobody told")]
+    assert len(first) == 1
+    assert "began at timestep 999" in first[0]
     caplog.clear()
-    current_session().close()
-    for _ in range(3):
-        run_all(fast, make_inputs(12))
-    assert not caplog.messages
+    assert same(run_all(fast, others), in_session(fast, others, steps))
+    assert not [message for message in caplog.messages if "nobody told" in message]
+    with toca_fx.session(steps) as run:
+        run_all(fast, others)
+    assert run.report().to_dict()["steps"][1]["kind"] == "partial"
 
 
 def test_listed_steps_refuse_another_number_of_steps(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def test_cache_bytes_are_those_allocated(dtype: torch.dtype) -> None:
     fast = fast_twin(model)
     with toca_fx.session() as run:
         run_all(fast, make_inputs(2, batch=batch, dtype=dtype))
-        (generation,) = run.generations
+        (generation,) = run.session.generations
         tensors = [*generation.storage.buffers.values(), *generation.storage.selector.counters]
         allocated = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     score = 8 if dtype == torch.float64 else 4
@@ -109,4 +109,6 @@ def test_warnings_are_logged_once(model: nn.Module, caplog: pytest.LogCaptureFix
     fast = fast_twin(model)
     with toca_fx.session(num_steps=2) as run:
         run_all(fast, make_inputs(6))
-    assert caplog.messages == list(run.report().warnings)
+    said = list(run.report().warnings)
+    assert len(said) == 2
+    assert caplog.messages == [f"toca_fx: {warning}" for warning in said]

@@ -15,7 +15,7 @@ import toca_fx
 from tests.helpers import KINDS, Inputs, call, make_inputs, make_policy, programs, run_all, tiny
 from tests.marks import slow_but
 from tests.system.runtime.generations import DEFAULT, Flaky, fast_twin, in_session, same, uncached
-from toca_fx.runtime.session import current_session
+from toca_fx.runtime.context import current_session
 
 # Explicit sessions
 
@@ -38,11 +38,17 @@ def test_a_session_starts_afresh(kind: str) -> None:
     assert [step.kind for step in run.report().steps] == DEFAULT[:5]
 
 
-def test_the_clock_counts_calls_not_timesteps(model: nn.Module) -> None:
+def test_calls_that_nothing_tells_apart_are_full(model: nn.Module) -> None:
     inputs = make_inputs()
     constant = Inputs(inputs.latents, torch.zeros(12, dtype=torch.int64), inputs.labels)
     fast = fast_twin(model)
     with toca_fx.session() as run:
+        outputs = run_all(fast, constant)
+    for step, output in zip(constant, outputs, strict=True):
+        assert uncached(model, step, output)
+    (warning,) = run.report().warnings
+    assert "two calls in a row had the same timestep" in warning
+    with toca_fx.session(timesteps=[0.0] * 12) as run:  # told
         run_all(fast, constant)
     assert [step.kind for step in run.report().steps] == DEFAULT
 
@@ -67,7 +73,7 @@ def test_nested_sessions(model: nn.Module) -> None:
             if number == 4:
                 with toca_fx.session() as inner:
                     assert same(run_all(fast, other), other_alone)
-                assert current_session() is outer
+                assert current_session() is outer.session
     assert same(outputs, alone)
     assert len(inner.report().steps) == len(outer.report().steps) == 12
 
@@ -97,7 +103,7 @@ def test_the_caches_go_with_the_session(model: nn.Module) -> None:
         run_all(fast, make_inputs(2))
         caches = [
             weakref.ref(cache)
-            for generation in run.generations
+            for generation in run.session.generations
             for cache in generation.storage.buffers.values()
         ]
         # Outputs; of the MLP also scores and which tokens were picked.
@@ -237,9 +243,9 @@ def test_other_shapes_and_dtypes_in_the_middle(
                 fast.to(torch.float64)
             step = old if number < 4 else new
             kinds.append("full" if uncached(model, step, call(fast, *step)) else "partial")
-    # The first step after the change is full; an explicit clock then goes on, an implicit one
-    # starts anew.
-    expected = [*DEFAULT[:4], "full", *DEFAULT[5:]] if explicit else [*DEFAULT[:4], *DEFAULT[:8]]
+    # The first step after the change is full, and a session's clock goes on. Outside of any nobody
+    # knows how many steps there are.
+    expected = [*DEFAULT[:4], "full", *DEFAULT[5:]] if explicit else ["full"] * 12
     assert kinds == expected
     if explicit:
         assert [step.kind for step in run.report().steps] == expected

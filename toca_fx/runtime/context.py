@@ -1,0 +1,294 @@
+"""Whose step it is: the sessions and branches that a call is made in."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_fx.runtime.clock import Told
+from toca_fx.runtime.report import Report
+from toca_fx.runtime.schedules import Schedule
+from toca_fx.runtime.session import Session
+
+_LONGEST = 10_000  # model calls of one session
+
+_GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A session that was entered, by the frame of that number.
+
+    A generator that enters one is ``stepwise`` if it calls the model itself, and not whoever waits
+    for it (``contextlib.contextmanager``, a fixture): then its session is for its own calls only.
+    """
+
+    session: Session
+    frame: int
+    generator: bool
+    number: int
+    left: bool = False
+    stepwise: bool = False
+
+
+_numbers = itertools.count()
+_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("toca_fx_sessions", default=())
+# A generator's frame is found wherever it goes on, also in another thread or context.
+_generators: dict[int, list[_Entry]] = {}
+_implicit = Session(implicit=True)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Names of branches, from the outside in, and what was told with them."""
+
+    path: tuple[str, ...] = ()
+    told: Told | None = None
+
+
+_NO_BRANCH = _Branch()
+_branch: ContextVar[_Branch | None] = ContextVar("toca_fx_branch", default=None)
+
+
+def current_session() -> Session:
+    """The innermost session that was entered and not left, else the one for all other calls."""
+    entered = [entry for entry in _entered.get() if not entry.left]
+    if not entered and not _generators:
+        return _implicit
+    on_stack = _generator_on_stack(entered)
+    if on_stack is not None:
+        on_stack.stepwise = True
+        return on_stack.session
+    others = [entry for entry in entered if not entry.stepwise]
+    return others[-1].session if others else _implicit
+
+
+def _generator_on_stack(entered: Sequence[_Entry]) -> _Entry | None:
+    """The session of a generator that runs now, unless another was entered further in."""
+    frames = {entry.frame: entry for entry in entered if not entry.generator}
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        found = _generators.get(id(frame))
+        if found:
+            return found[-1]
+        if id(frame) in frames:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _enter(session: Session, caller: FrameType) -> _Entry:
+    is_generator = bool(caller.f_code.co_flags & _GENERATORS)
+    entry = _Entry(session, id(caller), is_generator, next(_numbers))
+    if is_generator:
+        _generators.setdefault(entry.frame, []).append(entry)
+    _entered.set((*(each for each in _entered.get() if not each.left), entry))
+    return entry
+
+
+def _leave(entry: _Entry) -> None:
+    entry.left = True  # wherever it was entered: the context there cannot be changed from here
+    _entered.set(tuple(each for each in _entered.get() if not each.left))
+    if entry.generator:
+        rest = [each for each in _generators.get(entry.frame, ()) if not each.left]
+        if rest:
+            _generators[entry.frame] = rest
+        else:
+            _generators.pop(entry.frame, None)
+
+
+class Run:
+    """A session that was opened: what ``with toca_fx.session(...) as run`` gives.
+
+    It can be entered again and again, on any thread or task: ``with run:`` around each step. The
+    innermost one that was entered counts. Leaving it closes nothing.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._entries: list[_Entry] = []
+
+    def __enter__(self) -> Run:
+        self._entries.append(_enter(self.session, sys._getframe(1)))
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        _leave(self._entries.pop())
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of model calls; None: that of the policy."""
+        return self.session.num_steps
+
+    def report(self) -> Report:
+        """What has been done so far."""
+        return self.session.report()
+
+    def invalidate(self) -> None:
+        """Read nothing that was computed so far: the next step of each branch is full.
+
+        For writes to weights and captions that nobody can see: through ``.data``, numpy or dlpack
+        to the memory they have, and any to tensors made in inference mode.
+        """
+        self.session.invalidate()
+
+    def close(self) -> None:
+        """End the run and free its memories; the report stays. A call in it is an error then."""
+        self.session.close()
+
+
+class Handle(Run):
+    """A session as it is opened; the run ends with it.
+
+    ``with toca_fx.session(...) as run`` drops it at the end of the block. Who keeps it (``run =
+    toca_fx.session(...)``) may enter it again and again; the run ends when it is dropped or closed.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._entered = self._failed = False
+
+    def __enter__(self) -> Run:
+        self._entries.append(_enter(self.session, sys._getframe(1)))
+        self._entered = True
+        return Run(self.session)
+
+    def __exit__(self, *failure: object) -> None:
+        super().__exit__(*failure)
+        self._failed = failure[0] is not None
+
+    def __del__(self) -> None:
+        session: Session | None = getattr(self, "session", None)
+        if session is None or session.closed:
+            return
+        if self._entered and not self._failed and not sys.is_finalizing():
+            session.complete()
+        session.close()
+
+
+def session(
+    num_steps: int | None = None, *, timesteps: Sequence[Any] | Tensor | None = None
+) -> Run:
+    """One sampling run: every toca-compiled model called inside has new memories and a new clock.
+
+    ``num_steps`` is the number of model calls of the run (per guidance branch), by default the
+    policy's ``sampler.steps``. ``timesteps`` are the values of the model's timestep argument, call
+    by call ([T], or [T, rows] where rows or frames have their own): values that depend only on them
+    and the conditions, such as the modulations of all blocks, are then computed for all steps at
+    once, if they fit into the policy's ``hoisting.memory``; and the calls of second-order samplers
+    are known for what they are.
+
+    ``with toca_fx.session(...) as run:`` ends with its block. Where the loop is not in one place (a
+    server, a generator, worker threads), keep it, ``run = toca_fx.session(...)``, and enter it
+    around each step, ``with run:``; it ends when it is dropped, or with ``run.close()``. Sessions
+    nest; tasks inherit them, threads do not. Memories are given back after the last planned call.
+
+    Raises:
+        ValueError: ``num_steps`` is not a positive integer or is not the number of ``timesteps``,
+            or the timesteps are not finite numbers.
+    """
+    number = _number(num_steps)
+    listed = None if timesteps is None else _listed(timesteps)
+    if listed is not None and number not in (None, len(listed)):
+        raise ValueError(
+            f"session(num_steps={num_steps}, timesteps=...): {len(listed)} timesteps were given, "
+            "one is needed for each step"
+        )
+    return Handle(Session(number if listed is None else len(listed), listed))
+
+
+def _number(num_steps: Any) -> int | None:
+    if num_steps is None:
+        return None
+    try:
+        number = num_steps.__index__()  # numpy's integers too
+    except (AttributeError, TypeError):
+        number = 0
+    if isinstance(num_steps, bool) or not 0 < number <= _LONGEST:
+        raise ValueError(
+            f"session(num_steps={num_steps!r}): expected a positive integer, the number of "
+            f"model calls ({_LONGEST} at most)"
+        )
+    return int(number)
+
+
+def _listed(timesteps: Any) -> Schedule:
+    """The timesteps as plain data; a tensor on a device is read here, once."""
+    wanted = "expected numbers, the model's timestep at each call"
+    try:
+        # Numbers keep all of their digits: they are compared with the model's, in its precision.
+        known = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"session(timesteps={_short(timesteps)}): {wanted}") from error
+    if known.dim() == 0 or known.dim() > 2 or not known.numel():
+        raise ValueError(
+            f"session(timesteps={_short(timesteps)}): {wanted}, as [T], or as [T, rows] where rows "
+            "have their own"
+        )
+    if len(known) > _LONGEST:
+        raise ValueError(
+            f"session(timesteps={_short(timesteps)}): {len(known)} model calls, and {_LONGEST} are "
+            "the most"
+        )
+    rows = known.reshape(len(known), -1).tolist()
+    for at, row in enumerate(rows):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(
+                f"session(timesteps=...): number {at} is {row[0] if len(row) == 1 else row}; "
+                f"{wanted}"
+            )
+    return tuple(
+        tuple(value for at, value in enumerate(row) if not at or value != row[at - 1])
+        for row in rows
+    )
+
+
+def _short(value: object) -> str:
+    said = " ".join(repr(value).split())
+    return said if len(said) <= 60 else said[:57] + "..."
+
+
+@contextmanager
+def branch(name: str) -> Iterator[None]:
+    """The guidance branch that the calls inside belong to, such as "cond" or "uncond".
+
+    Branches that are called one after the other have memories and a clock each. Branches nest:
+    guidance inside of tiles, or of windows of a long video.
+
+    Raises:
+        ValueError: ``name`` is not a non-empty string.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'branch({name!r}): expected a non-empty name, such as "uncond"')
+    with told_branch(name, None):
+        yield
+
+
+@contextmanager
+def told_branch(name: str, told: Told | None) -> Iterator[None]:
+    """As ``branch``, with what was told of the calls inside."""
+    before = _branch.get() or _NO_BRANCH
+    inside = _Branch((*before.path, name), told or before.told)
+    _branch.set(inside)
+    try:
+        yield
+    finally:
+        if _branch.get() is inside:  # a generator may end in another context
+            _branch.set(before)
+
+
+def current_branch() -> tuple[tuple[str, ...], Told | None]:
+    """The names of the branch of a call, and what was told with them."""
+    found = _branch.get() or _NO_BRANCH
+    return found.path, found.told

@@ -1,0 +1,138 @@
+"""The generations of one model in one session: which of them a call belongs to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from toca_fx.runtime.clock import Decision, Progress, Told
+from toca_fx.runtime.generation import Generation
+from toca_fx.runtime.identity import agreement
+from toca_fx.runtime.models import ModelKey
+from toca_fx.runtime.runner import Runner
+
+
+def caller() -> Any:
+    """The asyncio task that runs now, else the thread."""
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no event loop runs here
+        return threading.current_thread()
+
+
+class Generations:
+    """The generations of one ``model``, least recently called first; there are ``most`` at most.
+
+    ``told`` is what was said of the run, None outside of any session. ``calls`` is how many the
+    model has had here.
+    """
+
+    def __init__(self, model: ModelKey, told: Told | None, most: int) -> None:
+        self.model, self.told = model, told
+        self.calls = 0
+        self.lock = threading.RLock()
+        self.all: list[Generation] = []
+        self._most = most
+
+    def find(
+        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
+    ) -> tuple[Generation | None, bool]:
+        """The generation with these conditions and branch, and whether it is somebody else's.
+
+        None: there is none, or nobody can tell which. In a session with one call per step inputs
+        that are new at every call identify nothing: there it is the one that goes on.
+        """
+        mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
+        found = {each: agreement(each.marks, conditions) for each in mine}
+        same = [each for each in mine if found[each] == "same" and not each.running]
+        own = [each for each in same if not _is_foreign(each)]
+        if self.model.moves:  # threads tell nothing
+            own = own if len(same) == 1 else []
+        if own:
+            return own[0], False
+        if same:
+            return (same[0], True) if len(same) == 1 else (None, False)
+        if self.told is None:
+            return None, False
+        alone = self._alone(mine)
+        if alone is None or alone.running:
+            return None, False
+        renewed = alone.renewed > 0 and not alone.repeated
+        if found[alone] == "rebuilt" or self.model.renews or renewed:
+            self.model.renews = self.model.renews or renewed
+            return alone, False
+        return None, False
+
+    def _alone(self, mine: Sequence[Generation]) -> Generation | None:
+        """The only one of ``mine`` that has come as far as its run; None if there are several."""
+        if not mine:
+            return None
+        newest = mine[0]
+        abreast = [
+            each
+            for each in mine
+            if each.run is newest.run and each.progress.position == newest.progress.position
+        ]
+        return newest if len(abreast) == 1 else None
+
+    def head(self, current: Generation | None) -> Progress | None:
+        """The progress of the generation called last, of the same run; None: there was no call."""
+        for each in reversed(self.all):
+            same_run = current is None or each.run is current.run
+            if same_run and each.progress.calls:
+                return each.progress
+        return None
+
+    def newest_run(self) -> object:
+        """The run of the generation called last."""
+        return self.all[-1].run if self.all else object()
+
+    def add(self, begun: Generation, instead_of: Generation | None) -> None:
+        """Put a new generation in, in the place of an old one."""
+        if instead_of is not None:
+            self.drop(instead_of)
+        self.all.append(begun)
+        while len(self.all) > self._most:
+            idle = next((each for each in self.all if not each.running), None)
+            if idle is None:
+                break
+            self.drop(idle)
+
+    def drop(self, old: Generation) -> None:
+        """Forget a generation; its memories go."""
+        if old in self.all:
+            self.all.remove(old)
+        self.model.schedules.end(old.progress.trail)
+        old.close()
+
+    def called(self, generation: Generation, decision: Decision) -> None:
+        """Note that a call of ``generation`` has been made."""
+        if generation in self.all:
+            self.all.remove(generation)
+            self.all.append(generation)
+        self.calls += 1
+        for each in self.all:
+            # A step that was missed leaves memories which no later step may read.
+            behind = generation.progress.position - each.progress.position
+            if each.run is generation.run and behind > 1 and not each.running:
+                each.close()
+
+
+def _is_foreign(generation: Generation) -> bool:
+    """Whether another thread or task runs a generation, and has not ended."""
+    owner = generation.owner()
+    if owner is None or owner is caller():
+        return False
+    if isinstance(owner, threading.Thread):
+        return owner.is_alive()
+    return not owner.done()
+
+
+def owned_by_caller() -> weakref.ref[Any]:
+    """A reference to who calls."""
+    return weakref.ref(caller())

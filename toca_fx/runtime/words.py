@@ -1,0 +1,99 @@
+"""What the clock says to the user: what it saw, and what to do."""
+
+from __future__ import annotations
+
+from toca_fx.runtime.schedules import Timestep
+
+_SESSION = "`with toca_fx.session(timesteps=...)` around the sampling run"
+
+NO_TIMESTEP = (
+    "no argument of the model is recognised as the timestep, so that nothing tells its steps apart "
+    f"and every one of them is full; put {_SESSION}"
+)
+NO_CONDITIONS = (
+    "the model has no condition (caption, label, mask) that stays the same from call to call, so "
+    f"that nothing tells its runs apart and every step is full; put {_SESSION}"
+)
+SAME_TIMESTEP = (
+    "two calls in a row had the same timestep and the same conditions, so that the next step is "
+    "full. If they are guidance branches, wrap each kind of call in toca_fx.branch(name); if a "
+    "second-order sampler makes them, or two runs take turns, put each run into a "
+    "toca_fx.session(timesteps=...) that lists the timestep of every call"
+)
+SAME_STEP = (
+    "two calls came with the same step_index and the same conditions, so that the next step is "
+    "full; give each branch a name of its own in cache_context(name)"
+)
+UNLISTED = (
+    "the model is called at a timestep that session(timesteps=...) does not list, so that this "
+    "step is full; give the values of the model's timestep argument, call by call"
+)
+UNITS = (
+    "the model is called at another timestep than the first one of session(timesteps=...), so that "
+    "their number counts only and modulations are computed in the calls; give the values of the "
+    "model's timestep argument, call by call"
+)
+ROWS = (
+    "the timestep of some rows of the batch turned back, so that this step is full: rows seem to "
+    "have been taken over by other images. Run images that begin together in one batch, each batch "
+    "in a session of its own"
+)
+
+
+def unseen(first: Timestep) -> str:
+    """A run outside of any session, whose schedule was not seen whole before."""
+    return (
+        f"nobody told the steps of the run that began at timestep {first[0]:g}, and no such run "
+        "was seen whole before, so that it is not cached; the next one with the same timesteps is. "
+        f"To cache this one too, put {_SESSION}"
+    )
+
+
+def beyond(num_steps: int) -> str:
+    """More calls than were planned."""
+    return (
+        f"the model was called more often than the session's {num_steps} steps; the calls beyond "
+        "are full steps. Give session(num_steps=...) the number of model calls"
+    )
+
+
+def stretched(policy: str, tuned_for: int, num_steps: int) -> str | None:
+    """A ``policy`` runs another number of steps than it was ``tuned_for``; None if it does not."""
+    if num_steps == tuned_for:
+        return None
+    return (
+        f"policy `{policy}` was tuned for {tuned_for} steps and runs {num_steps}: its slopes and "
+        "windows are stretched over them"
+    )
+
+
+def ended_early(num_steps: int, calls: int) -> str:
+    """A session ended before its last step."""
+    return (
+        f"the session was planned for {num_steps} steps and had {calls}, so that the policy's last "
+        "steps were left out. Give session(num_steps=...) the number of model calls, or "
+        "session(timesteps=...) those of the scheduler after its set_timesteps"
+    )
+
+
+NO_CALL = (
+    "the session saw no call of a compiled model. Threads do not inherit sessions: enter it where "
+    "the model is called, `with run:` around the call; and call what toca_fx.compile returned"
+)
+REBUILT = (
+    "captions or other conditions are new tensors at every call, so that what depends on them only "
+    "is computed at every call; make them once, before the loop"
+)
+LOST = (
+    "the model was called at a timestep that session(timesteps=...) does not list, and the "
+    "modulations of the nearest one listed were used there. Give the values of the model's "
+    "timestep argument, call by call"
+)
+CLOSED = (
+    "toca_fx: the session is closed, and the model was called in it. Leave it "
+    "(`with toca_fx.session(...)` ends with its block), or open one for this run"
+)
+WAITS = (
+    "outside of a session the timestep is read at every call, which waits for the device; put "
+    "`with toca_fx.session(timesteps=...)` around the sampling run"
+)
