@@ -12,17 +12,16 @@ from torch import Tensor
 
 from toca_fx.runtime.clock import Decision, Progress, Told
 from toca_fx.runtime.generation import Generation
-from toca_fx.runtime.identity import agreement
+from toca_fx.runtime.identity import Agreement, agreement
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.runner import Runner
 
 
 def caller() -> Any:
     """The asyncio task that runs now, else the thread."""
-    try:
-        return asyncio.current_task() or threading.current_thread()
-    except RuntimeError:  # no event loop runs here
+    if asyncio._get_running_loop() is None:
         return threading.current_thread()
+    return asyncio.current_task() or threading.current_thread()
 
 
 class Generations:
@@ -41,32 +40,29 @@ class Generations:
 
     def find(
         self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
-    ) -> tuple[Generation | None, bool]:
+    ) -> tuple[Generation | None, Agreement, bool]:
         """The generation with these conditions and branch, and whether it is somebody else's.
 
-        None: there is none, or nobody can tell which. In a session with one call per step inputs
+        None: there is none, or nobody can tell which. How far its conditions agree comes too. In a session with one call per step inputs
         that are new at every call identify nothing: there it is the one that goes on.
         """
         mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
         found = {each: agreement(each.marks, conditions) for each in mine}
-        same = [each for each in mine if found[each] == "same" and not each.running]
-        own = [each for each in same if not _is_foreign(each)]
-        if self.model.moves:  # threads tell nothing
-            own = own if len(same) == 1 else []
-        if own:
-            return own[0], False
-        if same:
-            return (same[0], True) if len(same) == 1 else (None, False)
-        if self.told is None:
-            return None, False
+        same = [each for each in mine if found[each] in ("equal", "same") and not each.running]
+        if len(same) > 1 and not self.model.moves:  # else threads tell nothing
+            same = [each for each in same if each.owner() is caller()][:1]
+        if len(same) == 1:
+            return same[0], found[same[0]], _is_foreign(same[0])
+        if self.told is None or any(each in ("equal", "same") for each in found.values()):
+            return None, "other", False
         alone = self._alone(mine)
         if alone is None or alone.running:
-            return None, False
+            return None, "other", False
         renewed = alone.renewed > 0 and not alone.repeated
         if found[alone] == "rebuilt" or self.model.renews or renewed:
             self.model.renews = self.model.renews or renewed
-            return alone, False
-        return None, False
+            return alone, found[alone], False
+        return None, "other", False
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
         """The only one of ``mine`` that has come as far as its run; None if there are several."""

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 _VERSION = operator.attrgetter("_version")
 
-Agreement = Literal["same", "rebuilt", "other"]
+Agreement = Literal["equal", "same", "rebuilt", "other"]
 
 
 class Mark:
@@ -82,16 +82,15 @@ def marks_of(values: Sequence[Tensor]) -> tuple[Mark, ...]:
 def agreement(marks: Sequence[Mark], values: Sequence[Tensor]) -> Agreement:
     """Whether a call has the conditions that ``marks`` were taken of.
 
-    An input whose former memory is gone was rebuilt, and tells nothing; if all are, so does the
-    call.
+    "equal": all of them, at least one. An input whose former memory is gone was rebuilt, and tells
+    nothing: the conditions are the "same" if others are, and if none is they were "rebuilt".
     """
-    found: Agreement = "rebuilt"
-    for mark, value in zip(marks, values, strict=True):
-        if mark.same(value):
-            found = "same"
-        elif not mark.gone:
-            return "other"
-    return found
+    found = [mark.same(value) for mark, value in zip(marks, values, strict=True)]
+    if all(found):
+        return "equal" if found else "rebuilt"
+    if not all(same or mark.gone for same, mark in zip(found, marks, strict=True)):
+        return "other"
+    return "same" if any(found) else "rebuilt"
 
 
 class Seen:

@@ -19,7 +19,7 @@ from toca_fx.runtime import clock, watch, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import Generations, owned_by_caller
-from toca_fx.runtime.identity import marks_of
+from toca_fx.runtime.identity import Agreement, marks_of
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.report import Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
@@ -117,7 +117,7 @@ class Session:
         """The generation of a call, and which of its steps it is."""
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
-        current, foreign = known.find(conditions, path, runner)
+        current, agrees, foreign = known.find(conditions, path, runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else _rounding(inputs[at])
         head = known.head(current)
@@ -152,7 +152,7 @@ class Session:
             known.add(begun, replaced if decision.place == "generation" else None)
             current = begun
         else:
-            self._go_on(known, current, decision, conditions, timestep, foreign)
+            self._go_on(known, current, decision, conditions, timestep, agrees, foreign)
         self._say(known, current, decision)
         return current, decision
 
@@ -191,12 +191,13 @@ class Session:
         decision: Decision,
         conditions: Sequence[Tensor],
         timestep: Timestep | None,
+        agrees: Agreement,
         foreign: bool,
     ) -> None:
         """Carry on with a generation: it may have new conditions, another owner, another plan."""
         if foreign:
             known.model.moves, current.owner = True, owned_by_caller()
-        if all(mark.same(value) for mark, value in zip(current.marks, conditions, strict=True)):
+        if agrees == "equal":
             if current.progress.timestep != timestep and current.progress.calls:
                 current.repeated, known.model.renews = True, False
         else:
@@ -230,7 +231,8 @@ class Session:
                 known.model.schedules.told(trail)
         if not self._implicit:
             self._calls.append((runner.program, record))
-            self._hold()
+            if decision.place != "on":
+                self._hold()
 
     def _hold(self) -> None:
         """Note how much is held, for the report."""

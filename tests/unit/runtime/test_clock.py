@@ -2,243 +2,467 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from toca_fx.runtime.clock import Progress, Situation, decide, ended_early, stretched
+from toca_fx.runtime.clock import Decision, Progress, Situation, Told, decide, start
+from toca_fx.runtime.schedules import Schedule
+
+
+def at(*timesteps: float) -> Schedule:
+    return tuple((timestep,) for timestep in timesteps)
+
 
 # Three of ten steps are done, from timestep 900 down to 700.
-RUNNING = {
-    "num_steps": 10,
-    "position": 3,
-    "timestep": 700.0,
-    "direction": -100.0,
-    "caches_lost": False,
-}
-NO_TIMESTEP = "no argument of the model is recognised as the timestep"
-OTHER_INPUTS = "the inputs changed their shape"
+RUNNING = Progress(10, 3, (700.0,), -1, at(900.0, 800.0, 700.0), calls=1, lost=False)
+TEN = at(*range(900, -100, -100))
+HEUN = at(900.0, 800.0, 800.0, 700.0, 700.0, 600.0, 600.0)
+
+SESSION, LISTED, NONE = Told(10), Told(10, TEN), None
+
 TWO_CALLS = "two calls in a row had the same timestep"
+UNSEEN = "nobody told the steps of the run that began at timestep"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call, and what the clock has to say of it. ``current`` is what differs from ``RUNNING``;
-    None: no generation has begun.
+    """A call at timestep ``t`` (None: not read), what is ``told``, and what the clock says of it.
+
+    ``current`` is what of the generation with the same conditions differs from ``RUNNING``; None:
+    there is none. ``head`` is the same of the generation called last; None: it is the current one.
     """
 
     name: str
-    call: dict[str, Any]
+    told: Told | None
+    t: float | tuple[float, ...] | None
     current: dict[str, Any] | None
-    begins: bool
+    place: str
     position: int
     full: bool
     warnings: tuple[str, ...] = ()
-    ambiguous: bool = False
+    head: dict[str, Any] | None = None
+    more: Any = None
+    again: bool = False
+    num_steps: int | None = 10
 
 
-SESSION, NONE = {"implicit": False}, {"implicit": True}  # inside of a session, and outside of any
-
+OLD, NEW = {}, None  # known conditions, and others
 CASES = [
-    # The first call.
-    Case("first in a session", SESSION | {"timestep": 900.0}, None, True, 0, True),
-    Case("first outside", NONE | {"timestep": 900.0}, None, True, 0, True),
-    Case("session, no timestep", SESSION | {"has_timestep": False}, None, True, 0, True),
+    # In a session: the first call, and the next ones.
+    Case("first", SESSION, 900.0, NEW, "generation", 0, True),
+    Case("first, not read", SESSION, None, NEW, "generation", 0, True),
+    Case("next", SESSION, 600.0, OLD, "on", 3, False),
+    Case("next, not read", SESSION, None, OLD, "on", 3, False),
+    Case("next, no timestep", SESSION, None, OLD, "on", 3, False, more={"has_timestep": False}),
+    Case("next, listed", LISTED, 600.0, OLD, "on", 3, False),
+    Case(
+        "next, listed but for rounding", LISTED, 600.5, OLD, "on", 3, False, more={"rounding": 1e-3}
+    ),
+    Case("after a failure", SESSION, 600.0, {"lost": True}, "on", 3, True),
+    Case(
+        "the first one failed",
+        SESSION,
+        900.0,
+        {"calls": 0, "position": 0, "timestep": None},
+        "on",
+        0,
+        True,
+    ),
+    Case(
+        "beyond",
+        SESSION,
+        -100.0,
+        {"position": 10},
+        "on",
+        10,
+        True,
+        ("more often than the session's 10",),
+    ),
+    Case("beyond, not read", SESSION, None, {"position": 10}, "on", 10, True, ("more often",)),
+    # Guidance by two calls a step: other conditions at the timestep of the call before.
+    Case(
+        "a branch begins",
+        SESSION,
+        900.0,
+        NEW,
+        "branch",
+        0,
+        True,
+        head={"position": 1, "timestep": (900.0,)},
+    ),
+    Case("a branch begins later", SESSION, 700.0, NEW, "branch", 2, True, head={}),
+    Case("a branch begins later, and comes first", SESSION, 600.0, NEW, "branch", 3, True, head={}),
+    Case("a branch begins, listed", LISTED, 700.0, NEW, "branch", 2, True, head={}),
+    Case("a branch begins and comes first, listed", LISTED, 600.0, NEW, "branch", 3, True, head={}),
+    Case(
+        "a branch begins, not read",
+        SESSION,
+        None,
+        NEW,
+        "branch",
+        2,
+        True,
+        head={},
+        more={"several": True},
+    ),
+    Case("captions change, not read", SESSION, None, NEW, "branch", 3, True, head={}),
+    Case(
+        "the second branch's next",
+        SESSION,
+        600.0,
+        OLD,
+        "on",
+        3,
+        False,
+        head={"position": 4, "timestep": (600.0,)},
+    ),
+    Case("the first branch's next", SESSION, 600.0, OLD, "on", 3, False, head={}),
+    Case(
+        "after a pause, second",
+        SESSION,
+        400.0,
+        OLD,
+        "on",
+        5,
+        True,
+        head={"position": 6, "timestep": (400.0,)},
+    ),
+    Case(
+        "after a pause, first",
+        SESSION,
+        400.0,
+        OLD,
+        "on",
+        5,
+        True,
+        head={"position": 5, "timestep": (500.0,)},
+    ),
+    Case("after a pause, listed", LISTED, 400.0, OLD, "on", 5, True),
+    # Two calls of one step that nothing tells apart; a second-order sampler.
+    Case("the same timestep", SESSION, 700.0, OLD, "on", 3, True, (TWO_CALLS,), again=True),
+    Case("after two at one", SESSION, 600.0, {"calls": 2}, "on", 3, True),
+    Case("the same timestep, listed", LISTED, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
+    Case(
+        "Heun, listed",
+        Told(7, HEUN),
+        800.0,
+        {"num_steps": 7, "position": 2, "timestep": (800.0,)},
+        "on",
+        2,
+        False,
+        num_steps=7,
+    ),
+    Case(
+        "another branch of Heun",
+        Told(7, HEUN),
+        800.0,
+        NEW,
+        "branch",
+        1,
+        True,
+        head={"num_steps": 7, "position": 2},
+        num_steps=7,
+    ),
+    # Another image in the same session.
+    Case("turned back", SESSION, 900.0, OLD, "generation", 0, True, num_steps=7),
+    Case("turned back at the end", SESSION, 900.0, {"position": 10}, "generation", 0, True),
+    Case(
+        "turned back, upwards", SESSION, 1.0, {"direction": 1}, "generation", 0, True, num_steps=7
+    ),
+    Case(
+        "turned back, other conditions",
+        SESSION,
+        900.0,
+        NEW,
+        "generation",
+        0,
+        True,
+        head={},
+        num_steps=7,
+    ),
+    Case("turned back, listed", LISTED, 900.0, OLD, "generation", 0, True),
+    Case(
+        "turned back, listed, other conditions", LISTED, 900.0, NEW, "generation", 0, True, head={}
+    ),
+    Case("turned back to the middle, listed", LISTED, 800.0, OLD, "generation", 1, True),
+    Case("not listed", LISTED, 650.0, OLD, "on", 3, True, ("does not list",)),
+    Case(
+        "not listed, other conditions",
+        LISTED,
+        650.0,
+        NEW,
+        "branch",
+        3,
+        True,
+        ("does not list",),
+        head={},
+    ),
+    Case(
+        "a row turned back",
+        SESSION,
+        (600.0, 900.0),
+        {"timestep": (700.0, 700.0)},
+        "on",
+        3,
+        True,
+        ("some rows",),
+    ),
+    Case(
+        "all rows turned back",
+        SESSION,
+        (900.0, 950.0),
+        {"timestep": (700.0, 700.0)},
+        "generation",
+        0,
+        True,
+        num_steps=7,
+    ),
+    # Another thread or task has these conditions too.
+    Case("foreign, next", SESSION, 600.0, OLD, "on", 3, False, more={"foreign": True}),
+    Case(
+        "foreign, from the beginning",
+        SESSION,
+        900.0,
+        OLD,
+        "generation",
+        0,
+        True,
+        more={"foreign": True},
+        num_steps=7,
+    ),
+    Case(
+        "foreign, the same timestep", SESSION, 700.0, OLD, "branch", 2, True, more={"foreign": True}
+    ),
+    # Numbers that came with the call, in a session or not.
+    Case("told its number", Told(10, None, 3), 600.0, OLD, "on", 3, False),
+    Case(
+        "told the same number",
+        Told(10, None, 2),
+        700.0,
+        OLD,
+        "on",
+        2,
+        True,
+        ("same step_index",),
+        again=True,
+    ),
+    Case("told a later number", Told(10, None, 5), 400.0, OLD, "on", 5, True),
+    Case("told 0", Told(10, None, 0), 900.0, OLD, "generation", 0, True),
+    Case("told 0, others", Told(10, None, 0), 900.0, NEW, "generation", 0, True, head={}),
+    Case(
+        "told the number of the other branch",
+        Told(10, None, 2),
+        700.0,
+        NEW,
+        "branch",
+        2,
+        True,
+        head={},
+    ),
+    Case("told, beginning in the middle", Told(10, None, 4), 500.0, NEW, "generation", 4, True),
+    # Outside of any session: nobody knows the steps.
+    Case("outside, first", NONE, 900.0, NEW, "generation", 0, True, (UNSEEN,), num_steps=None),
+    Case("outside, next", NONE, 600.0, OLD, "on", 3, True, (UNSEEN,), num_steps=None),
     Case(
         "outside, no timestep",
-        NONE | {"has_timestep": False},
-        None,
-        True,
-        0,
-        True,
-        (NO_TIMESTEP,),
-    ),
-    # The next step of a run.
-    Case("session goes on", SESSION | {"timestep": 600.0}, {}, False, 3, False),
-    Case("outside goes on", NONE | {"timestep": 600.0}, {}, False, 3, False),
-    Case("timestep not read", SESSION, {}, False, 3, False),
-    Case("only one read so far", NONE | {"timestep": 950.0}, {"direction": 0.0}, False, 3, False),
-    Case("none read so far", NONE | {"timestep": 9.0}, {"timestep": None}, False, 3, False),
-    Case(
-        "outside goes on, no timestep",
-        NONE | {"has_timestep": False},
-        {"timestep": None, "direction": 0.0},
-        False,
-        3,
-        False,
-        (NO_TIMESTEP,),
-    ),
-    Case("after a failure", SESSION | {"timestep": 600.0}, {"caches_lost": True}, False, 3, True),
-    # The timestep turns back.
-    Case("session, turned", SESSION | {"timestep": 900.0}, {}, False, 3, False),
-    Case(
-        "outside, turned too early",
-        NONE | {"timestep": 900.0},
-        {},
-        True,
-        0,
-        True,
-        ("a generation ended after 3 steps; the policy has 10, of which it had the first ones",),
-    ),
-    Case(
-        "outside, turned, upwards",
-        NONE | {"timestep": 1.0},
-        {"direction": 100.0},
-        True,
-        0,
-        True,
-        ("a generation ended after 3 steps",),
-    ),
-    # The planned steps have run.
-    Case("outside, over", NONE | {"timestep": 900.0}, {"position": 10}, True, 0, True),
-    Case(
-        "outside, over, timestep not read",
         NONE,
-        {"position": 10, "timestep": None, "direction": 0.0},
-        True,
+        None,
+        NEW,
+        "generation",
         0,
         True,
+        ("no argument of the model",),
+        more={"has_timestep": False},
+        num_steps=None,
     ),
     Case(
-        "outside, goes on after the last step",
-        NONE | {"timestep": 600.0},
-        {"position": 10},
-        True,
+        "outside, no conditions",
+        NONE,
+        600.0,
+        NEW,
+        "generation",
         0,
         True,
-        ("the policy has 10 steps, and a generation went on after them",),
+        ("no condition",),
+        more={"identified": False},
+        num_steps=None,
     ),
     Case(
-        "outside, one step a generation",
-        NONE | {"timestep": 700.0},
-        {"num_steps": 1, "position": 1, "direction": 0.0},
-        True,
+        "outside, turned back", NONE, 900.0, OLD, "generation", 0, True, (UNSEEN,), num_steps=None
+    ),
+    Case(
+        "outside, the same timestep",
+        NONE,
+        700.0,
+        OLD,
+        "on",
         0,
         True,
+        (TWO_CALLS,),
+        again=True,
+        num_steps=None,
+    ),
+    # ... or the schedule was seen whole.
+    Case("seen, first", NONE, 900.0, NEW, "generation", 0, True, more={"seen": (TEN,)}),
+    Case("seen, next", NONE, 600.0, OLD, "on", 3, False, more={"seen": (TEN,)}),
+    Case(
+        "seen, next, other length",
+        NONE,
+        600.0,
+        OLD,
+        "on",
+        3,
+        True,
+        more={"seen": (TEN[:5],)},
+        num_steps=5,
     ),
     Case(
-        "session, beyond",
-        SESSION | {"timestep": 600.0},
-        {"position": 10},
-        False,
+        "seen, not in it",
+        NONE,
+        650.0,
+        OLD,
+        "on",
+        3,
+        True,
+        (UNSEEN,),
+        more={"seen": (TEN,)},
+        num_steps=None,
+    ),
+    Case(
+        "seen, after its end",
+        NONE,
+        -100.0,
+        {"position": 10, "trail": TEN},
+        "on",
         10,
         True,
-        ("more often than the session's 10 steps; the calls beyond are full steps",),
-    ),
-    # Two calls at one timestep.
-    Case(
-        "session, same timestep",
-        SESSION | {"timestep": 700.0},
-        {},
-        False,
-        3,
-        False,
-        (f"{TWO_CALLS}, and they share caches and clock",),
+        (UNSEEN,),
+        more={"seen": (TEN,)},
+        num_steps=None,
     ),
     Case(
-        "outside, same timestep",
-        NONE | {"timestep": 700.0},
-        {},
-        False,
-        3,
-        True,
-        (f"{TWO_CALLS}, and nothing is cached from here on",),
-        ambiguous=True,
+        "seen, after a failure", NONE, 600.0, {"lost": True}, "on", 3, True, more={"seen": (TEN,)}
     ),
+    Case("seen, turned back", NONE, 900.0, OLD, "generation", 0, True, more={"seen": (TEN,)}),
     Case(
-        "outside, after two at one",
-        NONE | {"timestep": 600.0},
-        {"ambiguous": True},
-        False,
-        3,
-        True,
-        ambiguous=True,
-    ),
-    Case(
-        "outside, a new run after two at one",
-        NONE | {"timestep": 900.0},
-        {"ambiguous": True, "position": 10},
-        True,
+        "seen, img2img",
+        NONE,
+        700.0,
+        NEW,
+        "generation",
         0,
         True,
+        (UNSEEN,),
+        more={"seen": (TEN,)},
+        num_steps=None,
     ),
     Case(
-        "session, beyond and same timestep",
-        SESSION | {"timestep": 700.0},
-        {"position": 10},
-        False,
-        10,
-        True,
-        ("more often than the session's", TWO_CALLS),
-    ),
-    # Other shapes, dtypes or devices.
-    Case(
-        "session, other inputs",
-        SESSION | {"timestep": 600.0, "program_changed": True},
-        {},
-        True,
-        3,
-        True,
-        (OTHER_INPUTS,),
-    ),
-    Case(
-        "session, other inputs at the same timestep",
-        SESSION | {"timestep": 700.0, "program_changed": True},
-        {},
-        True,
-        3,
-        True,
-        (OTHER_INPUTS,),
-    ),
-    Case(
-        "outside, other inputs",
-        NONE | {"timestep": 600.0, "program_changed": True},
-        {},
-        True,
+        "seen, the same timestep",
+        NONE,
+        900.0,
+        {"position": 1, "timestep": (900.0,), "trail": TEN[:1]},
+        "on",
         0,
         True,
+        (TWO_CALLS,),
+        again=True,
+        more={"seen": (TEN,)},
+    ),
+    Case("seen, after two at one", NONE, 600.0, {"calls": 2}, "on", 3, True, more={"seen": (TEN,)}),
+    Case(
+        "seen, foreign, next",
+        NONE,
+        600.0,
+        OLD,
+        "on",
+        3,
+        False,
+        more={"seen": (TEN,), "foreign": True},
+    ),
+    Case(
+        "seen, foreign, from the beginning",
+        NONE,
+        900.0,
+        OLD,
+        "generation",
+        0,
+        True,
+        more={"seen": (TEN,), "foreign": True},
     ),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_clock_decides(case: Case) -> None:
-    current = None if case.current is None else Progress(**{**RUNNING, **case.current})
-    decision = decide(Situation(**case.call, current=current))
-    assert (decision.begins, decision.position) == (case.begins, case.position)
-    assert (decision.full, decision.ambiguous) == (case.full, case.ambiguous)
-    assert len(decision.warnings) == len(case.warnings)
-    for warning, words in zip(decision.warnings, case.warnings, strict=True):
+    current = None if case.current is None else replace(RUNNING, **case.current)
+    head = current if case.head is None else replace(RUNNING, **case.head)
+    timestep = (case.t,) if isinstance(case.t, float) else case.t
+    found = decide(
+        Situation(told=case.told, timestep=timestep, current=current, head=head, **case.more or {})
+    )
+    assert (found.place, found.position, found.full) == (case.place, case.position, case.full)
+    assert (found.again, found.num_steps) == (case.again, case.num_steps)
+    assert len(found.warnings) == len(case.warnings)
+    for warning, words in zip(found.warnings, case.warnings, strict=True):
         assert words in warning
 
 
-def test_the_direction_is_that_of_the_first_two_timesteps() -> None:
+def test_every_doubtful_step_is_full() -> None:
+    """Nothing is read that is lost, doubtful or of another step, whatever else is known."""
+    for told in (NONE, SESSION, LISTED, Told(10, None, 3)):
+        for doubt in ({"lost": True}, {"calls": 2}):
+            for t in (None, *(float(each) for (each,) in TEN), 650.0):
+                current = replace(RUNNING, **doubt)
+                timestep = None if t is None else (t,)
+                found = decide(
+                    Situation(told, timestep, current=current, head=RUNNING, seen=(TEN,))
+                )
+                assert found.full, (told, doubt, t)
+
+
+def test_progress_is_what_the_decisions_were() -> None:
     progress = Progress(5)
-    assert progress.caches_lost
-    assert not progress.turns_back(1.0)
-    for timestep, direction in ((9.0, 0.0), (9.0, 0.0), (7.0, -2.0), (8.0, -2.0)):
-        progress = progress.advance(timestep)
-        assert (progress.timestep, progress.direction) == (timestep, direction)
-        assert not progress.caches_lost
-    assert not progress.finished
-    assert progress.turns_back(9.0)
+    for number, (timestep, direction) in enumerate(((9.0, 0), (7.0, -1), (8.0, -1))):
+        progress = progress.advance(Decision("on", number, 5), (timestep,))
+        assert (progress.position, progress.timestep) == (number + 1, (timestep,))
+        assert (progress.direction, progress.calls, progress.lost) == (direction, 1, False)
+    assert progress.trail == at(9.0, 7.0, 8.0)
+    assert progress.turns_back((9.0,))
     assert not progress.turns_back(None)
-    last = progress.advance(None)
-    assert (last.timestep, last.direction) == (8.0, -2.0), "one that was not read changes nothing"
-    assert last.finished
+    again = progress.advance(Decision("on", 3, 5, again=True), (8.0,))
+    assert again.calls == 2
+    assert again.advance(Decision("on", 4, 5), (7.0,)).calls == 1
+    unread = progress.advance(Decision("on", 3, 5), None)
+    assert (unread.timestep, unread.trail) == ((8.0,), ()), "what was not read is not known"
+    assert unread.advance(Decision("on", 4, 5), (1.0,)).trail == ()
+    anew = progress.advance(Decision("on", 0, 5, restarts=True), (9.0,))
+    assert anew.trail == at(9.0)
 
 
-def test_another_number_of_steps_is_warned_of() -> None:
-    assert stretched("dit", 50, 50) is None
-    assert stretched("dit", 50, 20) == (
-        "policy `dit` was tuned for 50 steps and runs 20: its slopes and windows are stretched "
-        "over them"
-    )
-
-
-def test_a_session_that_ends_early_says_so() -> None:
-    assert ended_early(Progress(10, 10)) is None
-    warning = ended_early(Progress(10, 4))
-    assert warning is not None
-    assert "planned for 10 steps and had 4" in warning
+@pytest.mark.parametrize(
+    ("told", "timestep", "others", "expected"),
+    [
+        (SESSION, 900.0, (), SESSION),
+        (LISTED, 900.0, (), LISTED),
+        (LISTED, 600.0, (), Told(7, TEN[3:])),  # image to image: a part of the schedule
+        (LISTED, 600.0, (RUNNING,), Told(7, TEN[3:])),  # the second expert
+        (LISTED, None, (RUNNING,), Told(7, TEN[3:])),
+        (LISTED, 0.9, (), Told(10)),  # in other units
+        (SESSION, 600.0, (RUNNING,), Told(7)),
+        (SESSION, 700.0, (RUNNING,), Told(8)),  # beside the other one, at the same step
+        (
+            SESSION,
+            None,
+            (replace(RUNNING, position=10),),
+            SESSION,
+        ),  # a refiner has steps of its own
+    ],
+)
+def test_a_model_that_comes_later_has_what_is_left(
+    told: Told, timestep: float | None, others: tuple[Progress, ...], expected: Told
+) -> None:
+    found, warning = start(told, None if timestep is None else (timestep,), 0.0, others, 10)
+    assert found == expected
+    assert (warning is not None) == (timestep == 0.9)

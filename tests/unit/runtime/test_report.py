@@ -10,8 +10,8 @@ from toca_fx.runtime.report import Report, SiteRecord, StepRecord
 
 def _report() -> Report:
     steps = (
-        StepRecord(0, "full", "", 1.0, 0.0, StepPlan(0, ("full", "full"), (64, 64)), 0),
-        StepRecord(1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), 10),
+        StepRecord(0, "full", "", 1.0, 0.0, StepPlan(0, ("full", "full"), (64, 64)), 2, 0),
+        StepRecord(1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), 2, 10),
     )
     sites = (
         SiteRecord("blocks.0.attn", "self_attention", 0, 64, (64, 0)),
