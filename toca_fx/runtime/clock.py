@@ -51,7 +51,9 @@ class Progress:
     def advance(self, decision: Decision, timestep: Timestep | None) -> Progress:
         """The progress after the step that was decided on, which wrote the memories."""
         trail = () if timestep is None else (timestep,)
-        if decision.place == "on" and not decision.restarts:
+        if decision.again:
+            trail = self.trail
+        elif decision.place == "on" and not decision.restarts:
             unbroken = timestep is not None and (self.trail or not self.calls)
             trail = (*self.trail, *trail) if unbroken else ()
         direction = self.direction
@@ -203,9 +205,8 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
         return _on(current, expected)
     if told.timesteps is not None:
         return _listed(call, told.timesteps, current, t)
-    if t == current.timestep:  # a second-order sampler, or two that share conditions
-        found = _on(current, expected, again=True)
-        return replace(found, warnings=(*found.warnings, words.SAME_TIMESTEP))
+    if t == current.timestep:  # made again, a second-order sampler, or two that share conditions
+        return _on(current, expected - 1, again=True, warnings=(words.SAME_TIMESTEP,))
     if current.turns_back(t):
         return _anew(call, current, t)
     if call.head is not None and current.position < call.head.position:  # it missed steps
@@ -301,19 +302,18 @@ def _recognised(call: Situation) -> Decision:
         return _starts(call, t)
     if not current.calls:
         return replace(_starts(call, t), place="on", restarts=True)
-    if t == current.timestep:
-        found = _starts(call, t)
-        warnings = (words.SAME_TIMESTEP,)
-        return replace(found, place="on", again=True, restarts=True, warnings=warnings)
+    again = t == current.timestep
     if current.turns_back(t):
         return _starts(call, t)
-    trail = (*current.trail, t)
+    trail = current.trail if again else (*current.trail, t)
     known = longest(call.seen, trail)
     position = len(trail) - 1
+    warnings = (words.SAME_TIMESTEP,) if again else ()
     if known is None:
-        return Decision("on", position, None, warnings=(words.unseen(current.trail[0]),))
+        warnings = warnings or (words.unseen(trail[0]),)
+        return Decision("on", position, None, again=again, warnings=warnings)
     trusted = not current.lost and current.calls == 1 and current.num_steps == len(known)
-    return Decision("on", position, len(known), full=not trusted)
+    return Decision("on", position, len(known), again or not trusted, again, warnings=warnings)
 
 
 def _follows(call: Situation, current: Progress, timestep: Timestep) -> bool:

@@ -43,8 +43,9 @@ class Generations:
     ) -> tuple[Generation | None, Agreement, bool]:
         """The generation with these conditions and branch, and whether it is somebody else's.
 
-        None: there is none, or nobody can tell which. How far its conditions agree comes too. In a session with one call per step inputs
-        that are new at every call identify nothing: there it is the one that goes on.
+        None: there is none, or nobody can tell which. How far its conditions agree comes too. In a
+        session with one call per step inputs that are new at every call identify nothing: there it
+        is the one that goes on.
         """
         mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
         found = {each: agreement(each.marks, conditions) for each in mine}

@@ -141,7 +141,7 @@ CASES = [
     ),
     Case("after a pause, listed", LISTED, 400.0, OLD, "on", 5, True),
     # Two calls of one step that nothing tells apart; a second-order sampler.
-    Case("the same timestep", SESSION, 700.0, OLD, "on", 3, True, (TWO_CALLS,), again=True),
+    Case("the same timestep", SESSION, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
     Case("after two at one", SESSION, 600.0, {"calls": 2}, "on", 3, True),
     Case("the same timestep, listed", LISTED, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
     Case(
@@ -298,7 +298,7 @@ CASES = [
         700.0,
         OLD,
         "on",
-        0,
+        2,
         True,
         (TWO_CALLS,),
         again=True,

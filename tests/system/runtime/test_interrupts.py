@@ -1,0 +1,102 @@
+"""Ctrl-C anywhere in a call: it counts as not made, or the memories as lost, and nothing is stuck."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toca_fx
+from tests.helpers import Call, call, make_inputs
+from tests.marks import slow_but
+from tests.system.runtime.generations import fast_twin, same
+
+PACKAGE = str(Path(toca_fx.__file__).parent)
+STEPS = 6
+AT = {"the first step": 0, "a partial step": 1, "a full step": 3, "the last step": 5}
+
+
+class Interrupt:
+    """Ctrl-C at the ``number``-th line of toca_fx that runs, counted from 0; -1 only counts."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.lines, self.where = number, 0, ""
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.lines += 1
+            if self.lines - 1 == self.number:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+def image(
+    fast: nn.Module,
+    steps: list[Call],
+    told: bool,
+    at: int = -1,
+    interrupt: Interrupt | None = None,
+    lost: Sequence[int] = (),
+) -> list[Tensor]:
+    """A run; the call ``at`` is interrupted, and made again. At the steps ``lost``, what the
+    memories hold is not to be read.
+    """
+    outputs = []
+    session = toca_fx.session(STEPS) if told else contextlib.nullcontext()
+    with torch.no_grad(), session as run:
+        for number, step in enumerate(steps):
+            if number in lost:
+                run.invalidate()
+            if number == at and interrupt is not None:
+                with contextlib.suppress(KeyboardInterrupt), interrupt.armed():
+                    call(fast, *step)
+            outputs.append(call(fast, *step).clone())
+    return outputs
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("when", slow_but(["a partial step"], list(AT), "one step is enough"))
+@pytest.mark.parametrize("stride", slow_but([11], [1, 11], "every eleventh line is enough"))
+def test_an_interrupted_call_was_not_made_or_its_memories_are_lost(
+    model: nn.Module, when: str, told: bool, stride: int
+) -> None:
+    fast, steps, at = fast_twin(model), list(make_inputs(STEPS)), AT[when]
+    image(fast, steps, told)  # the schedule is known from here on
+    alone = image(fast, steps, told)
+    with torch.no_grad():
+        uncached = [call(model, *step) for step in steps]
+    # If it was made, the next call is another of its step, and neither is trusted.
+    allowed = [alone, *(image(fast, steps, True, lost=(at, at + 1)[:few]) for few in (1, 2))]
+    counted = Interrupt(-1)
+    image(fast, steps, told, at, counted)
+    assert counted.lines > 150
+    cached = 0
+    for number in range(0, counted.lines, stride):
+        interrupt = Interrupt(number)
+        found = image(fast, steps, told, at, interrupt)
+        if not any(same(found, expected) for expected in allowed):
+            off = [not same([a], [b]) for a, b in zip(found, uncached, strict=True)]
+            raise AssertionError(f"{interrupt.where}, line {number}: cached {off}")
+        cached += sum(not same([a], [b]) for a, b in zip(found, uncached, strict=True))
+        assert same(image(fast, steps, told), alone), f"{interrupt.where}: later"
+    assert cached >= 2 * len(range(0, counted.lines, stride)), "the rest of the run is cached"
