@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,11 +14,13 @@ from torch import Tensor, fx, nn
 
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.dynamo import uncompiled
+from toca_fx.capture.identity import identity
 from toca_fx.capture.sources import frame_id, input_sources, model_class
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
+from toca_fx.lower.once import once
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
@@ -127,7 +129,9 @@ class Backend:
             )
             return self.inner(captured, list(inputs))
         input_sources(captured)  # Dynamo forgets them afterwards
-        return Dispatcher(captured, self.policy, model_class(), self.inner, inputs)
+        made = Dispatcher(captured, self.policy, model_class(), self.inner, inputs)
+        same = identity(captured, inputs)
+        return made if same is None else _dispatchers.setdefault((self, same), made)
 
 
 class Dispatcher:
@@ -164,7 +168,6 @@ class Dispatcher:
             if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
         self._runners: dict[tuple[object, ...], Runner] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
@@ -173,23 +176,20 @@ class Dispatcher:
             (value.shape, value.stride()) if isinstance(value, Tensor) else value
             for value in values
         )
-        with self._lock:
-            runner = self._runners.get(shapes)
-            if runner is None:
-                runner = self._runners[shapes] = self._prepare(inputs)
-                if len(self._runners) == _MANY_SHAPES:
-                    log.warning(
-                        "the model has been compiled for %d different shapes or numbers; a Python "
-                        "number that changes from step to step (a timestep?) has to be passed as a "
-                        "tensor, or nothing is ever cached",
-                        _MANY_SHAPES,
-                    )
+        runner = once(self._runners, shapes, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         path, told = current_branch()
         return current_session().call(model, runner, inputs, path, told)
 
     def _prepare(self, inputs: Sequence[Any]) -> Runner:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
+        if len(self._runners) == _MANY_SHAPES - 1:
+            log.warning(
+                "the model has been compiled for %d different shapes or numbers; a Python number "
+                "that changes from step to step (a timestep?) has to be passed as a tensor, or "
+                "nothing is ever cached",
+                _MANY_SHAPES,
+            )
         aten = to_aten(self._captured, inputs)
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
@@ -205,3 +205,8 @@ class Dispatcher:
             if warning := written_for_another(self._chosen, self._model_class):
                 log.warning("%s", warning)
         return self._chosen
+
+
+# Those that Dynamo still holds: a generation stays with the runner that it began with, and with its
+# memories, whichever thread's capture Dynamo takes for its next step.
+_dispatchers: MutableMapping[object, Dispatcher] = weakref.WeakValueDictionary()

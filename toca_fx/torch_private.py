@@ -9,10 +9,12 @@ touches each name, so that a release of torch that changes one fails there first
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # torch.foreach has it since 2.15; a loop over copy_ is one launch per tensor.
 from torch import _foreach_copy_ as foreach_copy_
@@ -27,6 +29,10 @@ from torch._dispatch.python import enable_python_dispatcher
 
 # torch.compiler.list_backends gives names only.
 from torch._dynamo.backends.registry import lookup_backend
+
+# Tracing patches torch for the whole process, and torch.compile traces under this lock: whatever
+# traces beside it has to take the same one.
+from torch._dynamo.convert_frame import compile_lock
 
 # What torch.compile raises: no module exports it.
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
@@ -102,6 +108,7 @@ __all__ = [
     "TorchDynamoException",
     "ValueRanges",
     "argument_names",
+    "compiling",
     "custom_overload",
     "detect_fake_mode",
     "enable_python_dispatcher",
@@ -111,10 +118,10 @@ __all__ = [
     "is_mutable",
     "list_mode_options",
     "lookup_backend",
-    "make_fx",
     "original_module",
     "sdpa_flop_count",
     "storage_id",
+    "trace",
     "trace_structured",
     "tree_leaves",
     "tree_map",
@@ -123,6 +130,41 @@ __all__ = [
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Alone in the process, trace or compile what is inside, as if Dynamo had asked for it.
+
+    Tracing patches ``nn.Module.__call__`` and sets flags for all threads. Dynamo's lock keeps two
+    compilations apart, its own among them; its flag says to compiled functions of other threads,
+    which run meanwhile, that it is not they who are traced.
+    There is no other lock around what traces, and so no order of locks; who holds one of his own
+    must not wait for this one.
+    """
+    with compile_lock:
+        before = torch.compiler._is_compiling_flag
+        torch.compiler._is_compiling_flag = True
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = before
+
+
+def trace(
+    function: Callable[..., Any],
+    values: Sequence[Any],
+    decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """The graph of ``function`` in pre-dispatch ATen for ``values``, fake tensors and numbers."""
+    tracing = make_fx(
+        function,
+        tracing_mode="fake",
+        pre_dispatch=True,
+        decomposition_table=dict(decompositions or {}),
+    )
+    with compiling():
+        return tracing(*values)
 
 
 def is_mutable(target: object) -> bool:

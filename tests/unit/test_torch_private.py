@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileId, compile_context
 
 import toca_fx
@@ -127,10 +129,33 @@ def functions_are_traced() -> None:
         x = F.linear(x, weight)
         return F.scaled_dot_product_attention(x, x, x)
 
-    trace = private.make_fx(function, tracing_mode="fake", pre_dispatch=True)
-    graph = trace(torch.ones(1, 2, 3, 4), torch.ones(4, 4)).graph
+    graph = private.trace(function, [torch.ones(1, 2, 3, 4), torch.ones(4, 4)]).graph
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
     assert targets == [aten.linear.default, aten.scaled_dot_product_attention.default]
+
+
+def compilations_are_apart() -> None:
+    """What compiled functions of other threads do meanwhile is in tests/system/test_threads.py."""
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        is_free = compile_lock.acquire(blocking=False)
+        seen.append((is_free, torch.compiler.is_compiling()))
+
+    def traced(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        return x + 1
+
+    private.trace(traced, [torch.ones(2)])
+    with pytest.raises(ZeroDivisionError), private.compiling(), private.compiling():
+        raise ZeroDivisionError
+    assert seen == [(False, True)]
+    assert not torch.compiler.is_compiling()
+    look()
+    compile_lock.release()
+    assert seen[1:] == [(True, False)]
 
 
 def attention_is_counted() -> None:
@@ -212,6 +237,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "TorchDynamoException": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
+    "compiling": compilations_are_apart,
     "custom_overload": custom_operators_are_found,
     "detect_fake_mode": fake_tensors_are_made,
     "enable_python_dispatcher": sizes_have_ranges,
@@ -221,11 +247,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     "is_mutable": schemas_are_read,
     "list_mode_options": modes_are_listed,
     "lookup_backend": backends_are_found,
-    "make_fx": functions_are_traced,
     "original_module": modules_run_their_own_code,
     "sdpa_flop_count": attention_is_counted,
     "storage_id": memory_is_told_apart,
     "trace_structured": artifacts_are_taken,
+    "trace": functions_are_traced,
     "tree_leaves": outputs_are_mapped,
     "tree_map": outputs_are_mapped,
     "tree_map_only": outputs_are_mapped,

@@ -23,7 +23,7 @@ from toca_fx.torch_private import (
     OpOverload,
     detect_fake_mode,
     is_mutable,
-    make_fx,
+    trace,
     tree_leaves,
     tree_map,
 )
@@ -100,14 +100,8 @@ def _trace(
     function: Callable[..., Any], values: Sequence[Any], decompositions: Decompositions
 ) -> fx.GraphModule:
     """The graph of ``function`` for ``values``; nodes tell for which they were traced."""
-    trace = make_fx(
-        function,
-        tracing_mode="fake",
-        pre_dispatch=True,
-        decomposition_table=dict(decompositions),
-    )
     with preserve_node_meta():
-        return trace(*values)
+        return trace(function, values, decompositions)
 
 
 def _first_equals(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

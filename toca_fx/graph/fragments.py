@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from toca_fx.torch_private import make_fx
+from toca_fx.torch_private import trace
 
 
 class Fragments:
@@ -57,7 +57,7 @@ def _trace(
 
     # The tracer knows tensors by identity, and nodes may share one fake value.
     values = [node.meta["val"].detach() for node in nodes]
-    return make_fx(on_values, tracing_mode="fake", pre_dispatch=True)(*values).graph
+    return trace(on_values, values).graph
 
 
 def _identity(function: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +12,7 @@ from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, nbytes_of
 from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.lower.flops import Autocast, FlopCounter
+from toca_fx.lower.once import traced_once
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.plan.planner import Planner
@@ -21,7 +21,7 @@ from toca_fx.rewrite.hoist import find_hoistable
 from toca_fx.rewrite.step import rewrite
 from toca_fx.rewrite.step_graph import StepGraph, extract
 from toca_fx.rewrite.tensors import Tensors
-from toca_fx.torch_private import FakeTensorMode
+from toca_fx.torch_private import FakeTensorMode, compiling
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class Analysis:
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
         self._autocast, self._counter = Autocast(), FlopCounter()
-        self._lock = threading.RLock()
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
 
     def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
         """The graph for steps in these modes."""
-        return rewrite(self.aten, plan.step(modes, self.hoisted.names))
+        with compiling():
+            return rewrite(self.aten, plan.step(modes, self.hoisted.names))
 
-    @cached_property
+    @traced_once
     def conditions(self) -> StepGraph:
         """The part that depends on conditions only; it returns ``hoisted.conditions``."""
         return extract(self.aten, self.hoisted.conditions)
 
-    @cached_property
+    @traced_once
     def timed(self) -> StepGraph:
         """The part that depends on the timestep as well; it returns ``hoisted.timed``.
 
@@ -91,7 +91,7 @@ class Analysis:
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
 
-    @cached_property
+    @traced_once
     def uncached_flops(self) -> int:
         """FLOPs of one run of the model as it was captured."""
         with self._autocast.again():
@@ -103,7 +103,7 @@ class Analysis:
         inputs = self.aten.graph.find_nodes(op="placeholder")
         return nbytes_of(node.meta.get("val") for node in inputs)
 
-    @cached_property
+    @traced_once
     def hoisted_flops(self) -> tuple[int, int]:
         """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
         with self._autocast.again():
@@ -162,7 +162,7 @@ class Analysis:
 
         The costs of the latest plan are kept.
         """
-        with self._lock:
+        with compiling():
             if self._costs is None or self._costs[0] is not plan:
                 modes = dict.fromkeys(step.modes for step in plan.steps)
                 self._costs = plan, {each: self._cost(plan, each) for each in modes}

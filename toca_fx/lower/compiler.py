@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from toca_fx.diagnostics import did_you_mean
-from toca_fx.torch_private import list_mode_options, lookup_backend
+from toca_fx.torch_private import compiling, list_mode_options, lookup_backend
 
 Compiler = str | Callable[..., Any]
 
@@ -47,7 +47,8 @@ class Inner:
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Compile ``module`` for ``inputs``, fake tensors."""
         options = {"config_patches": self._options} if self._options else {}
-        run: Callable[..., Any] = self._function()(module, inputs, **options)
+        with compiling():
+            run: Callable[..., Any] = self._function()(module, inputs, **options)
         return run
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.lower.flops import Autocast, FlopCounter, columns_flops
+from toca_fx.lower.once import traced_once
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.rewrite.step_graph import StepGraph
 
@@ -54,7 +54,7 @@ class StepCost:
             self._counter.count(self.graph.module, self._inputs.whole(), values)
         return values
 
-    @cached_property
+    @traced_once
     def _counted(self) -> tuple[int, dict[int, int]]:
         """FLOPs that do not depend on K, and FLOPs by site if all tokens are fresh.
 

@@ -21,6 +21,7 @@ from toca_fx.torch_private import (
     StatelessSymbolicContext,
     StrictMinMaxConstraint,
     ValueRanges,
+    compiling,
 )
 
 _INT32_MAX = torch.iinfo(torch.int32).max
@@ -55,11 +56,12 @@ class FakeInputs:
     def _made(self, count: Callable[[Buffer], Any]) -> list[Any]:
         placeholders = self._source.graph.find_nodes(op="placeholder")
         made = Tensors(self._source, self._plan)
-        inputs = [like(self.mode, placeholders[at].meta["val"]) for at in self._graph.kept]
-        for buffer in self._graph.buffers:
-            number = count(buffer) if buffer.role == "ranks" else None
-            with self.mode:
-                inputs.append(made.example(buffer, number))
+        with compiling():  # threads cannot be in one mode together
+            inputs = [like(self.mode, placeholders[at].meta["val"]) for at in self._graph.kept]
+            for buffer in self._graph.buffers:
+                number = count(buffer) if buffer.role == "ranks" else None
+                with self.mode:
+                    inputs.append(made.example(buffer, number))
         return inputs
 
     def _tokens(self, buffer: Buffer) -> int:

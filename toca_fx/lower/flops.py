@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from toca_fx.graph.ops import overloads_of
 from toca_fx.kernels.columns import attention_and_columns
@@ -18,6 +19,7 @@ from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
 from toca_fx.torch_private import (
     FakeTensorMode,
     OpOverload,
+    compiling,
     detect_fake_mode,
     sdpa_flop_count,
     tree_map,
@@ -87,6 +89,19 @@ class Autocast:
             yield
 
 
+class _NoModules(ModuleTracker):
+    """Does not track modules: torch's tracker has hooks on all modules of the process.
+
+    One that another thread calls meanwhile would fail on hooks that come and go.
+    """
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
 def count_flops(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """FLOPs of ``module`` run on ``inputs``, by node; 2 FLOPs per multiply-add.
 
@@ -122,7 +137,7 @@ class FlopCounter:
         """
         mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
         counting = _Counting(module, self._known, mode)
-        with torch.no_grad():
+        with compiling(), torch.no_grad():
             counting.run(*map(layout_of, inputs))
         if values is not None:
             values.update(counting.values)
@@ -198,6 +213,7 @@ class _Counting(fx.Interpreter):
     def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[int, Any]:
         """The FLOPs of a node, and what it returns."""
         counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        counter.mod_tracker = _NoModules()
         # Tables that the graph makes by itself are fake too.
         with self._mode, counter:
             returned = getattr(self, node.op)(node.target, args, kwargs)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.lower.once import once, traced_once
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
@@ -33,7 +32,6 @@ class Program:
 
     def __init__(self, analysis: Analysis, inner: Inner) -> None:
         self.analysis, self.inner = analysis, inner
-        self._lock = threading.RLock()
         self._steps: dict[StepSpec, CompiledStep] = {}
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: dict[tuple[int, Modes], tuple[Plan, CompiledStep]] = {}
@@ -44,18 +42,17 @@ class Program:
     def step(self, plan: Plan, modes: Modes) -> CompiledStep:
         """The compiled graph for steps in these modes; plans share it.
 
-        It is built at the first call.
+        It is built at the first call, which other threads wait for if they need it too.
         """
-        with self._lock:
-            found = self._of_plan.get((id(plan), modes))
-            if found is None:
-                spec = plan.step(modes, self.analysis.hoisted.names)
-                if spec not in self._steps:
-                    graph = self.analysis.step_graph(plan, modes)
-                    show(f"step_{len(self._steps)}_{kind_of(modes)}", graph.module)
-                    self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
-                found = self._of_plan[id(plan), modes] = plan, self._steps[spec]
-            return found[1]
+        return once(self._of_plan, (id(plan), modes), lambda: self._compiled(plan, modes))[1]
+
+    def _compiled(self, plan: Plan, modes: Modes) -> tuple[Plan, CompiledStep]:
+        spec = plan.step(modes, self.analysis.hoisted.names)
+        if spec not in self._steps:
+            graph = self.analysis.step_graph(plan, modes)
+            show(f"step_{len(self._steps)}_{kind_of(modes)}", graph.module)
+            self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
+        return plan, self._steps[spec]
 
     def step_flops(self, num_steps: int | None, step: StepPlan) -> int:
         """FLOPs of one call that did ``step`` of the plan for ``num_steps``.
@@ -77,7 +74,7 @@ class Program:
         """Memory for the hoisted values of a generation at ``steps`` known timesteps."""
         return HoistedValues(self.analysis.hoisted, self.analysis.hoisted_examples, steps)
 
-    @cached_property
+    @traced_once
     def run_timed(self) -> Callable[..., Any]:
         """The compiled ``timed`` of the analysis, for one timestep."""
         timed = self.analysis.timed.module

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from toca_fx.lower.flops import FlopCounter
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.step_graph import StepGraph
+from toca_fx.torch_private import compiling
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class CompiledStep:
         self.graph = graph
         self._fake = FakeInputs(graph, source, plan)
         self.cost = StepCost(graph, self._fake, plan, FlopCounter())
-        self._inner, self._plan, self._compiling = inner, plan, threading.Lock()
+        self._inner, self._plan = inner, plan
         self._of_inputs, self._of_tensors = picker(graph.kept), picker(graph.buffers)
         self._special: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._holds: dict[tuple[int, ...], bool] = {}
@@ -84,7 +84,7 @@ class CompiledStep:
             self._holds[key] = self._hold_for(numbers)
         if self._holds[key]:
             return self._run
-        with self._compiling:
+        with compiling():
             if key not in self._special:
                 if len(self._special) == _MOST_SPECIAL:
                     return self.graph.module
@@ -105,7 +105,7 @@ class CompiledStep:
         if self._inner.backend == "inductor":
             use_few_rows(graph, set().union(*self.graph.fresh_nodes.values()))
         module = fx.GraphModule(self.graph.module, graph)
-        with torch.no_grad():
+        with compiling(), torch.no_grad():
             return compile_regions(module, examples, self._inner, self._fake.mode)
 
 
