@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
 
 from toca_fx.match.sites import Site
 from toca_fx.policy import Interval, Ratio, SitePolicy
@@ -47,9 +49,10 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
     authors' rule: a step is full when s is a multiple of the interval in force and of the one
     re-evaluated at s; either way the latter is in force from then on.
     """
+    first = frozenset(indices[: interval.first])
     forced = {
-        *indices[: interval.first],
-        *indices[len(indices) - interval.last :],
+        *first,
+        *indices[max(0, len(indices) - interval.last) :],
         *interval.extra_full_steps,
     }
     if interval.full_steps is not None:
@@ -60,7 +63,7 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
         since += 1
         if interval.phase == "modulo":
             due = s % current == 0
-            if due or s in indices[: interval.first]:
+            if due or s in first:
                 current = _interval_at(interval, s, total)
             due = due and s % current == 0
             if due or s in forced:
@@ -73,10 +76,25 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
 
 def _interval_at(interval: Interval, s: int, total: int) -> int:
     for window in interval.windows:
-        if window.start * total <= s < window.stop * total:
+        if exact(window.start) * total <= s < exact(window.stop) * total:
             return window.interval
     # Python's round is half to even, as the authors' numpy one is.
-    return max(1, round(interval.base / (1 + interval.drift - 2 * interval.drift * s / total)))
+    return max(1, round(interval.base / _falling(interval.drift, s, total)))
+
+
+@lru_cache(maxsize=4096)
+def _falling(weight: float, at: int, over: int) -> Fraction:
+    """What falls linearly from 1 + ``weight`` at 0 to 1 - ``weight`` at ``over``."""
+    return 1 + exact(weight) * (1 - Fraction(2 * at, over))
+
+
+@lru_cache(maxsize=256)
+def exact(number: float) -> Fraction:
+    """A number of a policy as it is written: 0.4 is two fifths, and no sum of powers of two.
+
+    A step that a policy puts on a boundary is then on it, and a half is one.
+    """
+    return Fraction(str(number))
 
 
 def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, tokens: int) -> int:
@@ -88,12 +106,15 @@ def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, 
     (ToCa, section 3.3). Then K is rounded up to the policy's ``multiple``.
     """
     ratio: Ratio = policy.R
-    step_factor = 1 + ratio.step_weight - 2 * ratio.step_weight * s / total
     layers = ratio.layer_span or max(span, 1)
-    layer_factor = 1 + ratio.layer_weight - 2 * ratio.layer_weight * layer / layers
-    # 1 - 0.93 is not 0.07 in binary; the rounding undoes the subtraction's last bits.
-    share = round(1 - ratio.base, 12) * layer_factor * step_factor * policy.action.weight
-    count = math.trunc(_float32(_float32(min(max(share, 0.0), 1.0)) * tokens))
+    share = (
+        (1 - exact(ratio.base))
+        * _falling(ratio.layer_weight, layer, layers)
+        * _falling(ratio.step_weight, s, total)
+        * exact(policy.action.weight)
+    )
+    clamped = float(min(max(share, Fraction(0)), Fraction(1)))
+    count = math.trunc(_float32(_float32(clamped) * tokens))
     return min(tokens, -(-count // ratio.multiple) * ratio.multiple)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,18 @@ def full_indices(plan: Plan) -> list[int]:
         (Interval(3, full_steps=(0, 7), last=1), 10, "ascending", [0, 7, 9]),
         (Interval(4, windows=(Window(0.4, 0.8, 2),)), 10, "ascending", [0, 4, 6, 8]),
         (Interval(1), 4, "ascending", [0, 1, 2, 3]),
-        (Interval(99), 4, "ascending", [0]),
+        (Interval(3, last=9), 4, "ascending", [0, 1, 2, 3]),
+        # N(3) = 2 / (1 + 0.4 - 2 * 0.4 * 3 / 4) is 2.5, to even 2; in binary it is more, and 3.
+        (Interval(2, drift=0.4, phase="modulo"), 4, "descending", [3, 2, 0]),
+        (Interval(2, drift=0.4), 4, "descending", [3, 1]),
+        # 0.14 * 50 and 0.28 * 25 are 7; in binary they are more, and 7 on the other side.
+        (
+            Interval(7, windows=(Window(0.14, 0.3, 2),)),
+            50,
+            "ascending",
+            [0, 7, 9, 11, 13, *range(15, 50, 7)],
+        ),
+        (Interval(9, windows=(Window(0.0, 0.28, 1),)), 25, "ascending", [*range(8), 16]),
         # PixArt and FLUX of the method's section 4, and Open-Sora's cross-attention.
         (Interval(3, drift=-0.2, phase="modulo"), 20, "ascending", [0, 6, 9, 12, 15, 18]),
         (Interval(4, first=3), 50, "ascending", [0, 1, 2, *range(6, 50, 4)]),
@@ -75,6 +87,14 @@ def test_full_steps(interval: Interval, steps: int, order: str, expected: list[i
     indices = list(range(steps)) if order == "ascending" else list(range(steps - 1, -1, -1))
     found = full_steps(interval, indices, steps)
     assert [s for s in indices if s in found] == expected
+
+
+def test_many_first_steps_are_looked_up_and_not_searched() -> None:
+    steps = 100_000
+    interval = Interval(3, first=steps, phase="modulo")
+    began = time.perf_counter()
+    assert len(full_steps(interval, range(steps), steps)) == steps
+    assert time.perf_counter() - began < 20  # a search takes minutes
 
 
 def test_full_steps_equal_a_walk_through_the_loop() -> None:
@@ -112,6 +132,8 @@ def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
         (Ratio(0.93), 1.0, 0, 0, 64, 4),  # trunc(4.48)
         (Ratio(0.93), 1.0, 0, 0, 100, 7),  # 1 - 0.93 is 0.06999... in binary
         (Ratio(0.7), 1.0, 0, 0, 10, 3),
+        (Ratio(0.9, step_weight=0.6), 0.5, 15, 0, 100, 3),  # 0.1 * 0.7 * 0.5 * 100 is 3.5
+        (Ratio(0.9, step_weight=0.2), 2.0, 0, 0, 100, 24),  # 0.1 * 1.2 * 2.0 * 100
         (Ratio(0.93), 2.5, 0, 0, 256, 44),  # trunc(44.8)
         (Ratio(1.0), 3.0, 0, 0, 64, 0),
         (Ratio(0.0), 1.0, 0, 0, 64, 64),
