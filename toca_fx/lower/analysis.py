@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
 from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, nbytes_of
-from toca_fx.lower.fake_inputs import FakeInputs
+from toca_fx.lower.fake_inputs import FakeInputs, like
 from toca_fx.lower.flops import Autocast, FlopCounter
 from toca_fx.lower.once import traced_once
 from toca_fx.plan.buffers import Buffer
@@ -97,7 +96,7 @@ class Analysis:
         with self._autocast.again():
             return self._flops_of(self.aten)
 
-    @cached_property
+    @traced_once
     def uncached_bytes(self) -> int:
         """Bytes that one run of the model as it was captured has to read: weights and inputs."""
         inputs = self.aten.graph.find_nodes(op="placeholder")
@@ -109,19 +108,19 @@ class Analysis:
         with self._autocast.again():
             return self._flops_of(self.conditions.module), self._flops_of(self.timed.module)
 
-    @cached_property
+    @traced_once
     def hoisted_bytes(self) -> tuple[int, int]:
         """Bytes of the values of ``conditions``, and of ``timed`` for one timestep."""
         sizes = {name: value.nbytes for name, value in self.hoisted_examples.items()}
         conditions = sum(sizes[name] for name in self.hoisted.conditions)
         return conditions, sum(sizes[name] for name in self.hoisted.timed)
 
-    @property
+    @traced_once
     def hoisted_examples(self) -> dict[str, Tensor]:
-        """Fake tensors like the hoisted values, by name."""
-        names = set(self.hoisted.names)
+        """Fake tensors like the hoisted values, by name; of a mode that nothing is traced in."""
+        names, mode = set(self.hoisted.names), FakeTensorMode()
         nodes = self.aten.graph.nodes
-        return {node.name: node.meta["val"] for node in nodes if node.name in names}
+        return {node.name: like(mode, node.meta["val"]) for node in nodes if node.name in names}
 
     def table_fits(self, timesteps: int) -> bool:
         """Whether hoisted values for so many timesteps fit into what the policy allows them."""
@@ -152,7 +151,7 @@ class Analysis:
     def nbytes(self, plan: Plan) -> int:
         """Bytes of the caches, scores and counters of a generation."""
         made = Tensors(self.aten, plan)
-        with FakeTensorMode():
+        with compiling(), FakeTensorMode():
             kept = sum(made.new(buffer).nbytes for buffer in plan.kept)
             counters = sum(made.new(Buffer("score", i)).nbytes for i in plan.scored)
         return kept + counters

@@ -17,7 +17,7 @@ from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import once, traced_once
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
-from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.buffers import FEATURES, Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
@@ -35,6 +35,7 @@ class Program:
         self._steps: dict[StepSpec, CompiledStep] = {}
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: dict[tuple[int, Modes], tuple[Plan, CompiledStep]] = {}
+        self._kept: dict[int, tuple[Plan, dict[Buffer, Tensor]]] = {}
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
         show("captured", analysis.aten)
@@ -67,8 +68,23 @@ class Program:
 
     def new_buffers(self, plan: Plan) -> dict[Buffer, Tensor]:
         """The tensors that a generation of ``plan`` keeps."""
+        _, like = once(self._kept, id(plan), lambda: (plan, self._examples(plan)))
+        return {
+            buffer: (torch.empty if buffer.role in FEATURES else torch.zeros)(
+                value.shape, dtype=value.dtype, device=value.device
+            )
+            for buffer, value in like.items()
+        }
+
+    def _examples(self, plan: Plan) -> dict[Buffer, Tensor]:
+        """Fake tensors like the buffers of a plan.
+
+        Their mode is nobody else's: while a thread traces on fake tensors of one mode, all of them
+        say that they are on the device "meta".
+        """
         made = Tensors(self.analysis.aten, plan)
-        return {buffer: made.new(buffer) for buffer in plan.kept}
+        with FakeTensorMode():
+            return {buffer: made.new(buffer) for buffer in plan.kept}
 
     def new_hoisted(self, steps: int) -> HoistedValues:
         """Memory for the hoisted values of a generation at ``steps`` known timesteps."""
