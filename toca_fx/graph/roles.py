@@ -121,6 +121,9 @@ def latents_shape(graph: fx.Graph) -> torch.Size | None:
 
 
 def aspect(graph: fx.Graph) -> tuple[int, int] | None:
-    """Height and width of the latents, if they are images [B, C, H, W]."""
+    """Height and width of the latents, if they are images [B, C, H, W].
+
+    None if they are not, or if no input is recognised as latents; buffers and weights are none.
+    """
     shape = latents_shape(graph)
     return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else None

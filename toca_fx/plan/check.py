@@ -48,22 +48,12 @@ def _nearest_miss(rule: Rule, matches: Matches) -> str:
     return f"those that match otherwise have layers {layers[0]} to {layers[-1]}"
 
 
-def check_batch(policy: Policy, sites: Sequence[Site], policies: Sequence[SitePolicy]) -> None:
-    """Check that batches have two halves, if these are to share a selection.
-
-    Raises:
-        PolicyError: a batch is odd.
-    """
-    if policy.guidance.selection != "shared":
-        return
+def without_halves(sites: Sequence[Site], policies: Sequence[SitePolicy]) -> Site | None:
+    """A site that selects tokens, and whose batch has no two halves to share a selection."""
     for site, own in zip(sites, policies, strict=True):
-        batch = site.shape[0]
-        if own.action.mode == "partial" and batch % 2:
-            message = (
-                "guidance.selection is shared, which needs both halves in one batch; "
-                f"`{site.path}` has a batch of {batch}"
-            )
-            raise PolicyError([Problem.at(policy.source, message)])
+        if own.action.mode == "partial" and site.shape[0] % 2:
+            return site
+    return None
 
 
 def check_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: int) -> None:

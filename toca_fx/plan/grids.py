@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from toca_fx.diagnostics import PolicyError, Problem
@@ -22,18 +23,18 @@ class SpatialBonus(NamedTuple):
 
 
 def token_grid(tokens: int, aspect: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Rows and columns of a grid of ``tokens``; None if they form none.
+    """Rows and columns of the patches of the latents, if there are as many as ``tokens``.
 
-    ``aspect`` is height and width of the latent image, whose proportions the grid has.
+    ``aspect`` is height and width of the latents, None if they are no image. Nothing is guessed:
+    None where no square patch makes so many.
     """
-    height, width = aspect or (1, 1)
-    for patch in range(1, max(height, width) + 1):
+    height, width = aspect or (0, 0)
+    for patch in range(1, math.gcd(height, width) + 1):
         if height % patch == 0 and width % patch == 0:
             rows, columns = height // patch, width // patch
             if rows * columns == tokens:
                 return rows, columns
-    side = int(tokens**0.5)
-    return (side, side) if side * side == tokens else None
+    return None
 
 
 def spatial_bonus(
@@ -42,15 +43,20 @@ def spatial_bonus(
     """The bonus of a site on the grid of its tokens.
 
     Raises:
-        PolicyError: the tokens form no grid; ``source`` is the policy's file or name.
+        PolicyError: the tokens form no grid, or none that is known; ``source`` is the policy's file
+            or name.
     """
     if wanted is None:
         return None
     grid = token_grid(site.tokens, aspect)
-    if grid is None:
-        message = (
-            f"spatial: the {site.tokens} tokens of `{site.path}` form no grid; "
-            "switch the bonus off for it by a rule"
-        )
-        raise PolicyError([Problem.at(source, message)])
-    return SpatialBonus(grid, wanted.grid, wanted.bonus)
+    if grid is not None:
+        return SpatialBonus(grid, wanted.grid, wanted.bonus)
+    if aspect is None:
+        why = "form no grid that is known: the model's latents are no image [B, C, H, W]"
+    else:
+        why = f"form no grid: the latents of {aspect[0]} x {aspect[1]} have no so many patches"
+    message = (
+        f"spatial: the {site.tokens} tokens of `{site.path}` {why}; switch the bonus off for it by "
+        f'a rule, {{path: "{site.path}", spatial: "off"}}, or leave `spatial` out'
+    )
+    raise PolicyError([Problem.at(source, message)])

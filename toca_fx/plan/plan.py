@@ -61,7 +61,8 @@ class Settings:
     """What a policy says of whole generations.
 
     ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens, ``separate`` that guidance branches are called one after the other.
+    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
+    guidance branches are called one after the other.
     """
 
     policy: str

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-from toca_fx.match.sites import Matches
+from toca_fx.match.sites import Matches, Site
 from toca_fx.plan import scores
-from toca_fx.plan.check import check_batch, check_explicit_steps, check_rules
+from toca_fx.plan.check import check_explicit_steps, check_rules, without_halves
 from toca_fx.plan.grids import spatial_bonus
 from toca_fx.plan.plan import Plan, Settings, StepPlan
 from toca_fx.plan.schedule import fresh_tokens, full_steps, layer_spans, site_column
@@ -66,14 +66,13 @@ def make_plan(
 
     Raises:
         PolicyError: a rule matches no site; explicit step lists meet another step count than they
-            were written for; the policy asks for what the inputs do not have (an even batch for
-            shared selections, a grid of tokens for a spatial bonus).
+            were written for; the policy asks for a spatial bonus, and the tokens form no grid.
+            Nothing else of a policy depends on the inputs, and later rooms refuse none.
     """
     total = policy.sampler.steps if num_steps is None else num_steps
     check_rules(policy, matches)
     sites = matches.sites
     policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in sites)
-    check_batch(policy, sites, policies)
     check_explicit_steps(policy, policies, total)
     ascending = policy.sampler.order == "ascending"
     indices = tuple(range(total) if ascending else range(total - 1, -1, -1))
@@ -87,13 +86,25 @@ def make_plan(
         StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))
         for at, s in enumerate(indices)
     )
-    plan = Plan(sites, policies, steps, resolve(policy))
+    settings = resolve(policy)
+    odd = without_halves(sites, policies) if settings.shared else None
+    plan = Plan(sites, policies, steps, replace(settings, shared=settings.shared and odd is None))
     spatial = tuple(
         spatial_bonus(site, own.spatial, aspect, policy.source) if i in plan.scored else None
         for i, (site, own) in enumerate(zip(sites, policies, strict=True))
     )
     read = tuple(replace(step, read=plan.is_read(at)) for at, step in enumerate(steps))
-    return replace(plan, steps=read, spatial=spatial, warnings=tuple(_warnings(plan)))
+    warnings = (*_warnings(plan), *([] if odd is None else [_each_by_itself(odd)]))
+    return replace(plan, steps=read, spatial=spatial, warnings=warnings)
+
+
+def _each_by_itself(odd: Site) -> str:
+    """The warning that samples share no selection, though the policy says so."""
+    return (
+        f"guidance.selection is shared, but `{odd.path}` has a batch of {odd.shape[0]}, which has "
+        "no two halves: the model is called without guidance, and each sample selects its own "
+        "tokens"
+    )
 
 
 def _warnings(plan: Plan) -> Iterator[str]:

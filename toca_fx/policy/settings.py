@@ -51,7 +51,11 @@ class Guidance:
         metadata=key(
             "`independent`: each row selects its own tokens. `shared`: both halves of a batch "
             "share one selection, by their mean score (`scores.cross_attention`: by the entropy "
-            "over both halves' maps side by side); needs layout `batched`.",
+            "over both halves' maps side by side); needs layout `batched`. A batch of an odd "
+            "number of rows has no halves: the model is called without guidance, and each row "
+            "selects its own tokens, with a warning. Of an even batch nothing tells whether its "
+            "halves are one set of images twice: call a model without guidance under a policy with "
+            "`independent`.",
         ),
     )
 

@@ -369,10 +369,54 @@ def test_scores_that_nothing_judges_by_count_as_zero_with_a_warning(score: str, 
     )
 
 
-def test_a_shared_selection_needs_two_halves() -> None:
-    odd = Matches(tuple(replace(site, shape=(3, 64, 8)) for site in make_matches().sites), ())
-    with pytest.raises(
-        PolicyError,
-        match=r"shared, which needs both halves in one batch; `blocks\.0\.mlp` has a batch of 3",
-    ):
-        make_plan(odd, make_policy(guidance={"layout": "batched", "selection": "shared"}))
+SHARED = {"layout": "batched", "selection": "shared"}
+
+
+def in_batches_of(*batches: int) -> Matches:
+    sites = make_matches(layers=len(batches)).sites
+    return Matches(
+        tuple(replace(site, shape=(batches[site.layer], 64, 8)) for site in sites),
+        (),
+    )
+
+
+def test_without_guidance_each_sample_selects_its_own_tokens() -> None:
+    """An odd batch has no halves, and must not end a run in whose middle guidance is over."""
+    plan = make_plan(in_batches_of(4, 3), make_policy(guidance=SHARED))
+    assert not plan.settings.shared
+    assert plan.warnings == (
+        "guidance.selection is shared, but `blocks.1.mlp` has a batch of 3, which has no two "
+        "halves: the model is called without guidance, and each sample selects its own tokens",
+    )
+    assert plan.steps == make_plan(in_batches_of(4, 4), make_policy(guidance=SHARED)).steps
+    assert not any(plan.step(step.modes).shared for step in plan.steps)
+
+
+def test_halves_share_a_selection() -> None:
+    plan = make_plan(in_batches_of(4, 2), make_policy(guidance=SHARED))
+    assert plan.settings.shared
+    assert not plan.warnings
+
+
+def test_an_odd_batch_that_selects_nothing_is_no_matter() -> None:
+    reused = make_policy(guidance=SHARED, modules={"mlp": "reuse"})
+    plan = make_plan(in_batches_of(3), reused)
+    assert not plan.warnings
+
+
+@pytest.mark.parametrize(
+    ("aspect", "why"),
+    [
+        (None, r"no grid that is known: the model's latents are no image \[B, C, H, W\]"),
+        ((16, 12), r"no grid: the latents of 16 x 12 have no so many patches"),
+    ],
+)
+def test_a_spatial_bonus_needs_a_grid_that_is_known(
+    aspect: tuple[int, int] | None, why: str
+) -> None:
+    """64 tokens may be 8 x 8, or 4 x 16, or a text."""
+    remedy = r"by a rule, \{path: \"blocks\.0\.mlp\", spatial: \"off\"\}, or leave `spatial` out"
+    with pytest.raises(PolicyError, match=rf"64 tokens of `blocks\.0\.mlp` form {why}; .*{remedy}"):
+        make_plan(make_matches(), make_policy(spatial={"bonus": 0.4}), aspect=aspect)
+    off = [{"path": "blocks.*.mlp", "spatial": "off"}]
+    make_plan(make_matches(), make_policy(spatial={"bonus": 0.4}, rules=off), aspect=aspect)

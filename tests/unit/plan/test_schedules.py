@@ -24,6 +24,7 @@ from toca_fx.policy import load_policy
 
 VECTORS = Path(__file__).resolve().parents[2] / "system" / "conformance"
 LAYERS = 28
+IMAGE = (64, 64)  # in patches of 2, 4 or 8: 1024, 256 or 64 tokens
 DOUBLE, SINGLE = 19, 38
 
 # For each path, the number of tokens computed in every call; None where the module is full, 0 where
@@ -129,14 +130,14 @@ def _dit_run(total: int, base: int, ddim: bool, tokens: int) -> Schedule:
 def test_dit_is_the_authors_loop(
     policy: str, total: int, base: int, full: int, tokens: int
 ) -> None:
-    plan = make_plan(_dit_sites(tokens), load_policy(policy))
+    plan = make_plan(_dit_sites(tokens), load_policy(policy), aspect=IMAGE)
     assert _planned(plan) == _dit_run(total, base, "ddim" in policy, tokens)
     assert len(_full(plan)) == full
     assert _mixed(plan) == {50: [45, 32], 250: [245, 155]}[total]
 
 
 def test_full_steps_of_ddim50_and_early_steps_that_compute_nothing() -> None:
-    plan = make_plan(_dit_sites(256), load_policy("reference/dit-xl-2-ddim50"))
+    plan = make_plan(_dit_sites(256), load_policy("reference/dit-xl-2-ddim50"), aspect=IMAGE)
     assert _full(plan) == [49, 44, 40, 36, 30, 27, 24, 21, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0]
     early = [step for step in plan.steps if step.index >= 38 and step.kind == "partial"]
     assert early
@@ -160,7 +161,7 @@ def _pixart_run(tokens: int) -> Schedule:
 
 @pytest.mark.parametrize("tokens", [256, 64, 1024])
 def test_pixart_is_the_authors_loop(tokens: int) -> None:
-    plan = make_plan(_pixart_sites(tokens), load_policy("reference/pixart-alpha"))
+    plan = make_plan(_pixart_sites(tokens), load_policy("reference/pixart-alpha"), aspect=IMAGE)
     assert _planned(plan) == _pixart_run(tokens)
     assert _full(plan) == [0, 6, 9, 12, 15, 18]
     assert _mixed(plan) == [4]
@@ -289,7 +290,7 @@ def test_counts_are_those_of_the_vectors(
     case: str, policy: str, sites: Matches, kinds: tuple[str, ...], name: Callable[[Site], str]
 ) -> None:
     facts = json.loads((VECTORS / f"{case}.json").read_text(encoding="utf-8"))
-    planned = _planned(make_plan(sites, load_policy(f"reference/{policy}")))
+    planned = _planned(make_plan(sites, load_policy(f"reference/{policy}"), aspect=IMAGE))
     assert {name(site): planned[site.path] for site in sites.sites if site.kind in kinds} == facts[
         "K"
     ]
@@ -320,7 +321,7 @@ def test_counts_are_those_of_the_vectors(
 def test_full_steps_of_the_recommended_policies(
     policy: str, sites: Matches, full: list[int], mixed: list[int]
 ) -> None:
-    plan = make_plan(sites, load_policy(policy))
+    plan = make_plan(sites, load_policy(policy), aspect=IMAGE)
     assert _full(plan) == full
     assert _mixed(plan) == mixed
 

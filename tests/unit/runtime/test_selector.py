@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tests.helpers import chosen_rows, make_policy
 from tests.reference import bonus_by_hand
-from toca_fx import PolicyError
 from toca_fx.kernels.influence import normalize
 from toca_fx.kernels.ranking import ranked, spatial_bonus
 from toca_fx.match.sites import Matches, Site
@@ -51,10 +50,14 @@ def test_spatial_bonus_of_a_tie_goes_to_the_first() -> None:
     [
         (64, (16, 16), (8, 8)),
         (64, (32, 8), (16, 4)),
-        (64, None, (8, 8)),
+        (64, None, None),
+        (64, (16, 32), None),
+        (36, (16, 32), None),
+        (32, (16, 32), (4, 8)),
+        (128, (16, 32), (8, 16)),
         (256, (16, 16), (16, 16)),
         (60, (16, 16), None),
-        (49, (16, 16), (7, 7)),
+        (49, (16, 16), None),
         (1, (5, 5), (1, 1)),
     ],
 )
@@ -64,7 +67,13 @@ def test_token_grid(
     assert token_grid(tokens, aspect) == expected
 
 
-def plan_for(policy: Policy, tokens: int = 8, batch: int = 2, layers: int = 1) -> Plan:
+def plan_for(
+    policy: Policy,
+    tokens: int = 8,
+    batch: int = 2,
+    layers: int = 1,
+    aspect: tuple[int, int] | None = None,
+) -> Plan:
     """Layers of one attention and one MLP each."""
     sites = []
     for layer, kind in itertools.product(range(layers), ("self_attention", "mlp")):
@@ -80,14 +89,13 @@ def plan_for(policy: Policy, tokens: int = 8, batch: int = 2, layers: int = 1) -
                 2 * layer,
             )
         )
-    return make_plan(Matches(tuple(sites), ()), policy)
+    return make_plan(Matches(tuple(sites), ()), policy, aspect=aspect)
 
 
 def selector_for(
     plan: Plan,
     policy: Policy,
     scores: Sequence[Tensor],
-    aspect: tuple[int, int] | None = None,
     entropies: Mapping[int, Tensor] | None = None,
 ) -> Selector:
     """A selector over buffers in which the scored sites have ``scores``."""
@@ -218,7 +226,7 @@ def test_a_shared_selection_is_that_of_the_mean_and_the_same_in_both_halves() ->
     policy = make_policy(
         guidance={"layout": "batched", "selection": "shared"}, spatial={"bonus": 0.5, "grid": 2}
     )
-    plan = plan_for(policy, tokens=16, batch=4)
+    plan = plan_for(policy, tokens=16, batch=4, aspect=(8, 8))
     step = next(step for step in plan.steps if step.kind == "partial")
     base = torch.rand(4, 16)
     tokens = (choose(selector_for(plan, policy, [base]), step)[1] % 16).tolist()
@@ -250,18 +258,6 @@ def test_bytes_of_the_counters() -> None:
     policy = make_policy()
     plan = plan_for(policy, tokens=16, batch=2, layers=3)
     assert selector_for(plan, policy, [torch.zeros(2, 16)] * 3).nbytes() == 3 * 2 * 16 * 4
-
-
-def test_tokens_that_form_no_grid_have_no_spatial_bonus() -> None:
-    policy = make_policy(spatial={"bonus": 0.4})
-    with pytest.raises(
-        PolicyError,
-        match=r"the 12 tokens of `blocks\.0\.mlp` form no grid; "
-        r"switch the bonus off for it by a rule",
-    ):
-        selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
-    policy = make_policy(spatial={"bonus": 0.4}, rules=[{"match": "mlp", "spatial": "off"}])
-    selector_for(plan_for(policy, tokens=12), policy, [torch.rand(2, 12)], (16, 16))
 
 
 @pytest.mark.parametrize("shared", [False, True])
