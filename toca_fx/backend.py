@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from toca_fx.capture.aten import to_aten, verify
-from toca_fx.capture.dynamo import uncompiled
 from toca_fx.capture.identity import identity
 from toca_fx.capture.sources import frame_id, input_sources, model_class
+from toca_fx.capture.twin import twin_of
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
@@ -48,12 +48,16 @@ def compile(  # noqa: A001 - as torch.compile
     """A twin of ``model`` that computes only the tokens that matter on most denoising steps.
 
     ``model`` is a denoising transformer (any ``torch.nn.Module``) or a diffusers pipeline with a
-    ``transformer``. The twin shares all parameters and attributes with it and has its class;
-    ``model`` itself stays as it is. ``policy`` is a shipped name ("dit-xl-2"), a path, a mapping or
-    a ``Policy``; None picks the shipped policy that names the model's class, else ``default-image``
-    or ``default-video``. ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager"
-    or any other torch.compile backend; ``mode`` is inductor's, as in torch.compile
-    ("reduce-overhead": CUDA graphs).
+    ``transformer``. The twin is a view of it, and an instance of its class: what is set on one
+    (adapters, hooks, a submodule, ``training``) is set on the other, and calling ``model`` itself
+    runs what it ran before. Copies and pickles of a twin are the model's. A pipeline's twin is a
+    copy with the same components, and a twin as its transformer.
+
+    ``policy`` is a shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the
+    shipped policy that names the model's class, else ``default-image`` or ``default-video``.
+    ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager" or any other
+    torch.compile backend; ``mode`` is inductor's, as in torch.compile ("reduce-overhead": CUDA
+    graphs).
 
     Raises:
         PolicyError: the policy has problems (all are listed).
@@ -76,9 +80,7 @@ def compile(  # noqa: A001 - as torch.compile
             "expected a torch.nn.Module or a diffusers pipeline with a transformer, got "
             f"{type(model).__name__}"
         )
-    module = uncompiled(model)
-    module.compile(backend=backend, fullgraph=True)
-    return module
+    return twin_of(model, backend)
 
 
 def toca(

@@ -91,6 +91,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from torch.utils.flop_counter import sdpa_flop_count
 
 __all__ = [
+    "COMPILED_CALL",
     "BackendCompilerFailed",
     "CompileContext",
     "ConstantSource",
@@ -108,6 +109,7 @@ __all__ = [
     "TorchDynamoException",
     "ValueRanges",
     "argument_names",
+    "compiled_call",
     "compiling",
     "custom_overload",
     "detect_fake_mode",
@@ -205,9 +207,22 @@ def original_module(module: Module) -> Module:
     return original
 
 
+# The attribute in which ``module.compile()`` leaves what ``module()`` then runs.
+COMPILED_CALL = "_compiled_call_impl"
+
+
+def compiled_call(module: nn.Module, backend: Any) -> Callable[..., Any]:
+    """What ``module.compile(backend=backend, fullgraph=True)`` makes, without changing the module.
+
+    It runs what ``module()`` runs, hooks included; no public method does.
+    """
+    compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, fullgraph=True)
+    return compiled
+
+
 def forget_compiled_call(module: nn.Module) -> None:
     """Make ``module`` run its own code again, after ``module.compile()``, which has no opposite."""
-    module._compiled_call_impl = None
+    setattr(module, COMPILED_CALL, None)
 
 
 NEWEST_TRIED = (2, 15)

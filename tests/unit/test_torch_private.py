@@ -219,7 +219,18 @@ def modules_run_their_own_code() -> None:
     assert not calls
 
 
+def calls_are_compiled() -> None:
+    """What comes of a call is in tests/system/test_backend.py."""
+    module, seen = nn.Linear(2, 2), list[object]()
+    assert callable(private.compiled_call(module, "eager"))
+    assert vars(module).get(private.COMPILED_CALL) is None
+    setattr(module, private.COMPILED_CALL, seen.append)
+    module(3)
+    assert seen == [3]
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "COMPILED_CALL": calls_are_compiled,
     "BackendCompilerFailed": errors_are_told_apart,
     "CompileContext": captures_are_known,
     "ConstantSource": sizes_have_ranges,
@@ -237,6 +248,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "TorchDynamoException": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
+    "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
     "custom_overload": custom_operators_are_found,
     "detect_fake_mode": fake_tensors_are_made,
