@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
+from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.sources import frame_id, input_sources, model_class
 from toca_fx.capture.twin import twin_of
 from toca_fx.diagnostics import did_you_mean
@@ -153,6 +154,7 @@ class Dispatcher:
         self._captured, self._inner = captured, inner
         self._given, self._model_class = policy, model_class
         self._chosen: Policy | None = None
+        self._numbers = Numbers(captured)
         sources = input_sources(captured)
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
@@ -178,7 +180,9 @@ class Dispatcher:
             (value.shape, value.stride()) if isinstance(value, Tensor) else value
             for value in values
         )
-        runner = once(self._runners, shapes, lambda: self._prepare(inputs))
+        # What the model reads out of tensors is part of its graph.
+        key = (shapes, self._numbers.read(inputs))
+        runner = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         path, told = current_branch()
         return current_session().call(model, runner, inputs, path, told)

@@ -56,12 +56,14 @@ from torch._library.custom_ops import CustomOpDef
 # What tlparse reads; torch.compile writes its own graphs with it.
 from torch._logging._internal import trace_structured
 
-# The classes of torch.ops.aten.add.Tensor and torch.ops.aten.add: the targets of ATen graphs.
-from torch._ops import OpOverload, OpOverloadPacket
+# The classes of torch.ops.aten.add.Tensor and torch.ops.aten.add: the targets of ATen graphs; and
+# that of torch.ops.higher_order.cond: operators that are given code.
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 # Tensors without memory that remember their device: those on the device "meta" do not.
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
@@ -98,8 +100,10 @@ __all__ = [
     "CustomOpDef",
     "DataDependentOutputException",
     "DimDynamic",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "InstructionTranslator",
     "OpOverload",
     "OpOverloadPacket",

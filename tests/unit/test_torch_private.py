@@ -104,6 +104,15 @@ def fake_tensors_are_made() -> None:
     with pytest.raises(private.DataDependentOutputException) as raised:
         mode.from_tensor(torch.ones(1), static_shapes=True).item()
     assert raised.value.func is aten._local_scalar_dense.default
+    with pytest.raises(private.DynamicOutputShapeException) as unsized:
+        mode.from_tensor(torch.ones(1), static_shapes=True).nonzero()
+    assert unsized.value.func is aten.nonzero.default
+
+
+def operators_that_are_given_code_have_a_class() -> None:
+    assert isinstance(torch.ops.higher_order.cond, private.HigherOrderOperator)
+    assert not isinstance(aten.add.Tensor, private.HigherOrderOperator)
+    assert str(torch.ops.higher_order.tag_activation_checkpoint) == "tag_activation_checkpoint"
 
 
 def sizes_have_ranges() -> None:
@@ -236,6 +245,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "ConstantSource": sizes_have_ranges,
     "CustomOpDef": custom_operators_are_found,
     "DataDependentOutputException": fake_tensors_are_made,
+    "DynamicOutputShapeException": fake_tensors_are_made,
+    "HigherOrderOperator": operators_that_are_given_code_have_a_class,
     "DimDynamic": sizes_have_ranges,
     "FakeTensor": fake_tensors_are_made,
     "FakeTensorMode": fake_tensors_are_made,

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.capture.functionalize import make_functional
+from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
 from toca_fx.capture.sources import clean_path, input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import DataDependentOutputException, FakeTensorMode, is_mutable
+from toca_fx.torch_private import FakeTensorMode, is_mutable
 
 aten = torch.ops.aten
 
@@ -34,24 +35,19 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
     whether the model writes to tensors in place, which the returned graph does not.
 
+    Numbers that the model reads out of tensors are those of ``inputs``; see ``numbers.Numbers``.
+
     Raises:
         UnsupportedModelError: the model writes to memory of the caller in place, or a number
-            depends on a tensor's values.
+            depends on what changes at every step.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
         for value in inputs
     ]
-    try:
-        graph_module = retrace(captured, fakes, _DECOMPOSED)
-    except DataDependentOutputException as error:
-        raise UnsupportedModelError(
-            f"the graph reads a number out of a tensor ({error.func}): a Python float changes from "
-            "call to call, or the model was compiled with dynamic=True. Pass floats as tensors and "
-            "leave dynamic out; or, for a number that changes between generations only (the scale "
-            "of a LoRA), set torch._dynamo.config.specialize_float = True"
-        ) from error
+    numbers = Numbers(captured)
+    graph_module = retrace(numbers.fixed(numbers.read(inputs)), fakes, _DECOMPOSED)
     graph_module.meta["writes"] = False
     for node in list(graph_module.graph.nodes):
         stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
@@ -67,6 +63,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
     roles.mark(graph_module.graph, input_sources(captured), inputs)
+    numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module
 

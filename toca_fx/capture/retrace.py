@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
+from toca_fx.capture.inline import given_code
+from toca_fx.capture.sources import user_line
+from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     OpOverload,
@@ -62,12 +67,45 @@ def retrace(
 
     ``fakes`` are fake tensors of one mode, or numbers. Values of nodes may be one fake tensor where
     nodes are equal; they share memory as they would in a run only if something is written in place.
+
+    Raises:
+        UnsupportedModelError: a number or a size depends on the values of tensors, or an operator
+            that is given code cannot be traced.
     """
     try:
         return _retrace_calls(captured, fakes, decompositions)
     except _NotCopied as reason:
         log.debug("all calls are traced, equal ones too: %s", reason)
-        return _trace(fx.Interpreter(captured).run, fakes, decompositions)
+        return _trace(_Interpreter(captured).run, fakes, decompositions)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs Dynamo's graph; what it cannot trace is named by the user's line."""
+
+    extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node.
+
+        Raises:
+            UnsupportedModelError: it depends on values of tensors, or is given code.
+        """
+        try:
+            return super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UnsupportedModelError(
+                f"the model makes a number or a size out of the values of a tensor at "
+                f"{user_line(n)} ({error.func}), which cannot be followed; use .item() there, or "
+                "keep it a tensor of a size that depends on shapes alone"
+            ) from error
+        except Exception as error:
+            if not given_code(n):
+                raise
+            raise UnsupportedModelError(
+                f"the model calls torch.ops.higher_order.{n.target} at {user_line(n)}, which "
+                f"cannot be followed ({type(error).__name__}: {error}); exclude its module from "
+                "compilation"
+            ) from error
 
 
 def _retrace_calls(

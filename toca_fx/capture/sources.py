@@ -27,6 +27,21 @@ def clean_path(source: str) -> str:
     return ".".join(token for token in tokens if token not in _PATH_NOISE)
 
 
+_LINE = re.compile(r'^ *File "(.+)", line ([0-9]+), in .*\n *(.*)$', re.MULTILINE)
+
+
+def user_line(node: fx.Node) -> str:
+    """The line of the user's code that a node was captured from: ``model.py:12 (x.item())``.
+
+    It names the file in full; the node, if Dynamo does not know the line.
+    """
+    found = _LINE.findall(str(node.meta.get("stack_trace") or ""))
+    if not found:
+        return str(node)
+    file, line, code = found[-1]
+    return f"{file}:{line} ({code.strip()})"
+
+
 def model_class() -> str:
     """The class name of the model that Dynamo is capturing right now.
 

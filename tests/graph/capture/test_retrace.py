@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from tests.helpers import capture
 from toca_fx.capture.retrace import retrace
+from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.examples import build, examples
 
 Description = tuple[str, object, str, object, object]
@@ -92,10 +93,11 @@ def test_graphs_with_writes_are_traced_whole(caplog: pytest.LogCaptureFixture) -
     assert "setitem does more than to return something" in reason
 
 
-def test_numbers_out_of_tensors_are_left_to_the_whole_trace() -> None:
+def test_numbers_out_of_tensors_are_refused() -> None:
+    """They are made numbers before a graph is traced: see test_numbers.py."""
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         captured, inputs = capture(Function(lambda x: x * x.sum().item()), torch.randn(2, 8))
-    with pytest.raises(DataDependentOutputException):
+    with pytest.raises(UnsupportedModelError, match=r"test_retrace\.py:[0-9]+ \(.*item\(\)"):
         retrace(captured, fakes_of(inputs), {})
 
 
