@@ -48,9 +48,12 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     ]
     numbers = Numbers(captured)
     graph_module = retrace(numbers.fixed(numbers.read(inputs)), fakes, _DECOMPOSED)
+    sources = input_sources(captured)
+    model = roles.model_name(sources)
     graph_module.meta["writes"] = False
     for node in list(graph_module.graph.nodes):
-        stack = [clean_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
+        modules = node.meta.get("nn_module_stack", {}).values()
+        stack = [clean_path(name, model) for name, *_ in modules]
         node.meta["stack"] = tuple(path for path in stack if path)
         node.meta["path"] = stack[-1] if stack else ""
         is_identity = node.target is aten.detach_.default or (
@@ -62,7 +65,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         elif is_identity:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-    roles.mark(graph_module.graph, input_sources(captured), inputs)
+    roles.mark(graph_module.graph, sources, inputs)
     numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module

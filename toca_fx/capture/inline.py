@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from toca_fx.capture.sources import clean_path
+from toca_fx.capture.sources import clean_path, input_sources
+from toca_fx.graph.roles import model_name
 from toca_fx.torch_private import HigherOrderOperator
 
 Arguments = tuple[Any, ...]
@@ -35,11 +36,15 @@ def inlined(captured: fx.GraphModule) -> fx.GraphModule:
     """Dynamo's graph without wrapped code; ``captured`` itself if it has none, else a copy."""
     if not any(map(_is_wrapper, captured.graph.nodes)):
         return captured
+    return _inlined(captured, model_name(input_sources(captured)))
+
+
+def _inlined(captured: fx.GraphModule, model: str) -> fx.GraphModule:
     module = fx.GraphModule(captured, copy.deepcopy(captured.graph))
     module.meta = captured.meta
     for node in list(module.graph.nodes):
         if _is_wrapper(node):
-            _put_in_place(node, module)
+            _put_in_place(node, module, model)
     for node in module.graph.find_nodes(op="get_attr"):
         if not node.users:
             module.graph.erase_node(node)
@@ -56,11 +61,11 @@ def _is_wrapper(node: fx.Node) -> bool:
     return given_code(node) and str(node.target) in _WRAPPERS
 
 
-def _put_in_place(call: fx.Node, owner: fx.GraphModule) -> None:
+def _put_in_place(call: fx.Node, owner: fx.GraphModule, model: str) -> None:
     """Put a copy of the code that ``call`` is given in its place."""
     reference: Any = call.args[0]
     code: Any = owner.get_submodule(reference.target)
-    body = inlined(code)
+    body = _inlined(code, model)
     given = _WRAPPERS[str(call.target)](call.args)
     parameters = body.graph.find_nodes(op="placeholder")
     values = dict(zip(parameters, given, strict=True))
@@ -73,7 +78,8 @@ def _put_in_place(call: fx.Node, owner: fx.GraphModule) -> None:
             # The code's own stack begins where the code does.
             stack = {**outer, **node.meta.get("nn_module_stack", {})}
             put.meta["nn_module_stack"] = {
-                key: (_rename(path, renamed), *others) for key, (path, *others) in stack.items()
+                key: (_rename(path, renamed, model), *others)
+                for key, (path, *others) in stack.items()
             }
     if isinstance(returned, fx.Node):
         call.replace_all_uses_with(returned)
@@ -106,8 +112,7 @@ def _module_of(name: str) -> Sequence[str]:
     return (*modules, last) if last else ()
 
 
-def _rename(path: str, renamed: Mapping[str, str]) -> str:
-    clean = clean_path(path)
-    if renamed.get(clean, clean) == clean:
-        return path
-    return f"L['self'].{renamed[clean]}"
+def _rename(path: str, renamed: Mapping[str, str], model: str) -> str:
+    clean = clean_path(path, model)
+    is_other = model and renamed.get(clean, clean) != clean
+    return f"{model}.{renamed[clean]}" if is_other else path

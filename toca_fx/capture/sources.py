@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import re
+from itertools import dropwhile
 
 import torch
 from torch import fx
 
+from toca_fx.graph.roles import is_part
 from toca_fx.torch_private import CompileContext, InstructionTranslator
 
 # "L['self'].__dict__['_modules']['blocks'].0.attn" and "L['self']._modules['blocks']._modules['0']"
 # -> blocks.0.attn
 _PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
-_PATH_NOISE = frozenset(
-    {"L", "G", "self", "__dict__", "_modules", "_orig_mod", "_call_impl", "forward", "fn"}
-)
+_PATH_NOISE = frozenset({"__dict__", "_modules", "_orig_mod"})
+_CALL_NOISE = frozenset({"L", "G", "self", "_call_impl", "forward", "fn"})
 _SOURCES = "toca_fx_input_sources"
 
 
-def clean_path(source: str) -> str:
-    """The module path inside Dynamo's name of a module.
+def clean_path(source: str, model: str = "L['self']") -> str:
+    """The module path inside Dynamo's name of a module, where ``model`` is that of the model.
 
-    ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``.
+    ``L['self']._modules['blocks'].0.attn`` -> ``blocks.0.attn``. With several models (``model`` is
+    "") the path begins with the name of one.
     """
-    tokens = (quoted or plain for quoted, plain in _PATH_TOKEN.findall(source))
-    return ".".join(token for token in tokens if token not in _PATH_NOISE)
+    own = is_part(source, model)
+    found = _PATH_TOKEN.findall(source[len(model) if own else 0 :])
+    tokens = [token for pair in found for token in pair if token and token not in _PATH_NOISE]
+    return ".".join(tokens if own else dropwhile(_CALL_NOISE.__contains__, tokens))
 
 
 _LINE = re.compile(r'^ *File "(.+)", line ([0-9]+), in .*\n *(.*)$', re.MULTILINE)
@@ -45,13 +49,15 @@ def user_line(node: fx.Node) -> str:
 def model_class() -> str:
     """The class name of the model that Dynamo is capturing right now.
 
-    It is "" if Dynamo captures nothing, or no method.
+    That is the first argument of what Dynamo captures, whatever it is called. It is "" if Dynamo
+    captures nothing, or if that is no module.
     """
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
         return ""
-    owner = frame.f_locals.get("self") if frame is not None else None
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount] if frame is not None else ()
+    owner = frame.f_locals.get(names[0]) if frame is not None and names else None
     return type(owner).__name__ if isinstance(owner, torch.nn.Module) else ""
 
 

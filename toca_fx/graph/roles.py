@@ -8,7 +8,8 @@ condition   all other inputs: captions, labels, masks, sizes, positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,12 +18,32 @@ from torch import Tensor, fx
 Role = Literal["state", "timestep", "latents", "condition"]
 
 _TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")  # arguments of forward, best first
-_ATTRIBUTES = ("_modules[", "_buffers[", "_parameters[")
+_ATTRIBUTES = re.compile(
+    r"(?:\._orig_mod)*\.(?:__dict__\['_(?:modules|buffers|parameters)'\]|"
+    r"_(?:modules|buffers|parameters)\[)"
+)
 
 
-def is_state(source: str, value: object) -> bool:
+def model_name(sources: Iterable[str]) -> str:
+    """What Dynamo calls the model, by the names of all inputs: ``L['self']``, mostly.
+
+    Where a function is captured that calls the model, or a forward whose first argument has another
+    name, it is another. It is "" if there are several models, none of which is part of one.
+    """
+    found = {source[: at.start()] for source in sources if (at := _ATTRIBUTES.search(source))}
+    shortest = min(found, key=len, default="L['self']")
+    return shortest if all(is_part(name, shortest) for name in found) else ""
+
+
+def is_part(source: str, model: str) -> bool:
+    """Whether something of that name is the model, or an attribute of it or of its modules."""
+    behind = source.removeprefix(model)
+    return bool(model) and source.startswith(model) and behind[:1] in ("", ".", "[")
+
+
+def is_state(source: str, value: object, model: str = "L['self']") -> bool:
     """Whether an input of that name (see ``capture/sources.py``) is a parameter or a buffer."""
-    named = source.startswith("L['self']") or any(part in source for part in _ATTRIBUTES)
+    named = is_part(source, model) or _ATTRIBUTES.search(source) is not None
     return named or isinstance(value, torch.nn.Parameter)
 
 
@@ -31,9 +52,9 @@ def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None
 
     A node is constant if it depends on state only.
     """
-    placeholders = graph.find_nodes(op="placeholder")
+    placeholders, model = graph.find_nodes(op="placeholder"), model_name(sources)
     for node, source, value in zip(placeholders, sources, inputs, strict=True):
-        constant = is_state(source, value) or not isinstance(value, Tensor)
+        constant = is_state(source, value, model) or not isinstance(value, Tensor)
         node.meta["constant"] = constant
         node.meta["role"] = "state" if constant else "condition"
     for node in graph.nodes:
@@ -58,11 +79,12 @@ def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | No
             if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
                 return position
     # Otherwise it is the one input that has a number for each sample, or for all of them.
+    model = model_name(sources)
     candidates = [
         position
         for position, (source, value) in enumerate(zip(sources, inputs, strict=True))
         if source
-        and not is_state(source, value)
+        and not is_state(source, value, model)
         and isinstance(value, Tensor)
         and value.is_floating_point()
         and value.dim() <= 1
