@@ -15,8 +15,8 @@ from toca_fx.match.origins import (
     attention_kind,
     is_sequence_first,
     projections_of,
+    rows_of,
     same_tokens,
-    segment_of,
 )
 from toca_fx.match.sites import NearMiss, Site
 
@@ -56,10 +56,12 @@ def attention_sites(
 
 def _with_map(site: Site, attention: Attention, output: fx.Node, flow: Flow) -> Site:
     """``site`` with what is known of the rows and columns of its attention's map."""
-    segment = segment_of(attention, output, site.shape, flow)
-    if segment is None or site.kind == "cross_attention":
-        return replace(site, segment=segment)
-    if not same_tokens(attention, site.shape, segment):
+    rows = rows_of(attention, output, site.shape, flow)
+    if rows is None:
         return site
-    projections = projections_of(attention, site.shape, segment, flow)
-    return replace(site, segment=segment, projections=projections)
+    read = replace(site, segment=rows.segment, packed=rows.packed)
+    if site.kind == "cross_attention":
+        return read
+    if not same_tokens(attention, site.shape, rows):
+        return site
+    return replace(read, projections=projections_of(attention, site.shape, rows, flow))

@@ -6,7 +6,7 @@ The questions are which streams it reads, and which of its rows, keys and values
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -65,20 +65,40 @@ def projected(linear: fx.Node) -> fx.Node | None:
     return source
 
 
-def segment_of(
-    attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
-) -> int | None:
-    """The number of the query that is the first token of ``output`` [batch, tokens, channels].
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of an attention's map are the tokens of an output [batch, tokens, channels].
 
-    The queries behind it are the other tokens. None if the queries are something else. Operands
-    have four axes, or three, with the heads of a sample side by side in the first.
+    They begin at ``segment``, in the map of each sample; those of all samples, one sample behind
+    the other, are in one map if it is ``packed``.
+    """
+
+    segment: int
+    packed: bool = False
+
+
+def rows_of(
+    attention: Attention, output: fx.Node, shape: tuple[int, int, int], flow: Flow
+) -> Rows | None:
+    """The rows of the queries that are the tokens of ``output`` [batch, tokens, channels].
+
+    The queries behind them are other tokens. None if the queries are something else. Operands have
+    four axes, or three, with the heads of a sample side by side in the first.
     """
     batch, count, _ = shape
     heads = axes.shape_of(attention.output)
-    queries = len(heads) - 2 if attention.layout == "bhnd" else 1
+    queries = _queries(attention)
     tokens = _followed(attention, output, Tokens(batch, count), flow)
     if tokens is None or tokens.axis != queries:
         return None
+    # Without an axis of heads the map can be read only if the graph has it; so it can where a mask
+    # that is not known keeps samples apart.
+    has_map = attention.weights is not None
+    if tokens.flat:
+        readable = has_map or attention.output.target is aten.scaled_dot_product_attention.default
+        alone = heads[0] == 1 if len(heads) == 4 else has_map and _samples_first(attention, 1)
+        whole = heads[queries] == batch * count
+        return Rows(0, packed=True) if readable and alone and whole else None
     if len(heads) == 4:
         # An axis of one position cannot be followed, nor does it have to be.
         samples: Tokens | None = replace(tokens, axis=0)
@@ -86,10 +106,14 @@ def segment_of(
             first = Tokens(count, batch, batch_axis=1, axis=0)
             samples = _followed(attention, output, first, flow)
         is_first = samples is not None and samples.axis == 0 and heads[0] == batch
-        return tokens.offset if is_first else None
-    # Without an axis of heads the map can be read only if the graph has it.
-    has_map = len(heads) == 3 and attention.weights is not None
-    return tokens.offset if has_map and _samples_first(attention, batch) else None
+        return Rows(tokens.offset) if is_first else None
+    readable = len(heads) == 3 and has_map
+    return Rows(tokens.offset) if readable and _samples_first(attention, batch) else None
+
+
+def _queries(attention: Attention) -> int:
+    """The axis of an attention's result that has the queries."""
+    return len(axes.shape_of(attention.output)) - 2 if attention.layout == "bhnd" else 1
 
 
 def is_sequence_first(
@@ -100,7 +124,7 @@ def is_sequence_first(
     Then queries lie along its first axis, and samples along its second.
     """
     rows, columns, _ = shape
-    queries = len(axes.shape_of(attention.output)) - 2 if attention.layout == "bhnd" else 1
+    queries = _queries(attention)
     first = _followed(attention, output, Tokens(columns, rows, batch_axis=1, axis=0), flow)
     second = _followed(attention, output, Tokens(rows, columns), flow)
     return first is not None and second is not None and (first.axis, second.axis) == (queries, 0)
@@ -125,15 +149,28 @@ def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) 
         if moved is not None:
             pending.append(moved)
             continue
-        carried = ops.operands(node, there.axis)
+        carried = _carried(node, there)
         if carried is None:
             return None
         pending += [
-            (operand, replace(there, axis=axis))
-            for operand, axis in carried.items()
+            (operand, place)
+            for operand, place in carried.items()
             if flow.reaches(attention.output, operand)
         ]
     return next(iter(ends)) if len(ends) == 1 else None
+
+
+def _carried(node: fx.Node, where: Tokens) -> tokenwise.Operands | None:
+    """The operands with the tokens at ``where``, and where; None if they cannot be followed.
+
+    Where samples and tokens have an axis each, the tokens alone are followed: norms of a whole
+    batch, say, change nothing about where they lie.
+    """
+    by_token = None if where.flat else ops.operands(node, where.axis)
+    if by_token is not None:
+        return {operand: replace(where, axis=axis) for operand, axis in by_token.items()}
+    in_front = where.batch_axis is not None and where.batch_axis <= where.axis
+    return tokenwise.operands(node, where) if in_front else None
 
 
 def _samples_first(attention: Attention, batch: int) -> bool:
@@ -142,21 +179,26 @@ def _samples_first(attention: Attention, batch: int) -> bool:
     return any(len(shape) == 4 and shape[0] == batch for shape in shapes)
 
 
-def same_tokens(attention: Attention, shape: tuple[int, int, int], segment: int) -> bool:
-    """Whether key i and query i, from ``segment`` on, are projections of the same token."""
-    rank = len(axes.shape_of(attention.output))
-    queries = rank - 2 if attention.layout == "bhnd" else 1
+def same_tokens(attention: Attention, shape: tuple[int, int, int], rows: Rows) -> bool:
+    """Whether the keys are projections of the same tokens as the queries in ``rows``, in order."""
+    queries = _queries(attention)
     batch, count, _ = shape
     # A key that is multiplied explicitly is transposed.
-    keys = rank - 1 if attention.weights is not None else queries
-    query = _read(attention.query, Tokens(batch, count, axis=queries, offset=segment))
-    key = _read(attention.key, Tokens(batch, count, axis=keys, offset=segment))
-    return bool(query & key)
+    keys = len(axes.shape_of(attention.output)) - 1 if attention.weights is not None else queries
+
+    if rows.packed and axes.shape_of(attention.key)[keys] != batch * count:
+        return False  # more keys than the tokens of all samples
+
+    def read(operand: fx.Node, axis: int) -> set[tuple[fx.Node | None, Tokens]]:
+        batch_axis = axis if rows.packed else 0
+        return _read(operand, Tokens(batch, count, batch_axis, axis, rows.segment))
+
+    return bool(read(attention.query, queries) & read(attention.key, keys))
 
 
-def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int]]:
-    """The inputs of the projections behind a query or key, and axis and offset of the tokens."""
-    found: set[tuple[fx.Node | None, int, int]] = set()
+def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]:
+    """The inputs of the projections behind a query or key, and where the tokens lie in them."""
+    found: set[tuple[fx.Node | None, Tokens]] = set()
     pending, seen = [(operand, where)], set()
     while pending:
         node, there = pending.pop()
@@ -164,11 +206,11 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int
             continue
         seen.add((node, there))
         moved = tokenwise.segment(node, there)
-        carried = ops.operands(node, there.axis) or {}
+        carried = _carried(node, there) or {}
         if linear_input(node) is not None:
             found |= {
-                (unshaped(source), axis, there.offset)
-                for source, axis in carried.items()
+                (unshaped(source), place)
+                for source, place in carried.items()
                 if not is_constant(source)
             }
         elif moved is not None:
@@ -176,7 +218,7 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, int, int
         elif node.target is aten.cat.default and not carried:
             pending += _parts(node, there)
         else:
-            pending += [(source, replace(there, axis=axis)) for source, axis in carried.items()]
+            pending += carried.items()
     return found
 
 
@@ -200,7 +242,7 @@ def unshaped(node: fx.Node | None) -> fx.Node | None:
 
 
 def projections_of(
-    attention: Attention, shape: tuple[int, int, int], segment: int, flow: Flow
+    attention: Attention, shape: tuple[int, int, int], rows: Rows, flow: Flow
 ) -> tuple[str, ...]:
     """The nodes that hold keys and values of one stream, [batch, tokens, ...].
 
@@ -214,7 +256,8 @@ def projections_of(
     for operand in (attention.key, attention.value):
         if len(axes.shape_of(operand)) != 4 or attention.weights is not None:
             return ()
-        region = _upstream(operand, Tokens(batch, count, axis=axis, offset=segment))
+        batch_axis = axis if rows.packed else 0
+        region = _upstream(operand, Tokens(batch, count, batch_axis, axis, rows.segment))
         whole = [
             node
             for node, where in region.items()

@@ -34,6 +34,7 @@ class Site:
     influence: int | None = None
     entropy: int | None = None
     segment: int | None = None
+    packed: bool = False
     projections: tuple[str, ...] = ()
     residual: str = ""
     stream: str = ""

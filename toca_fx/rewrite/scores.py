@@ -87,7 +87,10 @@ class _Attentions:
                 function = functools.partial(formula.attention, **given)
                 found = self._replace(source.anchor, attention, function, formula.skippable)
             else:
-                found = self._beside(attention, source.shape[0], formula, given)
+                samples = 1 if source.packed else source.shape[0]
+                found = self._beside(attention, samples, formula, given)
+            if source.packed:
+                found = self._apart(found, attention, source.shape[0])
             draft.scores[source.anchor, name] = found
         return draft.scores[source.anchor, name]
 
@@ -107,6 +110,15 @@ class _Attentions:
         if draft.nodes[anchor] is output:  # the cached output itself, if no projection follows
             draft.nodes[anchor] = new
         return score
+
+    def _apart(self, score: fx.Node, attention: Attention, batch: int) -> fx.Node:
+        """A score [1, B * M] of a map that all samples share as [B, M]."""
+        value: Tensor = score.meta["val"]
+        sizes = (batch, value.shape[1] // batch)
+        with self._draft.graph.inserting_before(attention.output):
+            apart = self._draft.graph.call_function(aten.view.default, (score, list(sizes)))
+        apart.meta["val"] = value.new_empty(sizes)
+        return apart
 
     def _is_read(self, attention: fx.Node) -> fx.Node:
         """The input that says whether the scores of this step will be used.
