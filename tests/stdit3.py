@@ -299,13 +299,15 @@ class T2IFinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden) / hidden**0.5)
 
     def modulated(self, x: Tensor, t: Tensor) -> Tensor:
-        return modulate(self.norm_final(x), *(self.scale_shift_table + t[:, None]).chunk(2, dim=1))
+        return modulate(x, *(self.scale_shift_table + t[:, None]).chunk(2, dim=1))
 
     def forward(self, x: Tensor, t: Tensor, t0: Tensor | None, x_mask: Tensor | None) -> Tensor:
-        y = self.modulated(x, t)
-        return self.linear(
-            y if x_mask is None or t0 is None else select_frames(x_mask, y, self.modulated(x, t0))
-        )
+        y = self.modulated(self.norm_final(x), t)
+        if x_mask is not None and t0 is not None:
+            # Masked frames are modulated a second time, as Open-Sora has it (its samplers do not
+            # read them).
+            y = select_frames(x_mask, y, self.modulated(y, t0))
+        return self.linear(y)
 
 
 class STDiT3(nn.Module):

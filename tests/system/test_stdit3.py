@@ -173,10 +173,12 @@ def plain_stdit3(model: STDiT3, inputs: dict[str, Any], x_mask: Tensor) -> Tenso
 
         image = torch.empty(model.out_channels, *latents.shape[1:], dtype=x.dtype)
         for f in range(frames):
-            shift, scale = model.final_layer.scale_shift_table + frame_t[f]
-            pixels = model.final_layer.linear(plain_norm(x[f]) * (1 + scale) + shift).reshape(
-                rows, columns, 2, 2, -1
-            )
+            # Frames that are given are modulated at the timestep of the others, and then at zero.
+            last = plain_norm(x[f])
+            for t in dict.fromkeys((True, bool(x_mask[b, f]))):
+                shift, scale = model.final_layer.scale_shift_table + at[t]
+                last = last * (1 + scale) + shift
+            pixels = model.final_layer.linear(last).reshape(rows, columns, 2, 2, -1)
             for i in range(2):
                 for j in range(2):
                     image[:, f, i::2, j::2] = pixels[:, :, i, j].permute(2, 0, 1)
@@ -203,13 +205,16 @@ def test_no_masked_frame_is_as_no_mask() -> None:
     )
 
 
-def test_only_masked_frames_is_timestep_zero() -> None:
+def test_only_masked_frames_is_timestep_zero_in_all_blocks() -> None:
+    """The last layer modulates masked frames by both timesteps."""
     model = tiny_stdit3()
     inputs = tiny_inputs(model)
+    seen: list[Tensor] = []
+    model.final_layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     masked = run(model, inputs, x_mask=torch.zeros(2, 4, dtype=torch.bool))
-    torch.testing.assert_close(
-        masked, run(model, inputs, timestep=torch.zeros(2)), rtol=0, atol=1e-6
-    )
+    at_zero = run(model, inputs, timestep=torch.zeros(2))
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-6)
+    assert (masked - at_zero).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
