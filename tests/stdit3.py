@@ -363,6 +363,24 @@ class STDiT3(nn.Module):
             *(n * p for n, p in zip(grid, self.patch_size, strict=True)),
         )
 
+    # What tests/authors.py has as Open-Sora wrote it.
+
+    def scale(self, height: Tensor, width: Tensor) -> Any:
+        """The side of the video in standard sides, which Open-Sora computes in Python floats, from
+        values that it reads back from the device.
+        """
+        return ((height[0].double() * width[0].double()).sqrt() / self.input_sq_size).float()
+
+    def read(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Any]:
+        """The text of each sample, and what its attention is told of padding."""
+        text = self.y_embedder(y).squeeze(1)
+        if mask is None:
+            return text, None
+        return text, (mask != 0).repeat(y.shape[0] // mask.shape[0], 1)[:, None, None]
+
+    def run_block(self, block: nn.Module, *given: Any) -> Tensor:
+        return block(*given)
+
     def forward(
         self,
         x: Tensor,
@@ -397,22 +415,16 @@ class STDiT3(nn.Module):
             t0 = self.t_embedder(torch.zeros_like(timestep)) + fps
             modulation0 = self.t_block(t0)
 
-        text = self.y_embedder(y).squeeze(1)
-        text_mask = (
-            None if mask is None else (mask != 0).repeat(batch // mask.shape[0], 1)[:, None, None]
-        )
-
-        # Open-Sora computes the scale in Python floats, from values that it reads back from the
-        # device
-        scale = ((height[0].double() * width[0].double()).sqrt() / self.input_sq_size).float()
-        places = self.pos_embed(rows, columns, scale).to(dtype)
+        text, text_mask = self.read(y, mask)
+        places = self.pos_embed(rows, columns, self.scale(height, width)).to(dtype)
         x = self.x_embedder(x)
         x = (x.reshape(batch, frames, -1, x.shape[-1]) + places).reshape(x.shape)
 
         rotation = self.rope(frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            x = spatial(x, text, text_mask, modulation, modulation0, x_mask, frames)
-            x = temporal(x, text, text_mask, modulation, modulation0, x_mask, frames, rotation)
+            given = text, text_mask, modulation, modulation0, x_mask, frames
+            x = self.run_block(spatial, x, *given)
+            x = self.run_block(temporal, x, *given, rotation)
 
         x = self.unpatchify(self.final_layer(x, t, t0, x_mask), grid)
         return x[:, :, : size[0], : size[1], : size[2]].to(at_least_float32(dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.stdit3 import STDiT3
+from tests.system.conformance import authors
 
 HERE = Path(__file__).parent
 NOTHING = 255  # pads the lists of chosen tokens
@@ -36,7 +37,7 @@ class Kind:
 
     ``letters`` gives, for a module's path, F (full) or P (partial) for each call; ``spellings`` the
     beginnings and ends of the authors' keys and of the module paths; ``absent`` the weights that
-    the reference file may lack.
+    the reference file may lack. ``load`` makes the authors' own model of weights and settings.
     """
 
     policy: str
@@ -45,6 +46,7 @@ class Kind:
     letters: Callable[[Facts, str], str]
     spellings: Mapping[str, str]
     shared: bool = False
+    load: Callable[[Tensors, Facts], nn.Module] | None = None
     absent: frozenset[str] = frozenset({"pos_embed.pos_embed"})
 
 
@@ -82,17 +84,20 @@ class Case:
 
     def model(self) -> nn.Module:
         """The untouched model with the reference weights."""
-        model = self.kind.model(**self.facts["model"]["kwargs"]).eval().requires_grad_(False)
+        settings = self.facts["model"]["kwargs"]
         weights = {
-            name: tensor for name, tensor in self.vectors.items() if name.startswith("weights.")
+            name.removeprefix("weights."): tensor
+            for name, tensor in self.vectors.items()
+            if name.startswith("weights.")
         }
+        if self.kind.load is not None:
+            return self.kind.load(weights, settings)
         weights |= {
-            name: self.vectors[source] for name, source in self.facts["shared_weights"].items()
+            name.removeprefix("weights."): self.vectors[source]
+            for name, source in self.facts["shared_weights"].items()
         }
-        left = model.load_state_dict(
-            {name.removeprefix("weights."): tensor for name, tensor in weights.items()},
-            strict=False,
-        )
+        model = self.kind.model(**settings).eval().requires_grad_(False)
+        left = model.load_state_dict(weights, strict=False)
         assert set(left.missing_keys) <= self.kind.absent
         assert not left.unexpected_keys
         return model
@@ -253,6 +258,40 @@ CASES = {
 }
 
 
+def _own(name: str, spellings: Mapping[str, str], **changes: Any) -> Kind:
+    """A case on the authors' own model, with what differs."""
+    return replace(CASES[name], spellings=spellings, **changes)
+
+
+_BLOCKS = {"layer": "blocks", "layer.mlp": ".mlp"}
+
+AUTHORS = {
+    "dit_ddim50": _own("dit_ddim50", _BLOCKS, load=authors.dit, call=authors.dit_call),
+    "pixart_dpm20": _own(
+        "pixart_dpm20",
+        {**_BLOCKS, "layer.cross-attn": ".cross_attn"},
+        load=authors.pixart,
+        call=authors.pixart_call,
+    ),
+    "opensora_rflow30": _own(
+        "opensora_rflow30", CASES["opensora_rflow30"].spellings, load=authors.opensora
+    ),
+    "flux_t4": _own(
+        "flux_t4",
+        {
+            "double": "double_blocks",
+            "double.img_mlp": ".img_mlp",
+            "double.txt_mlp": ".txt_mlp",
+            "single": "single_blocks",
+            "single.mlp": "",
+        },
+        load=authors.flux,
+        call=authors.flux_call,
+    ),
+}
+"""The same cases on the authors' own models (tests/authors.py)."""
+
+
 @cache
-def load_case(name: str) -> Case:
-    return Case(name, CASES[name])
+def load_case(name: str, own: bool = False) -> Case:
+    return Case(name, (AUTHORS if own else CASES)[name])

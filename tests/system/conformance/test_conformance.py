@@ -11,6 +11,7 @@ import torch
 
 import toca_fx
 from tests.helpers import record_choices
+from tests.marks import slow_but
 from tests.system.conformance.cases import CASES, HERE, Case, load_case
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
@@ -23,6 +24,11 @@ NEAR_TIES = 2  # selections of a run that may have two neighbours in the other o
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return load_case(request.param)
+
+
+def own_case(name: str) -> Case:
+    """A case on the authors' own model."""
+    return load_case(name, own=True)
 
 
 def test_the_vectors_stay_small() -> None:
@@ -43,6 +49,21 @@ def test_full_steps_equal_the_untouched_model(case: Case) -> None:
 
 def test_every_step_equals_the_authors_code(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     _assert_equal(case, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_full_steps_of_the_authors_own_models_equal_theirs(name: str) -> None:
+    test_full_steps_equal_the_untouched_model(own_case(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["pixart_dpm20"], CASES, "one of the models is enough"),
+)
+def test_every_step_of_the_authors_own_models_equals_theirs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _assert_equal(own_case(name), monkeypatch)
 
 
 @pytest.mark.slow(reason="the video of the reference vectors, once more")

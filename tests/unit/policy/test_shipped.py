@@ -67,7 +67,10 @@ def test_one_recommended_policy_per_model_class_and_none_for_the_defaults() -> N
     ]
     assert sorted(classes) == [
         "DiTTransformer2DModel",
+        "Flux",
         "FluxTransformer2DModel",
+        "PixArt",
+        "PixArtMS",
         "PixArtTransformer2DModel",
         "STDiT3",
     ]
