@@ -17,11 +17,12 @@ from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.sources import frame_id, input_sources, model_class
 from toca_fx.capture.twin import twin_of
+from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
-from toca_fx.lower.once import once
+from toca_fx.lower.once import Recent, once
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
@@ -35,6 +36,7 @@ from toca_fx.runtime.runner import Runner
 log = logging.getLogger(__name__)
 
 _MANY_SHAPES = 8
+_MOST_SHAPES = 64  # programs of one graph; the one that was called least recently goes
 
 Model = TypeVar("Model")
 
@@ -171,7 +173,7 @@ class Dispatcher:
             for at, node in enumerate(captured.graph.find_nodes(op="placeholder"))
             if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
-        self._runners: dict[tuple[object, ...], Runner] = {}
+        self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
@@ -182,12 +184,14 @@ class Dispatcher:
         )
         # What the model reads out of tensors is part of its graph.
         key = (shapes, self._numbers.read(inputs))
-        runner = once(self._runners, key, lambda: self._prepare(inputs))
+        runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         path, told = current_branch()
-        return current_session().call(model, runner, inputs, path, told)
+        output = current_session().call(model, runner, inputs, path, told)
+        updates.apply(inputs)
+        return output
 
-    def _prepare(self, inputs: Sequence[Any]) -> Runner:
+    def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
         if len(self._runners) == _MANY_SHAPES - 1:
             log.warning(
@@ -200,7 +204,8 @@ class Dispatcher:
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
         planner = Planner(self._choose(aten.graph), match(aten.graph), roles.aspect(aten.graph))
-        return Runner(Program(Analysis(aten, planner), self._inner), inputs)
+        runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)
+        return runner, aten.meta["updates"]
 
     def _choose(self, graph: fx.Graph) -> Policy:
         """The policy that was given, or the one that suits the model; for all shapes."""

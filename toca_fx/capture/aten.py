@@ -17,6 +17,7 @@ from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
 from toca_fx.capture.sources import clean_path, input_sources
+from toca_fx.capture.updates import Updates, updates_of, written_buffers
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
 from toca_fx.torch_private import FakeTensorMode, is_mutable
@@ -33,12 +34,13 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     The inputs are not modified. Placeholders keep their order. Every node carries ``meta["val"]``
     (fake tensors with concrete shapes) and ``meta["path"]`` (the module path such as
     ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
-    whether the model writes to tensors in place, which the returned graph does not.
+    whether the model writes to tensors in place, which the returned graph does not; what it writes
+    to its buffers is in ``meta["updates"]``.
 
     Numbers that the model reads out of tensors are those of ``inputs``; see ``numbers.Numbers``.
 
     Raises:
-        UnsupportedModelError: the model writes to memory of the caller in place, or a number
+        UnsupportedModelError: the model writes to its inputs or parameters in place, or a number
             depends on what changes at every step.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -51,6 +53,10 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     sources = input_sources(captured)
     model = roles.model_name(sources)
     graph_module.meta["writes"] = False
+    returned = graph_module.graph.output_node()
+    buffers = written_buffers(graph_module.graph, sources, inputs)
+    # Whoever has the model reads its buffers afterwards.
+    returned.args = ((returned.args[0], buffers),)
     for node in list(graph_module.graph.nodes):
         modules = node.meta.get("nn_module_stack", {}).values()
         stack = [clean_path(name, model) for name, *_ in modules]
@@ -61,11 +67,14 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         )
         if is_mutable(node.target) and not is_identity:
             graph_module.meta["writes"] = True
-            make_functional(node)
+            make_functional(node, buffers)
         elif is_identity:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+    outputs, after = returned.args[0]
+    returned.args = (outputs,)
     roles.mark(graph_module.graph, sources, inputs)
+    graph_module.meta["updates"] = updates_of(graph_module.graph, buffers, after)
     numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module
@@ -80,7 +89,8 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
     Raises:
         UnsupportedModelError: the outputs differ by more than rounding.
     """
-    expected, actual = (_run_seeded(module, inputs) for module in (captured, aten))
+    updates: Updates = aten.meta["updates"]
+    expected, actual = (_run_seeded(module, updates.apart(inputs)) for module in (captured, aten))
     for left, right in zip(_tensors(expected), _tensors(actual), strict=True):
         scale = left.abs().amax().item() if left.numel() else 0.0
         if not torch.allclose(left, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):

@@ -2,26 +2,29 @@
 
 ``x[:, n:] = y`` is ``copy_(slice(x), y)`` in ATen. It becomes ``slice_scatter(x, y)``, and all
 later readers of that memory, of x or of another view of it, read the new value. Memory that the
-caller can see (inputs, parameters) must not be written.
+caller can see (inputs, parameters) must not be written; for buffers see ``updates``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.axes import shape_of
 from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, aten, operands
 from toca_fx.torch_private import storage_id
 
 
-def make_functional(node: fx.Node) -> None:
+def make_functional(node: fx.Node, own: Collection[fx.Node] = ()) -> None:
     """Replace a node that writes in place by one that returns the new value.
 
-    Later readers of the memory read the new value instead.
+    Later readers of the memory read the new value instead. ``own`` are the inputs to which a write
+    is nothing but that.
 
     Raises:
         UnsupportedModelError: the memory belongs to the caller, or a view in between cannot be
@@ -31,7 +34,7 @@ def make_functional(node: fx.Node) -> None:
     if not isinstance(mutated, fx.Node):
         raise _refusal(node, "what it writes to is no tensor of the graph")
     aliases = _aliases(node, mutated)
-    if any(alias.op in ("placeholder", "get_attr") for alias in aliases):
+    if any(alias.op in ("placeholder", "get_attr") and alias not in own for alias in aliases):
         raise _refusal(node, "the caller sees that memory")
     later = _later_users(node, aliases)
     graph = node.graph
@@ -174,6 +177,7 @@ def _call(node: fx.Node, target: Any, args: Any, like: Tensor, kwargs: Any = Non
 def _refusal(node: fx.Node, why: str) -> UnsupportedModelError:
     module = node.meta.get("path") or "(top level)"
     return UnsupportedModelError(
-        f"the model writes to a tensor in place ({node.target}, in module {module}) and {why}; "
+        f"the model writes to a tensor in place ({node.target}, in module {module}, at "
+        f"{user_line(node)}) and {why}; "
         "write it without the trailing underscore, or exclude the module from compilation"
     )

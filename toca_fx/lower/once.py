@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Generic, TypeVar, overload
 
 from toca_fx.torch_private import compiling
@@ -20,6 +22,37 @@ def once(found: MutableMapping[Key, Value], key: Key, trace: Callable[[], Value]
         if key not in found:
             found[key] = trace()
         return found[key]
+
+
+class Recent(MutableMapping[Key, Value]):
+    """A mapping of the ``most`` items that were read last."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.RLock()
+        self._items: OrderedDict[Key, Value] = OrderedDict()
+
+    def __getitem__(self, key: Key) -> Value:
+        with self._lock:
+            value = self._items[key]
+            self._items.move_to_end(key)
+            return value
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        with self._lock:
+            self._items[key] = value
+            while len(self._items) > self._most:
+                self._items.popitem(last=False)
+
+    def __delitem__(self, key: Key) -> None:
+        with self._lock:
+            del self._items[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        with self._lock:
+            return iter(list(self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
 
 
 class traced_once(Generic[Value]):  # noqa: N801 - as functools.cached_property
