@@ -158,7 +158,8 @@ class Dispatcher:
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
         sources = input_sources(captured)
-        state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value)]
+        model = roles.model_name(sources)
+        state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
         # buffers; or its buffers, where all weights are quantised.
         weights = [at for at in state if isinstance(inputs[at], nn.Parameter)]

@@ -41,6 +41,14 @@ Decompositions = Mapping[OpOverload, Callable[..., Any]]
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 _NUMBER = re.compile(r"_\d+$")
 
+# Operators whose trace is no graph (the code that they are given is traced for each position), and
+# what to do instead.
+_UNTRACED = {
+    "flex_attention": (
+        "let the model use scaled_dot_product_attention (in diffusers: set_attention_backend)"
+    ),
+}
+
 
 class _NotCopied(Exception):  # noqa: N818 - no error
     """Why a graph is not certain to be what copies of its calls make."""
@@ -82,7 +90,9 @@ def retrace(
 class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph; what it cannot trace is named by the user's line."""
 
-    extra_traceback = False
+    def __init__(self, captured: fx.GraphModule) -> None:
+        super().__init__(captured)
+        self.extra_traceback = False  # says where in our own code
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node.
@@ -90,6 +100,11 @@ class _Interpreter(fx.Interpreter):
         Raises:
             UnsupportedModelError: it depends on values of tensors, or is given code.
         """
+        if given_code(n) and str(n.target) in _UNTRACED:
+            raise UnsupportedModelError(
+                f"the model calls {n.target} at {user_line(n)}, which cannot be followed; "
+                f"{_UNTRACED[str(n.target)]}"
+            )
         try:
             return super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

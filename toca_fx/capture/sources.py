@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import dropwhile
 
@@ -31,18 +32,21 @@ def clean_path(source: str, model: str = "L['self']") -> str:
     return ".".join(tokens if own else dropwhile(_CALL_NOISE.__contains__, tokens))
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _LINE = re.compile(r'^ *File "(.+)", line ([0-9]+), in .*\n *(.*)$', re.MULTILINE)
 
 
 def user_line(node: fx.Node) -> str:
     """The line of the user's code that a node was captured from: ``model.py:12 (x.item())``.
 
-    It names the file in full; the node, if Dynamo does not know the line.
+    It names the file in full; the innermost one that is not torch's own. It is the name of the
+    node, if Dynamo does not know the line.
     """
     found = _LINE.findall(str(node.meta.get("stack_trace") or ""))
     if not found:
         return str(node)
-    file, line, code = found[-1]
+    own = [entry for entry in found if not entry[0].startswith(_TORCH)]
+    file, line, code = (own or found)[-1]
     return f"{file}:{line} ({code.strip()})"
 
 

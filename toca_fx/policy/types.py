@@ -47,7 +47,10 @@ class Rule:
     )
     path: str | None = field(
         metadata=key(
-            "Selects by module path with a shell-style pattern, case-sensitive; `*` crosses dots.",
+            "Selects by module path with a shell-style pattern, case-sensitive; `*` crosses dots. "
+            "Paths are the names in the model's own code, which differ from one code of a model to "
+            "another: `*single_*blocks.*` finds the single blocks of FLUX in diffusers "
+            "(`single_transformer_blocks.0`) and in its authors' repository (`single_blocks.0`).",
             min_length=1,
             max_length=200,
             examples=("*.single_*",),

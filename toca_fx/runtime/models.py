@@ -61,10 +61,21 @@ class Models:
             found = self._keys.get(identity)
             if found is None:
                 watched = [weakref.ref(tensor, forget) for tensor in state]
-                found = self._keys[identity] = ModelKey(), watched
+                found = self._keys[identity] = self._alike(identity) or ModelKey(), watched
                 while len(self._keys) > _MOST:
                     self._keys.popitem(last=False)
             return found[0]
+
+    def _alike(self, identity: tuple[int, ...]) -> ModelKey | None:
+        """The key of a model that has all of these tensors, or only such.
+
+        Calls of one model may read more or less of it: without some layers, say.
+        """
+        wanted = frozenset(identity)
+        for known, (key, _) in self._keys.items():
+            if wanted and known and (wanted.issuperset(known) or wanted.issubset(known)):
+                return key
+        return None
 
 
 _of_code: weakref.WeakValueDictionary[Hashable, Models] = weakref.WeakValueDictionary()
