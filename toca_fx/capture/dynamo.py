@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from toca_fx.capture.sources import input_sources
+from toca_fx.capture.sources import input_sources, line_in
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import (
     BackendCompilerFailed,
@@ -82,7 +82,10 @@ def capture(
 
 
 def _reason(error: Exception) -> str:
-    """Dynamo's first line and its explanation, without hints and stack traces."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Dynamo's first line, its explanation and the user's line, without hints and stack traces."""
+    text, _, trace = str(error).partition("from user code:")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     explained = [line for line in lines[1:] if line.startswith("Explanation:")]
-    return " ".join(["the model cannot be captured as one graph:", *lines[:1], *explained[:1]])
+    where = [f"At {line}" for line in [line_in(trace)] if line]
+    parts = ["the model cannot be captured as one graph:", *lines[:1], *explained[:1], *where]
+    return " ".join(parts)

@@ -39,13 +39,20 @@ _LINE = re.compile(r'^ *File "(.+)", line ([0-9]+), in .*\n *(.*)$', re.MULTILIN
 def user_line(node: fx.Node) -> str:
     """The line of the user's code that a node was captured from: ``model.py:12 (x.item())``.
 
-    It names the file in full; the innermost one that is not torch's own. It is the name of the
-    node, if Dynamo does not know the line.
+    It is the name of the node, if Dynamo does not know the line.
     """
-    found = _LINE.findall(str(node.meta.get("stack_trace") or ""))
-    if not found:
-        return str(node)
+    return line_in(str(node.meta.get("stack_trace") or "")) or str(node)
+
+
+def line_in(trace: str) -> str:
+    """The line that a stack trace ends in: the innermost whose file, named in full, is not torch's.
+
+    It is "" if the trace names no file.
+    """
+    found = _LINE.findall(trace)
     own = [entry for entry in found if not entry[0].startswith(_TORCH)]
+    if not found:
+        return ""
     file, line, code = (own or found)[-1]
     return f"{file}:{line} ({code.strip()})"
 

@@ -50,7 +50,7 @@ class Progress:
 
     def advance(self, decision: Decision, timestep: Timestep | None) -> Progress:
         """The progress after the step that was decided on, which wrote the memories."""
-        trail = () if timestep is None else (timestep,)
+        trail: Schedule = () if timestep is None else (timestep,)
         if decision.again:
             trail = self.trail
         elif decision.place == "on" and not decision.restarts:

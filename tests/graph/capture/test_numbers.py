@@ -144,6 +144,13 @@ def test_a_number_that_changes_at_every_step_names_the_users_line(
         to_aten(captured, inputs)
 
 
+def test_a_number_that_decides_is_refused_by_the_users_line() -> None:
+    """Dynamo captures no such branch."""
+    model = Model(lambda x, mask: x * 2 if mask.sum().item() > 2 else x)
+    with pytest.raises(UnsupportedModelError, match=r"At .*test_numbers\.py:[0-9]+ \(.*> 2 else"):
+        capture(model, torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))
+
+
 def test_a_size_that_cannot_be_followed_names_the_users_line() -> None:
     model = Model(lambda x, mask: torch.unique(mask) * x.sum())
     captured, inputs = capture(model, torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))
