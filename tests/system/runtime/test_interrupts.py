@@ -1,4 +1,4 @@
-"""Ctrl-C anywhere in a call: it counts as not made, or the memories as lost, and nothing is stuck."""
+"""Ctrl-C anywhere in a call: it was not made, or its memories are lost, and nothing is stuck."""
 
 from __future__ import annotations
 

@@ -168,6 +168,9 @@ def test_reference_policies_of_flux_hold_the_authors_numbers(base: int) -> None:
         "transformer_blocks.0.ff": 0.4,
         "transformer_blocks.0.ff_context": 0.4,
         "single_transformer_blocks.0": 1.6,
+        # in the authors' own code
+        "double_blocks.0.img_mlp": 0.4,
+        "single_blocks.0": 1.6,
     }
     assert {path: policy.for_site("mlp", path, 0).action.weight for path in weights} == weights
 
