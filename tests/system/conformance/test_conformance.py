@@ -84,12 +84,7 @@ def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Te
         for call in range(case.steps):
             record.clear()
             error = (case.run(fast, call, **extra) - case.expected(call)).abs().max().item()
-<<<<<<< HEAD
-            # Open-Sora's own code writes a table at the first call, which has a graph of its own.
-            *_, generation = run.session.generations
-=======
-            (generation,) = run.generations
->>>>>>> 475ad01 (Open-Sora's own code under its reference policy, the rotary table written ahead)
+            (generation,) = run.session.generations
             ordered = dict(pair for _, choices in record for pair in choices.items())
             picked = _picked(generation, call)
             for key in case.keys:
