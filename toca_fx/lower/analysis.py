@@ -67,6 +67,7 @@ class Analysis:
     def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
         self.aten, self.matches = aten, planner.matches
         self.settings, self.plan = planner.settings, planner.plan
+        self.uncached = planner.uncached
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
         self._autocast, self._counter = Autocast(), FlopCounter()

@@ -14,7 +14,7 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.lower.once import once, traced_once
+from toca_fx.lower.once import Recent, once, traced_once
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import FEATURES, Buffer
@@ -26,16 +26,23 @@ from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 log = logging.getLogger(__name__)
 
+# The ones used last. A policy has a handful of kinds of step, and runs of other lengths share them.
+_MOST_STEPS, _MOST_PLANS = 512, 64
+
 
 class Program:
-    """The compiled steps of an analysed model, and what is known of it."""
+    """The compiled steps of an analysed model, and what is known of it.
+
+    ``compiled_graphs`` is how many step graphs have been compiled so far.
+    """
 
     def __init__(self, analysis: Analysis, inner: Inner) -> None:
         self.analysis, self.inner = analysis, inner
-        self._steps: dict[StepSpec, CompiledStep] = {}
+        self._steps: Recent[StepSpec, CompiledStep] = Recent(_MOST_STEPS)
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
-        self._of_plan: dict[tuple[int, Modes], tuple[Plan, CompiledStep]] = {}
-        self._kept: dict[int, tuple[Plan, dict[Buffer, Tensor]]] = {}
+        self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
+        self._kept: Recent[int, tuple[Plan, dict[Buffer, Tensor]]] = Recent(_MOST_PLANS)
+        self.compiled_graphs = 0
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
         show("captured", analysis.aten)
@@ -51,20 +58,21 @@ class Program:
         spec = plan.step(modes, self.analysis.hoisted.names)
         if spec not in self._steps:
             graph = self.analysis.step_graph(plan, modes)
-            show(f"step_{len(self._steps)}_{kind_of(modes)}", graph.module)
+            show(f"step_{self.compiled_graphs}_{kind_of(modes)}", graph.module)
             self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
+            self.compiled_graphs += 1
         return plan, self._steps[spec]
 
-    def step_flops(self, num_steps: int | None, step: StepPlan) -> int:
-        """FLOPs of one call that did ``step`` of the plan for ``num_steps``.
+    def step_flops(self, plan: Plan, step: StepPlan) -> int:
+        """FLOPs of one call that did ``step`` of a plan.
 
         Scoring is included, and hoisted work is not.
         """
-        return self.step(self.analysis.plan(num_steps), step.modes).cost.flops(step)
+        return self.step(plan, step.modes).cost.flops(step)
 
-    def step_bytes(self, num_steps: int | None, step: StepPlan) -> int:
+    def step_bytes(self, plan: Plan, step: StepPlan) -> int:
         """Bytes that one call that did ``step`` has to read or write: weights, inputs, caches."""
-        return self.step(self.analysis.plan(num_steps), step.modes).cost.nbytes(step)
+        return self.step(plan, step.modes).cost.nbytes(step)
 
     def new_buffers(self, plan: Plan) -> dict[Buffer, Tensor]:
         """The tensors that a generation of ``plan`` keeps."""
@@ -99,8 +107,3 @@ class Program:
         placeholders = module.graph.find_nodes(op="placeholder")
         with torch.no_grad():
             return self.inner(module, [like(mode, node.meta["val"]) for node in placeholders])
-
-    @property
-    def compiled_graphs(self) -> int:
-        """How many step graphs have been compiled so far."""
-        return len(self._steps)

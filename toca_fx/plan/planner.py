@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 from toca_fx.match.sites import Matches, Site
 from toca_fx.plan import scores
@@ -13,6 +14,9 @@ from toca_fx.plan.grids import spatial_bonus
 from toca_fx.plan.plan import Plan, Settings, StepPlan
 from toca_fx.plan.schedule import fresh_tokens, full_steps, layer_spans, site_column
 from toca_fx.policy import Policy
+
+
+_MOST_PLANS = 32
 
 
 class Planner:
@@ -38,9 +42,18 @@ class Planner:
         """
         total = self.settings.steps if num_steps is None else num_steps
         with self._lock:
-            if total not in self._plans:
-                self._plans[total] = make_plan(self.matches, self._policy, total, self._aspect)
-            return self._plans[total]
+            found = self._plans.pop(total, None)
+            if found is None:
+                found = make_plan(self.matches, self._policy, total, self._aspect)
+            self._plans[total] = found  # the one used last is last
+            while len(self._plans) > _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            return found
+
+    @cached_property
+    def uncached(self) -> Plan:
+        """The plan that runs the model as it is."""
+        return Plan((), (), (StepPlan(0, (), ()),), self.settings)
 
 
 def resolve(policy: Policy) -> Settings:

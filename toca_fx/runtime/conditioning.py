@@ -39,6 +39,7 @@ class Conditioning:
         self._position = self._found.inputs.timestep
         self._state = frozenset(self._found.inputs.state)
         self._key: Timestep | None = None
+        self._known = runner.timed_values
         self._timesteps = self._listed(timesteps)
         self._seen: dict[str, Seen] = {}
         self._filled = False
@@ -90,10 +91,10 @@ class Conditioning:
         if self._from_table:
             return spent + self._prepare_table(inputs, renewed)
         self._key = timestep
-        known = self._runner.timed_values
-        if not known.fit(inputs):
-            known = self._runner.renew_timed_values(inputs, self._state)
-        return spent + (0 if timestep in known else found.hoisted_flops[1])
+        self._known = self._runner.timed_values  # another thread's may take its place
+        if not self._known.fit(inputs):
+            self._known = self._runner.renew_timed_values(inputs, self._state)
+        return spent + (0 if timestep in self._known else found.hoisted_flops[1])
 
     def _prepare_table(self, inputs: Sequence[Any], renewed: bool) -> int:
         """Fill the table if its values have changed.
@@ -136,7 +137,7 @@ class Conditioning:
 
     def _compute(self, inputs: Sequence[Any]) -> None:
         """Compute the timed values of this call, or take them from an earlier one."""
-        known, timed = self._runner.timed_values, self._found.timed
+        known, timed = self._known, self._found.timed
         values = known.get(self._key)
         if values is not None:
             self._values.put_rows(values)

@@ -43,6 +43,7 @@ class Generation:
     def __init__(
         self,
         runner: Runner,
+        plan: Plan,
         decision: Decision,
         marks: Sequence[Mark],
         path: tuple[str, ...],
@@ -57,7 +58,7 @@ class Generation:
         self.running = self.repeated = False
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
         self.said: set[str] = set()
-        self.plan: Plan = runner.program.analysis.plan(decision.num_steps)
+        self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
         self._keeps, self._warn = decision.num_steps is not None, warn
@@ -67,10 +68,16 @@ class Generation:
         """The branch, for reports."""
         return "/".join(self.path)
 
-    def replan(self, decision: Decision) -> None:
+    def join(self, other: Generation, timestep: Timestep | None, newest: Timestep | None) -> None:
+        """Be a branch of the run of ``other``, whose newest call was at the timestep ``newest``."""
+        self.run = other.run
+        if other.path == self.path and not other.repeated and timestep != newest:
+            self.renewed = other.renewed + 1
+
+    def replan(self, plan: Plan, decision: Decision) -> None:
         """Go on by another plan, of the number of steps that is known by now."""
         self.close()
-        self.plan = self.runner.program.analysis.plan(decision.num_steps)
+        self.plan = plan
         self.progress = replace(self.progress, num_steps=decision.num_steps or 0)
         self._keeps = decision.num_steps is not None
 
@@ -116,7 +123,7 @@ class Generation:
             seconds,
             selection_seconds,
             step,
-            len(self.plan.steps),
+            self.plan,
             hoisted_flops,
             launch,
         )

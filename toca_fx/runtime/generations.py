@@ -39,13 +39,13 @@ class Generations:
         self._most = most
 
     def find(
-        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
+        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner, told: bool
     ) -> tuple[Generation | None, Agreement, bool]:
         """The generation with these conditions and branch, and whether it is somebody else's.
 
         None: there is none, or nobody can tell which. How far its conditions agree comes too. In a
-        session with one call per step inputs that are new at every call identify nothing: there it
-        is the one that goes on.
+        run that is ``told`` and has one call per step, inputs that are new at every call identify
+        nothing: there it is the one that goes on.
         """
         mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
         found = {each: agreement(each.marks, conditions) for each in mine}
@@ -54,7 +54,7 @@ class Generations:
             same = [each for each in same if each.owner() is caller()][:1]
         if len(same) == 1:
             return same[0], found[same[0]], _is_foreign(same[0])
-        if self.told is None or any(each in ("equal", "same") for each in found.values()):
+        if not told or any(each in ("equal", "same") for each in found.values()):
             return None, "other", False
         alone = self._alone(mine)
         if alone is None or alone.running:
@@ -84,10 +84,6 @@ class Generations:
             if same_run and each.progress.calls:
                 return each.progress
         return None
-
-    def newest_run(self) -> object:
-        """The run of the generation called last."""
-        return self.all[-1].run if self.all else object()
 
     def add(self, begun: Generation, instead_of: Generation | None) -> None:
         """Put a new generation in, in the place of an old one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toca_fx.lower.program import Program
-from toca_fx.plan.plan import StepPlan
+from toca_fx.plan.plan import Plan, StepPlan
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Launch:
 class StepRecord:
     """One model call. ``index`` is s of the policy, ``plan`` what the call did.
 
-    ``num_steps`` are those of its generation's plan. ``seconds`` is the whole call on the host's
+    ``of`` is the plan of its generation. ``seconds`` is the whole call on the host's
     clock, ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of
     the recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that
     do not depend on the latents.
@@ -38,7 +38,7 @@ class StepRecord:
     seconds: float
     selection_seconds: float
     plan: StepPlan
-    num_steps: int
+    of: Plan
     hoisted_flops: int
     launch: Launch = Launch("queued", "")
 
@@ -169,14 +169,16 @@ def make_report(
                 site.kind,
                 site.layer,
                 site.tokens,
-                tuple(record.plan.fresh[i] for other, record in calls if other is program),
+                tuple(
+                    record.plan.fresh[i] if record.of.sites else site.tokens
+                    for other, record in calls
+                    if other is program
+                ),
             )
             for program in programs
             for i, site in enumerate(program.analysis.matches.sites)
         ),
-        step_flops=tuple(
-            program.step_flops(record.num_steps, record.plan) for program, record in calls
-        ),
+        step_flops=tuple(program.step_flops(record.of, record.plan) for program, record in calls),
         flops_uncached=sum(program.analysis.uncached_flops for program, _ in calls),
         cache_bytes=cache_bytes,
         hoisted_bytes=hoisted_bytes,

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx.diagnostics import PolicyError
 from toca_fx.lower.program import Program
+from toca_fx.plan.plan import Plan
 from toca_fx.runtime import clock, watch, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.generation import Generation
@@ -117,18 +119,19 @@ class Session:
         """The generation of a call, and which of its steps it is."""
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
-        current, agrees, foreign = known.find(conditions, path, runner)
+        told = known.told or told  # a session is the caller's own word
+        current, agrees, foreign = known.find(conditions, path, runner, told is not None)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else _rounding(inputs[at])
         head = known.head(current)
-        if head is None and known.told is not None and not known.calls and told is None:
+        if head is None and known.told is not None and not known.calls:
             known.told, warning = clock.start(
                 known.told, timestep, rounding, self._others(known), self.num_steps
             )
             self.warn(warning)
         decision = clock.decide(
             Situation(
-                told=told or known.told,
+                told=known.told or told,
                 timestep=timestep,
                 has_timestep=at is not None,
                 rounding=rounding,
@@ -140,16 +143,13 @@ class Session:
                 seen=known.model.schedules.whole,
             )
         )
-        if current is None or (foreign and decision.place != "on") or decision.place != "on":
-            replaced = None if foreign else current
-            begun = self._begin(known, runner, decision, conditions, path, timestep, told)
-            if decision.place == "branch" and head is not None:
-                begun.run = known.newest_run() if current is None else current.run
+        if current is None or decision.place != "on":
+            begun = self._begin(known, runner, decision, conditions, path)
+            if decision.place == "branch" and head is not None and known.told is not None:
+                begun.join(known.all[-1] if current is None else current, timestep, head.timestep)
                 known.model.several |= timestep is not None and timestep == head.timestep
-                newest = known.all[-1]
-                if newest.path == path and not newest.repeated and timestep != head.timestep:
-                    begun.renewed = newest.renewed + 1
-            known.add(begun, replaced if decision.place == "generation" else None)
+            replaces = decision.place == "generation" and not foreign
+            known.add(begun, current if replaces else None)
             current = begun
         else:
             self._go_on(known, current, decision, conditions, timestep, agrees, foreign)
@@ -163,18 +163,17 @@ class Session:
         decision: Decision,
         conditions: Sequence[Tensor],
         path: tuple[str, ...],
-        timestep: Timestep | None,
-        told: Told | None,
     ) -> Generation:
         """A generation that begins with this call."""
         begun = Generation(
             runner,
+            self._plan(known, runner, decision.num_steps),
             decision,
             marks_of(conditions),
             path,
             object(),
             owned_by_caller(),
-            None if told is not None or known.told is None else known.told.timesteps,
+            None if known.told is None else known.told.timesteps,
             self.warn,
         )
         settings = begun.plan.settings
@@ -183,6 +182,21 @@ class Session:
                 self.warn(warning)
             self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
+
+    def _plan(self, known: Generations, runner: Runner, num_steps: int | None) -> Plan:
+        """The plan of a generation.
+
+        A policy that does not fit the shapes of a call is an error ahead of a run. In the middle of
+        one, it goes on uncached.
+        """
+        found = runner.program.analysis
+        try:
+            return found.plan(num_steps)
+        except PolicyError as error:
+            if not known.calls:
+                raise
+            self.warn(words.misfit(str(error)))
+            return found.uncached
 
     def _go_on(
         self,
@@ -204,7 +218,7 @@ class Session:
             current.marks = marks_of(conditions)
         steps = decision.num_steps or 0
         if self._implicit and steps != current.progress.num_steps:
-            current.replan(decision)
+            current.replan(self._plan(known, current.runner, decision.num_steps), decision)
 
     def _others(self, known: Generations) -> tuple[Progress, ...]:
         """How far the other models of the session have come."""
@@ -328,7 +342,7 @@ class Session:
         """
         calls = self._calls
         uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
-        ours = tuple(program.step_bytes(record.num_steps, record.plan) for program, record in calls)
+        ours = tuple(program.step_bytes(record.of, record.plan) for program, record in calls)
         return uncached, ours
 
 

@@ -97,3 +97,19 @@ WAITS = (
     "outside of a session the timestep is read at every call, which waits for the device; put "
     "`with toca_fx.session(timesteps=...)` around the sampling run"
 )
+
+
+def misfit(error: str) -> str:
+    """The policy does not fit a call in the middle of a run."""
+    return (
+        f"the policy does not fit the shapes that a run has from here on, which goes on uncached: "
+        f"{error}"
+    )
+
+
+def nothing_to_cache(misses: int) -> str:
+    """No site of a model was matched."""
+    return (
+        "no attention or MLP of the model was matched, so that every step is full "
+        f"({misses} near misses); `print(toca_fx.explain(model, policy, **inputs))` says why"
+    )

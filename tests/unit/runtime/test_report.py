@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
-from toca_fx.plan.plan import StepPlan
+from toca_fx.plan.plan import Plan, Settings, StepPlan
 from toca_fx.runtime.report import Report, SiteRecord, StepRecord
+
+PLAN = Plan((), (), (), Settings("test", 2, 0, False, False, 0, 0))
 
 
 def _report() -> Report:
     steps = (
-        StepRecord(0, "full", "", 1.0, 0.0, StepPlan(0, ("full", "full"), (64, 64)), 2, 0),
-        StepRecord(1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), 2, 10),
+        StepRecord(0, "full", "", 1.0, 0.0, StepPlan(0, ("full", "full"), (64, 64)), PLAN, 0),
+        StepRecord(
+            1, "partial", "", 0.5, 0.1, StepPlan(1, ("reuse", "partial"), (0, 16)), PLAN, 10
+        ),
     )
     sites = (
         SiteRecord("blocks.0.attn", "self_attention", 0, 64, (64, 0)),
