@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
-from toca_fx.capture.sources import frame_id, input_sources, model_class
+from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -29,9 +29,11 @@ from toca_fx.match.matcher import match
 from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy, PolicySource, load_policy
+from toca_fx.runtime import words
 from toca_fx.runtime.context import current_branch, current_session
 from toca_fx.runtime.models import models_of
 from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.told import CACHES, METHODS, two_caches
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +66,16 @@ def compile(  # noqa: A001 - as torch.compile
 
     Raises:
         PolicyError: the policy has problems (all are listed).
-        ValueError, TypeError: an unknown ``inner`` or ``mode``, or a ``model`` of another kind.
+        ValueError, TypeError: an unknown ``inner`` or ``mode``, a ``model`` of another kind, or one
+            with a cache of diffusers (``enable_cache``).
     """
     backend = Backend(None if policy is None else load_policy(policy), Inner(inner, mode))
     transformer = getattr(model, "transformer", None)
     if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
         if isinstance(getattr(model, "transformer_2", None), nn.Module):
             log.warning(
-                "only `transformer` of the pipeline is compiled; compile `transformer_2` too, with "
-                "a policy for the steps that it runs"
+                "toca_fx: only `transformer` of the pipeline is compiled; compile `transformer_2` "
+                "too, with a policy for the steps that it runs"
             )
         twin = copy.copy(model)
         compiled = compile(transformer, backend.policy, inner=inner, mode=mode)
@@ -83,7 +86,14 @@ def compile(  # noqa: A001 - as torch.compile
             "expected a torch.nn.Module or a diffusers pipeline with a transformer, got "
             f"{type(model).__name__}"
         )
-    return twin_of(model, backend)
+    _refuse_two_caches(model)
+    return twin_of(model, backend, METHODS)
+
+
+def _refuse_two_caches(model: object) -> None:
+    config = getattr(model, "_cache_config", None)
+    if getattr(model, CACHES, False) is True:
+        raise ValueError(two_caches(type(config).__name__))
 
 
 def toca(
@@ -129,10 +139,11 @@ class Backend:
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):
             log.warning(
-                "gradients are enabled: the model runs uncached, because cached features have no "
-                "gradient. Sample under torch.no_grad() or torch.inference_mode()"
+                "toca_fx: gradients are enabled: the model runs uncached, because cached features "
+                "have no gradient. Sample under torch.no_grad() or torch.inference_mode()"
             )
             return self.inner(captured, list(inputs))
+        _refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self.policy, model_class(), self.inner, inputs)
         same = identity(captured, inputs)
@@ -196,15 +207,18 @@ class Dispatcher:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
         if len(self._runners) == _MANY_SHAPES - 1:
             log.warning(
-                "the model has been compiled for %d different shapes or numbers; a Python number "
-                "that changes from step to step (a timestep?) has to be passed as a tensor, or "
-                "nothing is ever cached",
+                "toca_fx: the model has been compiled for %d different shapes or numbers; a Python "
+                "number that changes from step to step (a timestep?) has to be passed as a tensor, "
+                "or nothing is ever cached",
                 _MANY_SHAPES,
             )
         aten = to_aten(self._captured, inputs)
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
-        planner = Planner(self._choose(aten.graph), match(aten.graph), roles.aspect(aten.graph))
+        matches = match(aten.graph)
+        if not matches.sites:
+            log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
+        planner = Planner(self._choose(aten.graph), matches, roles.aspect(aten.graph))
         runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)
         return runner, aten.meta["updates"]
 
@@ -215,7 +229,7 @@ class Dispatcher:
             rank = None if latents is None else len(latents)
             self._chosen = self._given or default_policy(self._model_class, rank)
             if warning := written_for_another(self._chosen, self._model_class):
-                log.warning("%s", warning)
+                log.warning("toca_fx: %s", warning)
         return self._chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,3 +116,26 @@ class UnsupportedModelError(RuntimeError):
 
     The message says what it is, where, and what to do.
     """
+
+
+MOST_STEPS = 10_000  # model calls of one run
+
+
+def number_of_steps(value: object, where: str) -> int | None:
+    """A number of model calls that a user typed at ``where``; numpy's integers count too.
+
+    Raises:
+        ValueError: it is no positive integer, or a number that no sampling run has.
+    """
+    if value is None:
+        return None
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 0 < number <= MOST_STEPS:
+        raise ValueError(
+            f"{where}(num_steps={value!r}): expected a positive integer, the number of model "
+            f"calls ({MOST_STEPS} at most)"
+        )
+    return number

@@ -240,8 +240,8 @@ def is_newer(version: str) -> bool:
 
 if is_newer(torch.__version__):
     logging.getLogger(__name__).warning(
-        "toca_fx was tried with torch up to %d.%d, and this is %s: an error from inside of toca_fx "
-        "may come from that. Install torch<%d.%d, or a newer toca_fx",
+        "toca_fx: it was tried with torch up to %d.%d, and this is %s: an error from inside of "
+        "toca_fx may come from that. Install torch<%d.%d, or a newer toca_fx",
         *NEWEST_TRIED,
         torch.__version__,
         NEWEST_TRIED[0],

@@ -57,19 +57,25 @@ def line_in(trace: str) -> str:
     return f"{file}:{line} ({code.strip()})"
 
 
-def model_class() -> str:
-    """The class name of the model that Dynamo is capturing right now.
+def captured_model() -> torch.nn.Module | None:
+    """The model that Dynamo is capturing right now.
 
-    That is the first argument of what Dynamo captures, whatever it is called. It is "" if Dynamo
+    That is the first argument of what Dynamo captures, whatever it is called. It is None if Dynamo
     captures nothing, or if that is no module.
     """
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
-        return ""
+        return None
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount] if frame is not None else ()
     owner = frame.f_locals.get(names[0]) if frame is not None and names else None
-    return type(owner).__name__ if isinstance(owner, torch.nn.Module) else ""
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
+def model_class() -> str:
+    """The class name of the model that Dynamo is capturing right now; "" if there is none."""
+    model = captured_model()
+    return "" if model is None else type(model).__name__
 
 
 def frame_id() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import types
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -37,8 +38,8 @@ class Twin:
         return operator.getitem, ([self._toca_model], 0)
 
 
-def twin_of(model: Model, backend: Any) -> Model:
-    """A twin of ``model`` that is compiled by ``backend`` as one graph.
+def twin_of(model: Model, backend: Any, methods: Mapping[str, Any] | None = None) -> Model:
+    """A twin of ``model`` that is compiled by ``backend`` as one graph, with some ``methods`` more.
 
     Both have one ``__dict__``: whatever is set on one, hooks and submodules included, is set on the
     other. The compiled call alone is the twin's own, in a slot, for which it needs a class of its
@@ -52,6 +53,7 @@ def twin_of(model: Model, backend: Any) -> Model:
         "__module__": of.__module__,
         "__qualname__": of.__qualname__,
         "__doc__": of.__doc__,
+        **(methods or {}),
     }
     made = types.new_class(of.__name__, (Twin, of), exec_body=lambda space: space.update(body))
     twin: Any = object.__new__(made)

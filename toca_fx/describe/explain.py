@@ -10,6 +10,7 @@ from torch import fx, nn
 from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture, uncompiled
 from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
+from toca_fx.diagnostics import number_of_steps
 from toca_fx.graph import roles
 from toca_fx.graph.ops import namespace, operator_name
 from toca_fx.lower import memory
@@ -41,12 +42,14 @@ def explain(
         PolicyError: the policy has problems, or does not fit the model.
         UnsupportedModelError: the model cannot be captured as one graph.
         TypeError: ``model`` is no module.
+        ValueError: ``num_steps`` is no positive integer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a torch.nn.Module, got {type(model).__name__}; of a diffusers pipeline, "
             "pass the transformer"
         )
+    steps = number_of_steps(num_steps, "explain")
     given = None if policy is None else load_policy(policy)
     module = uncompiled(model)
     captured, inputs = capture(module, args, kwargs)
@@ -56,7 +59,7 @@ def explain(
     chosen = given or default_policy(name, None if latents is None else len(latents))
     planner = Planner(chosen, match(aten.graph), roles.aspect(aten.graph))
     found = Analysis(aten, planner)
-    plan = found.plan(num_steps)
+    plan = found.plan(steps)
     mismatch = written_for_another(chosen, name)
     peak = memory.predict(found, plan)
     conditions, timed = found.hoisted_bytes

@@ -40,6 +40,10 @@ class Inner:
                 f"mode={self.mode!r} is for the inner backend inductor; {self.backend} has no modes"
             )
         known = list_mode_options()
+        if not isinstance(self.mode, str):
+            raise TypeError(
+                f"mode={self.mode!r}: expected the name of a mode; known: {', '.join(known)}"
+            )
         if self.mode not in known:
             hint = did_you_mean(str(self.mode), known)
             raise ValueError(f"unknown mode `{self.mode}`{hint}; known: {', '.join(known)}")
@@ -68,6 +72,11 @@ class Inner:
         return {key: value for key, value in found.items() if key != "triton.cudagraphs"}
 
     def _function(self) -> Callable[..., Any]:
+        if self.backend == "toca":
+            raise ValueError(
+                "inner='toca': the inner backend compiles the graphs that toca_fx has rewritten, "
+                "and cannot be toca_fx itself; leave it out for inductor"
+            )
         if callable(self.backend):
             return self.backend
         if not isinstance(self.backend, str):

@@ -195,7 +195,7 @@ class Recordings:
             except Exception as error:  # a step that cannot be recorded can be queued
                 says = str(error).strip().partition("\n")[0] or type(error).__name__
                 self.recorder.refusal = f"a step could not be recorded: {says}"
-                log.warning("steps are queued: %s", self.recorder.refusal)
+                log.warning("toca_fx: steps are queued: %s", self.recorder.refusal)
                 return body(inputs), self.recorder.refusal
         return self.recorder.exclusive(functools.partial(self._replay, recording, inputs)), ""
 

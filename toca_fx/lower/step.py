@@ -60,9 +60,9 @@ class CompiledStep:
             for symbol, of in self._symbols.items()
         )
         log.warning(
-            "%s asks for %s, %s; partial steps with other numbers are compiled one by one, and "
-            "more than %d of them run uncompiled. `R: {multiple: ...}` in the policy makes them "
-            "fewer",
+            "toca_fx: %s asks for %s, %s; partial steps with other numbers are compiled one by "
+            "one, and more than %d of them run uncompiled. `R: {multiple: ...}` in the policy "
+            "makes them fewer",
             self._inner.backend,
             " and ".join(map(str, self.conditions)),
             stand_for,

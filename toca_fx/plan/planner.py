@@ -15,7 +15,6 @@ from toca_fx.plan.plan import Plan, Settings, StepPlan
 from toca_fx.plan.schedule import fresh_tokens, full_steps, layer_spans, site_column
 from toca_fx.policy import Policy
 
-
 _MOST_PLANS = 32
 
 

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx.diagnostics import MOST_STEPS, number_of_steps
 from toca_fx.runtime.clock import Told
 from toca_fx.runtime.report import Report
 from toca_fx.runtime.schedules import Schedule
 from toca_fx.runtime.session import Session
-
-_LONGEST = 10_000  # model calls of one session
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -198,7 +197,7 @@ def session(
         ValueError: ``num_steps`` is not a positive integer or is not the number of ``timesteps``,
             or the timesteps are not finite numbers.
     """
-    number = _number(num_steps)
+    number = number_of_steps(num_steps, "session")
     listed = None if timesteps is None else _listed(timesteps)
     if listed is not None and number not in (None, len(listed)):
         raise ValueError(
@@ -206,21 +205,6 @@ def session(
             "one is needed for each step"
         )
     return Handle(Session(number if listed is None else len(listed), listed))
-
-
-def _number(num_steps: Any) -> int | None:
-    if num_steps is None:
-        return None
-    try:
-        number = num_steps.__index__()  # numpy's integers too
-    except (AttributeError, TypeError):
-        number = 0
-    if isinstance(num_steps, bool) or not 0 < number <= _LONGEST:
-        raise ValueError(
-            f"session(num_steps={num_steps!r}): expected a positive integer, the number of "
-            f"model calls ({_LONGEST} at most)"
-        )
-    return int(number)
 
 
 def _listed(timesteps: Any) -> Schedule:
@@ -236,10 +220,10 @@ def _listed(timesteps: Any) -> Schedule:
             f"session(timesteps={_short(timesteps)}): {wanted}, as [T], or as [T, rows] where rows "
             "have their own"
         )
-    if len(known) > _LONGEST:
+    if len(known) > MOST_STEPS:
         raise ValueError(
-            f"session(timesteps={_short(timesteps)}): {len(known)} model calls, and {_LONGEST} are "
-            "the most"
+            f"session(timesteps={_short(timesteps)}): {len(known)} model calls, and {MOST_STEPS} "
+            "are the most"
         )
     rows = known.reshape(len(known), -1).tolist()
     for at, row in enumerate(rows):
