@@ -75,7 +75,7 @@ class Conditioning:
         """
         found, spent = self._found, 0
         kept = found.conditions.kept
-        renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs, kept)
+        renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs)
         if renewed:
             given = [inputs[position] for position in kept]
             with torch.no_grad():
@@ -87,39 +87,37 @@ class Conditioning:
             self._warn(words.REBUILT)
         if not found.hoisted.timed:
             return spent
-        self._from_table = self._is_listed(inputs, call, timestep)
-        if self._from_table:
-            return spent + self._prepare_table(inputs, renewed)
-        self._key = timestep
+        if self._is_listed(inputs, call, timestep):
+            filled = self._fill_table(inputs, renewed)
+            if filled is not None:
+                self._from_table = True
+                return spent + filled
+        self._from_table, self._key = False, timestep
         self._known = self._runner.timed_values  # another thread's may take its place
         if not self._known.fit(inputs):
             self._known = self._runner.renew_timed_values(inputs, self._state)
         return spent + (0 if timestep in self._known else found.hoisted_flops[1])
 
-    def _prepare_table(self, inputs: Sequence[Any], renewed: bool) -> int:
-        """Fill the table if its values have changed.
+    def _fill_table(self, inputs: Sequence[Any], renewed: bool) -> int | None:
+        """Fill the table if its values have changed; returns the FLOPs that it took.
 
         Where they do so at every call it would be computed for all steps at every step: it is
-        filled at first, and then if a call has what the one before had.
+        filled at first, and then if a call has what the one before had. None: it is not filled.
         """
         found, timesteps = self._found, self._timesteps
         if timesteps is None:
             raise AssertionError("no timesteps are known")
         kept = [position for position in found.timed.kept if position != self._position]
         is_first = "timed" not in self._seen
-        changed = self._changed("timed", inputs, kept) or (renewed and bool(found.timed.buffers))
-        if changed:
-            self._filled = False
-        if self._filled:
+        changed = self._changed("timed", inputs) or (renewed and bool(found.timed.buffers))
+        if self._filled and not changed:
             return 0
-        if changed and not is_first:
-            self._see("timed", inputs, kept)
-            self._from_table = False
-            return found.hoisted_flops[1]
-        self._fill(inputs, timesteps)
+        self._filled = False
+        if not changed or is_first:
+            self._fill(inputs, timesteps)
+            self._filled = True
         self._see("timed", inputs, kept)
-        self._filled = True
-        return found.hoisted_flops[1] * len(timesteps)
+        return found.hoisted_flops[1] * len(timesteps) if self._filled else None
 
     def bring(self, inputs: Sequence[Any], call: int) -> None:
         """Copy the timed values of this call to where the step graph reads them.
@@ -205,7 +203,7 @@ class Conditioning:
         with torch.no_grad():
             self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
 
-    def _changed(self, what: str, inputs: Sequence[Any], kept: Sequence[int]) -> bool:
+    def _changed(self, what: str, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others than those that were seen last, or were written to since.
 
         If so they are forgotten, until their values have been computed.

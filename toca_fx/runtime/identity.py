@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _VERSION = operator.attrgetter("_version")
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 Agreement = Literal["equal", "same", "rebuilt", "other"]
 
@@ -94,7 +96,11 @@ def agreement(marks: Sequence[Mark], values: Sequence[Tensor]) -> Agreement:
 
 
 class Seen:
-    """Inputs as they were: weights, of which there are hundreds, and conditions, which may go."""
+    """Inputs as they were: weights, of which there are hundreds, and conditions, which may go.
+
+    Of weights on a CPU one number each is compared too: who fuses a LoRA writes through ``.data``,
+    which torch does not count.
+    """
 
     def __init__(self, inputs: Sequence[Any], kept: Sequence[int], state: frozenset[int]) -> None:
         self._state_at = [at for at in kept if at in state]
@@ -102,6 +108,8 @@ class Seen:
         self._numbers_at = [at for at in kept if not isinstance(inputs[at], Tensor)]
         self._state = [inputs[at] for at in self._state_at]
         self._versions, self._addresses = _versions(self._state), _addresses(self._state)
+        self._numbers_of = [one for one in map(_a_number, self._state) if one is not None]
+        self._sample = [number.item() for number in self._numbers_of]
         self._marks: tuple[Mark, ...] = marks_of([inputs[at] for at in self._others_at])
         self._numbers = [inputs[at] for at in self._numbers_at]
 
@@ -111,6 +119,8 @@ class Seen:
         if any(map(operator.is_not, state, self._state)):
             return True
         if _versions(state) != self._versions or _addresses(state) != self._addresses:
+            return True
+        if [number.item() for number in self._numbers_of] != self._sample:
             return True
         if [inputs[at] for at in self._numbers_at] != self._numbers:
             return True
@@ -132,3 +142,16 @@ def _addresses(values: list[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, values))
     except (NotImplementedError, RuntimeError):  # subclasses that wrap other tensors
         return []
+
+
+def _a_number(weight: Tensor) -> Any:
+    """A view of one number of a weight, as numpy's, whose reading is cheap; None if none can be."""
+    if weight.device.type != "cpu" or not weight.numel() or type(weight) not in _PLAIN:
+        return None
+    number = weight.detach()[tuple(size // 2 for size in weight.shape)]
+    if weight.element_size() == 2:  # numpy has no bfloat16
+        number = number.view(torch.int16)
+    try:
+        return number.numpy()
+    except TypeError:  # nor others
+        return None

@@ -123,10 +123,11 @@ class Runner:
 
     def renew_timed_values(self, inputs: Sequence[Any], state: frozenset[int]) -> TimedValues:
         """Forget the timed values of earlier calls; those to come depend on these inputs."""
-        most = self.program.analysis.settings.hoisting_bytes
-        found = TimedValues(Seen(inputs, self._timed_at, state), most)
-        self.timed_values = found
-        return found
+        found = self.program.analysis
+        # Elsewhere nothing shows that a weight was written through ``.data``.
+        most = found.settings.hoisting_bytes if found.inputs.device.type == "cpu" else 0
+        self.timed_values = TimedValues(Seen(inputs, self._timed_at, state), most)
+        return self.timed_values
 
     def forget_timed_values(self) -> None:
         """Forget the timed values of earlier calls."""
