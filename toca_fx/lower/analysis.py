@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,27 @@ class Analysis:
         """The graph for steps in these modes."""
         with compiling():
             return rewrite(self.aten, plan.step(modes, self.hoisted.names))
+
+    @traced_once
+    def code(self) -> bytes:
+        """What the model computes of its tensors, the same for every capture of it at these shapes.
+
+        Where latents lie otherwise, or some sizes have become symbolic, Dynamo captures again.
+        """
+        nodes = self.aten.graph.nodes
+        tensors = (node for node in nodes if isinstance(node.meta.get("val"), Tensor))
+        numbers = {node: f"%{at}" for at, node in enumerate(tensors)}
+        calls = [
+            (str(node.target), fx.map_arg((node.args, node.kwargs), numbers.get))
+            for node in nodes
+            if node.op in ("call_function", "output")
+        ]
+        inputs = [
+            (tuple(node.meta["val"].shape), node.meta["val"].dtype, node.meta["role"])
+            for node in nodes
+            if node.op == "placeholder" and node in numbers
+        ]
+        return hashlib.sha256(repr((calls, inputs)).encode()).digest()
 
     @traced_once
     def conditions(self) -> StepGraph:

@@ -92,7 +92,7 @@ class Situation:
     whole. ``timestep`` is the value of the model's argument (None: it is not read, or there is
     none), exact to ``rounding``, relatively. ``identified`` says whether any of the call's
     conditions tells generations apart. ``current`` is the generation with these conditions,
-    ``foreign`` if another thread or task runs it; ``head`` is the one called last, of the same run.
+    ``apart`` if another thread, task or capture of the model ran it; ``head`` is the one called last, of the same run.
     ``several`` says that calls of several branches are expected at a step.
     """
 
@@ -102,7 +102,7 @@ class Situation:
     rounding: float = 0.0
     identified: bool = True
     current: Progress | None = None
-    foreign: bool = False
+    apart: bool = False
     head: Progress | None = None
     several: bool = False
     seen: tuple[Schedule, ...] = ()
@@ -173,7 +173,7 @@ def start(
 
 def _told(call: Situation, told: Told) -> Decision:
     current, head = call.current, call.head
-    if current is not None and (not call.foreign or _is_next(call, told, current)):
+    if current is not None and (not call.apart or _is_next(call, told, current)):
         return _goes_on(call, told, current)
     if head is None:
         return Decision("generation", told.position or 0, told.num_steps)
@@ -298,7 +298,7 @@ def _recognised(call: Situation) -> Decision:
     if t is None or not call.identified:
         unknown = words.NO_CONDITIONS if call.has_timestep else words.NO_TIMESTEP
         return Decision("generation", 0, None, warnings=(unknown,))
-    if current is None or (call.foreign and not _follows(call, current, t)):
+    if current is None or (call.apart and not _follows(call, current, t)):
         return _starts(call, t)
     if not current.calls:
         return replace(_starts(call, t), place="on", restarts=True)

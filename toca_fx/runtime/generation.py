@@ -81,6 +81,21 @@ class Generation:
         self.progress = replace(self.progress, num_steps=decision.num_steps or 0)
         self._keeps = decision.num_steps is not None
 
+    def move(self, runner: Runner, plan: Plan) -> None:
+        """Go on with another program of the same model: it was captured again."""
+        lost, storage, given_back = self.progress.lost, self.storage, self.runner.release
+        self.progress = replace(self.progress, lost=True)
+        conditioning = self.conditioning
+        self.conditioning = self.storage = None
+        self.runner, self.plan = runner, plan
+        if conditioning is not None:
+            conditioning.close()
+        if storage is None:
+            return
+        taken = self._memories()[0].take_over(storage)
+        given_back(storage)
+        self.progress = replace(self.progress, lost=lost or not taken)
+
     def close(self) -> None:
         """Give the memories back; a later step is full, on new ones."""
         self.progress = replace(self.progress, lost=True)

@@ -48,6 +48,7 @@ class Generations:
         nothing: there it is the one that goes on.
         """
         mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
+        mine = mine or self._captured_anew(path, runner)
         found = {each: agreement(each.marks, conditions) for each in mine}
         same = [each for each in mine if found[each] in ("equal", "same") and not each.running]
         if len(same) > 1 and not self.model.moves:  # else threads tell nothing
@@ -64,6 +65,12 @@ class Generations:
             self.model.renews = self.model.renews or renewed
             return alone, found[alone], False
         return None, "other", False
+
+    def _captured_anew(self, path: tuple[str, ...], runner: Runner) -> list[Generation]:
+        """The generations that another capture of the same code ran, at the same shapes."""
+        found = [each for each in reversed(self.all) if each.path == path]
+        code = runner.program.analysis.code if found else None
+        return [each for each in found if each.runner.program.analysis.code == code]
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
         """The only one of ``mine`` that has come as far as its run; None if there are several."""

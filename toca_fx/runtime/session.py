@@ -121,6 +121,7 @@ class Session:
         conditions = [inputs[at] for at in found.inputs.conditions]
         told = known.told or told  # a session is the caller's own word
         current, agrees, foreign = known.find(conditions, path, runner, told is not None)
+        apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else _rounding(inputs[at])
         head = known.head(current)
@@ -137,7 +138,7 @@ class Session:
                 rounding=rounding,
                 identified=bool(conditions),
                 current=None if current is None else current.progress,
-                foreign=foreign,
+                apart=apart,
                 head=head,
                 several=found.settings.separate or known.model.several,
                 seen=known.model.schedules.whole,
@@ -148,11 +149,11 @@ class Session:
             if decision.place == "branch" and head is not None and known.told is not None:
                 begun.join(known.all[-1] if current is None else current, timestep, head.timestep)
                 known.model.several |= timestep is not None and timestep == head.timestep
-            replaces = decision.place == "generation" and not foreign
+            replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             current = begun
         else:
-            self._go_on(known, current, decision, conditions, timestep, agrees, foreign)
+            self._go_on(known, current, runner, decision, conditions, timestep, agrees, foreign)
         self._say(known, current, decision)
         return current, decision
 
@@ -202,6 +203,7 @@ class Session:
         self,
         known: Generations,
         current: Generation,
+        runner: Runner,
         decision: Decision,
         conditions: Sequence[Tensor],
         timestep: Timestep | None,
@@ -217,6 +219,8 @@ class Session:
         else:
             current.marks = marks_of(conditions)
         steps = decision.num_steps or 0
+        if current.runner is not runner:
+            current.move(runner, self._plan(known, runner, decision.num_steps))
         if self._implicit and steps != current.progress.num_steps:
             current.replan(self._plan(known, current.runner, decision.num_steps), decision)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toca_fx.lower.cuda_graphs import Recordings
@@ -41,6 +42,20 @@ class Storage:
                 tensor.zero_()
         self.hoisted.clear()
         self.selector.clear()
+
+    def take_over(self, other: Storage) -> bool:
+        """Go on with what ``other`` holds, hoisted values aside; False if it holds other things."""
+        ours = [*self.buffers.values(), *self.selector.counters]
+        theirs = [*other.buffers.values(), *other.selector.counters]
+        alike = [(one.shape, one.dtype) for one in ours] == [
+            (one.shape, one.dtype) for one in theirs
+        ]
+        if self.buffers.keys() != other.buffers.keys() or not alike:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            for own, given in zip(ours, theirs, strict=True):
+                own.copy_(given)
+        return True
 
     @property
     def nbytes(self) -> int:

@@ -220,21 +220,19 @@ CASES = [
         num_steps=7,
     ),
     # Another thread or task has these conditions too.
-    Case("foreign, next", SESSION, 600.0, OLD, "on", 3, False, more={"foreign": True}),
+    Case("apart, next", SESSION, 600.0, OLD, "on", 3, False, more={"apart": True}),
     Case(
-        "foreign, from the beginning",
+        "apart, from the beginning",
         SESSION,
         900.0,
         OLD,
         "generation",
         0,
         True,
-        more={"foreign": True},
+        more={"apart": True},
         num_steps=7,
     ),
-    Case(
-        "foreign, the same timestep", SESSION, 700.0, OLD, "branch", 2, True, more={"foreign": True}
-    ),
+    Case("apart, the same timestep", SESSION, 700.0, OLD, "branch", 2, True, more={"apart": True}),
     # Numbers that came with the call, in a session or not.
     Case("told its number", Told(10, None, 3), 600.0, OLD, "on", 3, False),
     Case(
@@ -372,24 +370,24 @@ CASES = [
     ),
     Case("seen, after two at one", NONE, 600.0, {"calls": 2}, "on", 3, True, more={"seen": (TEN,)}),
     Case(
-        "seen, foreign, next",
+        "seen, apart, next",
         NONE,
         600.0,
         OLD,
         "on",
         3,
         False,
-        more={"seen": (TEN,), "foreign": True},
+        more={"seen": (TEN,), "apart": True},
     ),
     Case(
-        "seen, foreign, from the beginning",
+        "seen, apart, from the beginning",
         NONE,
         900.0,
         OLD,
         "generation",
         0,
         True,
-        more={"seen": (TEN,), "foreign": True},
+        more={"seen": (TEN,), "apart": True},
     ),
 ]
 
