@@ -32,6 +32,7 @@ from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
 from toca_fx.runtime.context import current_branch, current_session
 from toca_fx.runtime.models import models_of
+from toca_fx.runtime.parts import call_of
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.told import CACHES, METHODS, two_caches
 
@@ -69,7 +70,8 @@ def compile(  # noqa: A001 - as torch.compile
         ValueError, TypeError: an unknown ``inner`` or ``mode``, a ``model`` of another kind, or one
             with a cache of diffusers (``enable_cache``).
     """
-    backend = Backend(None if policy is None else load_policy(policy), Inner(inner, mode))
+    given = None if policy is None else load_policy(policy)
+    backend = Backend(given, Inner(inner, mode), whole=True)
     transformer = getattr(model, "transformer", None)
     if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
         if isinstance(getattr(model, "transformer_2", None), nn.Module):
@@ -127,11 +129,14 @@ def toca(
 class Backend:
     """A torch.compile backend with its options; a ``policy`` of None is chosen by the model.
 
+    ``whole`` says that models are captured as one graph, or not at all.
+
     Frozen, because Dynamo guards on backends being equal.
     """
 
     policy: Policy | None
     inner: Inner
+    whole: bool = False
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile Dynamo's graph for its first inputs; returns the callable that replaces it."""
@@ -145,7 +150,7 @@ class Backend:
             return self.inner(captured, list(inputs))
         _refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
-        made = Dispatcher(captured, self.policy, model_class(), self.inner, inputs)
+        made = Dispatcher(captured, self, model_class(), inputs)
         same = identity(captured, inputs)
         return made if same is None else _dispatchers.setdefault((self, same), made)
 
@@ -153,19 +158,18 @@ class Backend:
 class Dispatcher:
     """The callable that Dynamo runs instead of the model: it hands each call to the session.
 
-    A ``policy`` of None is chosen by ``model_class``, or by the inputs.
+    If the ``backend`` has no policy it is chosen by ``model_class``, or by the inputs.
     """
 
     def __init__(
         self,
         captured: fx.GraphModule,
-        policy: Policy | None,
+        backend: Backend,
         model_class: str,
-        inner: Inner,
         inputs: Sequence[Any],
     ) -> None:
-        self._captured, self._inner = captured, inner
-        self._given, self._model_class = policy, model_class
+        self._captured, self._inner, self._whole = captured, backend.inner, backend.whole
+        self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
         sources = input_sources(captured)
@@ -177,7 +181,7 @@ class Dispatcher:
         self._weights = picker(weights or [at for at in state if isinstance(inputs[at], Tensor)])
         # The frame keeps the parts of a broken graph apart. A graph that holds its weights is of
         # one model only.
-        self._models = models_of((frame_id() if state else id(self), policy))
+        self._models = models_of((frame_id() if state else id(self), backend.policy))
         # Dynamo guards all inputs but the numbers that it made symbolic. Symbolic numbers without
         # users are storage offsets of views.
         self._varying = [
@@ -199,7 +203,11 @@ class Dispatcher:
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         path, told = current_branch()
-        output = current_session().call(model, runner, inputs, path, told)
+        call, lead = (None, None) if self._whole else call_of(self, 1)
+        if lead is not None:
+            output = lead.session.follow(lead, runner, inputs)
+        else:
+            output = current_session().call(model, runner, inputs, path, told, call)
         updates.apply(inputs)
         return output
 

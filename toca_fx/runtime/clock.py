@@ -92,8 +92,8 @@ class Situation:
     whole. ``timestep`` is the value of the model's argument (None: it is not read, or there is
     none), exact to ``rounding``, relatively. ``identified`` says whether any of the call's
     conditions tells generations apart. ``current`` is the generation with these conditions,
-    ``apart`` if another thread, task or capture of the model ran it; ``head`` is the one called last, of the same run.
-    ``several`` says that calls of several branches are expected at a step.
+    ``apart`` if another thread, task or capture of the model ran it; ``head`` is the one called
+    last, of the same run. ``several`` says that calls of several branches are expected at a step.
     """
 
     told: Told | None = None
@@ -209,9 +209,10 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
         return _on(current, expected - 1, again=True, warnings=(words.SAME_TIMESTEP,))
     if current.turns_back(t):
         return _anew(call, current, t)
-    if call.head is not None and current.position < call.head.position:  # it missed steps
-        same = t == call.head.timestep
-        expected = max(expected, call.head.position - 1 if same else call.head.position)
+    head = call.head
+    if head is not None and current.position < head.position and not head.turns_back(t):
+        # It missed steps; one that is slower is not where the others are.
+        expected = max(expected, head.position - 1 if t == head.timestep else head.position)
     return _on(current, expected)
 
 

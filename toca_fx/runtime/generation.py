@@ -37,7 +37,9 @@ class Generation:
     of its run (None: nobody knows, and it keeps nothing). ``timesteps`` are those of all its calls,
     where they are known. ``renewed`` counts how often in a row its run had new conditions,
     ``repeated`` says that these came again. ``cache_bytes`` and ``hoisted_bytes`` are what it holds
-    while it goes on. ``warn`` takes what the user has to know.
+    while it goes on. ``latest`` is the decision on its last call, as it was carried out, and
+    ``parts`` are the generations of the other graphs of a model that was captured in several.
+    ``warn`` takes what the user has to know.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Generation:
         self.running = self.repeated = False
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
         self.said: set[str] = set()
+        self.latest = decision
+        self.parts: dict[Runner, Generation] = {}
         self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
@@ -111,6 +115,8 @@ class Generation:
         self.progress = replace(self.progress, lost=True)
         if self.conditioning is not None:
             self.conditioning.forget()
+        for part in self.parts.values():
+            part.forget()
 
     def run_step(
         self, decision: Decision, timestep: Timestep | None, inputs: Sequence[Any]
@@ -122,6 +128,7 @@ class Generation:
         began = time.perf_counter()
         before, position = self.progress, decision.position
         full = decision.full or before.lost or decision.position >= len(self.plan.steps)
+        self.latest = replace(decision, full=full)
         self.progress = replace(before, lost=True)
         step = self.plan.full_step(position) if full else self.plan.steps[position]
         compiled = self.runner.program.step(self.plan, step.modes)

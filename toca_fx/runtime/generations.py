@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toca_fx.runtime.clock import Decision, Progress, Told
+from toca_fx.runtime.clock import Progress, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.identity import Agreement, agreement
 from toca_fx.runtime.models import ModelKey
@@ -109,18 +109,15 @@ class Generations:
             self.all.remove(old)
         self.model.schedules.end(old.progress.trail)
         old.close()
+        for part in old.parts.values():
+            part.close()
 
-    def called(self, generation: Generation, decision: Decision) -> None:
+    def called(self, generation: Generation) -> None:
         """Note that a call of ``generation`` has been made."""
         if generation in self.all:
             self.all.remove(generation)
             self.all.append(generation)
         self.calls += 1
-        for each in self.all:
-            # A step that was missed leaves memories which no later step may read.
-            behind = generation.progress.position - each.progress.position
-            if each.run is generation.run and behind > 1 and not each.running:
-                each.close()
 
 
 def _is_foreign(generation: Generation) -> bool:

@@ -9,6 +9,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +18,22 @@ from torch import Tensor
 from toca_fx.diagnostics import PolicyError
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
-from toca_fx.runtime import clock, watch, words
+from toca_fx.runtime import clock, parts, watch, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import Generations, owned_by_caller
 from toca_fx.runtime.identity import Agreement, marks_of
 from toca_fx.runtime.models import ModelKey
+from toca_fx.runtime.parts import Call, Lead
 from toca_fx.runtime.report import Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 
 log = logging.getLogger(__name__)
 
-_MOST = 64  # generations of one model in one session
-_MOST_UNTOLD = 8  # outside of any: those that were left in their middle keep their memories
+# Generations of one model in one session, and outside of any. The one that was called least
+# recently goes: those that were left in their middle keep their memories until then.
+_MOST, _MOST_UNTOLD = 16, 8
 _UNMATCHED = 4  # calls in a row, each with conditions that were never seen
 
 
@@ -73,10 +76,12 @@ class Session:
         inputs: Sequence[Any],
         path: tuple[str, ...] = (),
         told: Told | None = None,
+        call: Call | None = None,
     ) -> Any:
         """Run the model's next step, in the branch ``path``; returns its outputs.
 
-        ``told`` is what came with the call, if anything did.
+        ``told`` is what came with the call, if anything did. ``call`` is where it was made, for a
+        model that may have been captured in several graphs.
         """
         if self.closed:
             raise RuntimeError(words.CLOSED)
@@ -93,6 +98,24 @@ class Session:
                 generation.running = False
         with known.lock:
             self._note(known, generation, decision, runner, record)
+        if call is not None:
+            parts.leads(call, self, generation, timestep)
+        return outputs
+
+    def follow(self, lead: Lead, runner: Runner, inputs: Sequence[Any]) -> Any:
+        """Run another part of the call that ``lead`` began; returns its outputs."""
+        whole, decision = lead.generation, lead.generation.latest
+        self._say(whole, (words.BROKEN,), False)
+        part = whole.parts.get(runner)
+        if part is None:
+            plan = runner.program.analysis.plan(decision.num_steps)
+            begins = replace(decision, place="generation")
+            part = whole.parts[runner] = Generation(
+                runner, plan, begins, (), whole.path, whole.run, whole.owner, None, self.warn
+            )
+        outputs, record = part.run_step(decision, lead.timestep, inputs)
+        if not self._implicit:
+            self._calls.append((runner.program, record))
         return outputs
 
     def _known(self, model: ModelKey, runner: Runner) -> Generations:
@@ -154,7 +177,7 @@ class Session:
             current = begun
         else:
             self._go_on(known, current, runner, decision, conditions, timestep, agrees, foreign)
-        self._say(known, current, decision)
+        self._say(current, decision.warnings, decision.place != "on" or decision.restarts)
         return current, decision
 
     def _begin(
@@ -238,7 +261,7 @@ class Session:
         record: StepRecord,
     ) -> None:
         """Take note of a call that has been made."""
-        known.called(generation, decision)
+        known.called(generation)
         trail = generation.progress.trail
         settings = runner.program.analysis.settings
         if trail and not decision.again:
@@ -282,17 +305,16 @@ class Session:
                 log.info("toca_fx: %s", words.WAITS)
         return reading(given)
 
-    def _say(self, known: Generations, generation: Generation, decision: Decision) -> None:
-        """Give the warnings of a decision: once in a session, once per run outside of any."""
-        if not self._implicit:
-            for warning in decision.warnings:
+    def _say(self, generation: Generation, warnings: Sequence[str], anew: bool) -> None:
+        """Give warnings: once in a session, outside of any once in a run, which begins ``anew``."""
+        if anew:
+            generation.said.clear()
+        for warning in warnings:
+            if not self._implicit:
                 self.warn(warning)
-            return
-        said = generation.said if decision.place == "on" and not decision.restarts else set()
-        for warning in decision.warnings:
-            if warning not in said:
+            elif warning not in generation.said:
+                generation.said.add(warning)
                 log.warning("toca_fx: %s", warning)
-        generation.said = said | set(decision.warnings)
 
     def warn(self, message: str | None) -> None:
         """Log a warning once and keep it for the report; None: there is none."""

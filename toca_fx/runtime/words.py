@@ -80,6 +80,10 @@ NO_CALL = (
     "the session saw no call of a compiled model. Threads do not inherit sessions: enter it where "
     "the model is called, `with run:` around the call; and call what toca_fx.compile returned"
 )
+BROKEN = (
+    "the model was captured in several graphs, of which each is cached by itself; compile it with "
+    "fullgraph=True (toca_fx.compile does) to see where Dynamo breaks off, and leave that out"
+)
 REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "
     "is computed at every call; make them once, before the loop"
@@ -110,6 +114,7 @@ def misfit(error: str) -> str:
 def nothing_to_cache(misses: int) -> str:
     """No site of a model was matched."""
     return (
-        "no attention or MLP of the model was matched, so that every step is full "
+        "no attention or MLP of the model was matched (of this part of it, if Dynamo captured it "
+        "in several), so that all of it runs at every step "
         f"({misses} near misses); `print(toca_fx.explain(model, policy, **inputs))` says why"
     )

@@ -1,0 +1,77 @@
+"""Models that Dynamo captured in several graphs: all parts of a call are one step.
+
+The first part that runs decides. Those that follow run in frames that the first one's frame has
+called: what Dynamo makes of the code behind a graph break is a function, and a module that it did
+not look into runs in a frame of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from toca_fx.runtime.generation import Generation
+    from toca_fx.runtime.schedules import Timestep
+    from toca_fx.runtime.session import Session
+
+_TORCH = torch.__path__[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where a graph, the ``part`` of a model, was called: by the frame of that number.
+
+    Numbers are given again: ``code`` is what that frame runs.
+    """
+
+    part: object
+    frame: int
+    code: CodeType
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What the first part of a call has done: a step of ``generation``, in ``session``."""
+
+    call: Call
+    session: Session
+    generation: Generation
+    timestep: Timestep | None
+
+
+class _Last(threading.local):
+    lead: Lead | None = None
+
+
+_last = _Last()
+
+
+def call_of(part: object, depth: int) -> tuple[Call, Lead | None]:
+    """The call of ``part``, whose frame is ``depth`` up, and what the first part of it has done.
+
+    That is None if ``part`` is the first.
+    """
+    frame = sys._getframe(depth + 1)
+    while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
+        frame = frame.f_back
+    call = Call(part, id(frame), frame.f_code)
+    lead = _last.lead
+    if lead is None or lead.call.part is part or lead.call.frame == call.frame:
+        return call, None
+    caller: FrameType | None = frame.f_back
+    while caller is not None:
+        if id(caller) == lead.call.frame and caller.f_code is lead.call.code:
+            return call, lead
+        caller = caller.f_back
+    return call, None
+
+
+def leads(call: Call, session: Session, generation: Generation, timestep: Timestep | None) -> None:
+    """Note what the first part of a call has done."""
+    _last.lead = Lead(call, session, generation, timestep)
