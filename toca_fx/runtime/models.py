@@ -60,22 +60,26 @@ class Models:
         with self._lock:
             found = self._keys.get(identity)
             if found is None:
-                watched = [weakref.ref(tensor, forget) for tensor in state]
-                found = self._keys[identity] = self._alike(identity) or ModelKey(), watched
+                key, others = self._alike(identity) or (ModelKey(), [])
+                tensors = [*state, *(tensor for other in others if (tensor := other()) is not None)]
+                watched = [weakref.ref(tensor, forget) for tensor in tensors]
+                found = self._keys[identity] = key, watched
                 while len(self._keys) > _MOST:
                     self._keys.popitem(last=False)
             return found[0]
 
-    def _alike(self, identity: tuple[int, ...]) -> ModelKey | None:
-        """The key of a model that has all of these tensors, or only such.
+    def _alike(self, identity: tuple[int, ...]) -> tuple[ModelKey, list[Any]] | None:
+        """The one model that has all of these tensors, or only such, with references to its own.
 
         Calls of one model may read more or less of it: without some layers, say.
         """
         wanted = frozenset(identity)
-        for known, (key, _) in self._keys.items():
-            if wanted and known and (wanted.issuperset(known) or wanted.issubset(known)):
-                return key
-        return None
+        alike = {
+            key: watched
+            for known, (key, watched) in self._keys.items()
+            if wanted and known and (wanted.issuperset(known) or wanted.issubset(known))
+        }
+        return next(iter(alike.items())) if len(alike) == 1 else None
 
 
 _of_code: weakref.WeakValueDictionary[Hashable, Models] = weakref.WeakValueDictionary()

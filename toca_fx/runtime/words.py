@@ -106,8 +106,8 @@ WAITS = (
 def misfit(error: str) -> str:
     """The policy does not fit a call in the middle of a run."""
     return (
-        f"the policy does not fit the shapes that a run has from here on, which goes on uncached: "
-        f"{error}"
+        "the policy does not fit the shapes or steps that a run has from here on, which goes on "
+        f"uncached: {error}"
     )
 
 
