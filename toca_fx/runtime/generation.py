@@ -75,7 +75,8 @@ class Generation:
     def join(self, other: Generation, timestep: Timestep | None, newest: Timestep | None) -> None:
         """Be a branch of the run of ``other``, whose newest call was at the timestep ``newest``."""
         self.run = other.run
-        if other.path == self.path and not other.repeated and timestep != newest:
+        alike = other.path == self.path and other.runner is self.runner
+        if alike and not other.repeated and timestep != newest:
             self.renewed = other.renewed + 1
 
     def replan(self, plan: Plan, decision: Decision) -> None:

@@ -60,10 +60,11 @@ class Generations:
         alone = self._alone(mine)
         if alone is None or alone.running:
             return None, "other", False
-        renewed = alone.renewed > 0 and not alone.repeated
-        if found[alone] == "rebuilt" or self.model.renews or renewed:
-            self.model.renews = self.model.renews or renewed
-            return alone, found[alone], False
+        if found[alone] == "rebuilt":
+            return alone, "rebuilt", False
+        if not alone.repeated and (alone.renewed or self.model.renews):
+            self.model.renews = True
+            return alone, "other", False
         return None, "other", False
 
     def _captured_anew(self, path: tuple[str, ...], runner: Runner) -> list[Generation]:

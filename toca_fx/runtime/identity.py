@@ -108,6 +108,8 @@ class Seen:
         self._numbers_at = [at for at in kept if not isinstance(inputs[at], Tensor)]
         self._state = [inputs[at] for at in self._state_at]
         self._versions, self._addresses = _versions(self._state), _addresses(self._state)
+        # As long as somebody has it, no other weight gets the memory of one that is replaced.
+        self._held = [one.untyped_storage() for one in self._state if type(one) in _PLAIN]
         self._numbers_of = [one for one in map(_a_number, self._state) if one is not None]
         self._sample = [number.item() for number in self._numbers_of]
         self._marks: tuple[Mark, ...] = marks_of([inputs[at] for at in self._others_at])

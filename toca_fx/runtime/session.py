@@ -80,27 +80,31 @@ class Session:
     ) -> Any:
         """Run the model's next step, in the branch ``path``; returns its outputs.
 
-        ``told`` is what came with the call, if anything did. ``call`` is where it was made, for a
+        If it raises, wherever that is, the call was not made, and memories hold nothing. ``told`` is what came with the call, if anything did. ``call`` is where it was made, for a
         model that may have been captured in several graphs.
         """
         if self.closed:
             raise RuntimeError(words.CLOSED)
         known = self._known(model, runner)
-        generation = None
+        generation = before = None
         try:
             with known.lock:
                 timestep = self._read(known, runner, inputs, told)
                 generation, decision = self._place(known, runner, inputs, path, told, timestep)
-                generation.running = True
+                before, generation.running = generation.progress, True
             outputs, record = generation.run_step(decision, timestep, inputs)
+            with known.lock:
+                self._note(known, generation, decision, runner, record)
+            if call is not None:
+                parts.leads(call, self, generation, timestep)
+            return outputs
+        except BaseException:  # whatever was done, the caller has no output
+            if generation is not None and before is not None:
+                generation.progress = replace(before, lost=True)
+            raise
         finally:
             if generation is not None:
                 generation.running = False
-        with known.lock:
-            self._note(known, generation, decision, runner, record)
-        if call is not None:
-            parts.leads(call, self, generation, timestep)
-        return outputs
 
     def follow(self, lead: Lead, runner: Runner, inputs: Sequence[Any]) -> Any:
         """Run another part of the call that ``lead`` began; returns its outputs."""
