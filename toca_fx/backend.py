@@ -20,6 +20,7 @@ from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.graph import roles
+from toca_fx.graph.autocast import OFF
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.once import Recent, once
@@ -204,11 +205,12 @@ class Dispatcher:
         model = self._models.key(self._weights(inputs))
         path, told = current_branch()
         call, lead = (None, None) if self._whole else call_of(self, 1)
-        if lead is not None:
-            output = lead.session.follow(lead, runner, inputs)
-        else:
-            output = current_session().call(model, runner, inputs, path, told, call)
-        updates.apply(inputs)
+        with OFF.again():  # its casts are in the graphs
+            if lead is not None:
+                output = lead.session.follow(lead, runner, inputs)
+            else:
+                output = current_session().call(model, runner, inputs, path, told, call)
+            updates.apply(inputs)
         return output
 
     def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:

@@ -19,6 +19,12 @@ from torch import Tensor, fx, nn
 # torch.foreach has it since 2.15; a loop over copy_ is one launch per tensor.
 from torch import _foreach_copy_ as foreach_copy_
 
+# Operators have no public way to the kernel that one dispatch key stands for.
+from torch._C import DisableTorchFunction, DispatchKey
+
+# The types of devices that torch.is_autocast_enabled knows.
+from torch._C import _autocast_supported_devices as autocast_devices
+
 # torch.cuda.use_mem_pool calls it, but only for what it began itself: a CUDA graph whose recording
 # failed leaves its pool open.
 from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
@@ -68,6 +74,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+# Regions, as Dynamo has them in its graphs.
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+
 # Generates code for a graph when it is first run, and not as often as it is made anew.
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
 
@@ -81,6 +91,9 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
     StrictMinMaxConstraint,
 )
+
+# What torch takes for a call that does more than to return something.
+from torch.fx.node import _side_effectful_functions as side_effectful
 
 # Nested outputs of a model, of an operator; torch has no public module for them.
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -113,19 +126,26 @@ __all__ = [
     "TorchDynamoException",
     "ValueRanges",
     "argument_names",
+    "autocast_devices",
+    "call_kernel",
     "compiled_call",
     "compiling",
     "custom_overload",
     "detect_fake_mode",
     "enable_python_dispatcher",
     "end_allocate_to_pool",
+    "enter_autocast",
+    "exit_autocast",
     "foreach_copy_",
     "forget_compiled_call",
+    "has_kernel",
     "is_mutable",
+    "is_switch",
     "list_mode_options",
     "lookup_backend",
     "original_module",
     "sdpa_flop_count",
+    "side_effectful",
     "storage_id",
     "trace",
     "trace_structured",
@@ -179,6 +199,44 @@ def is_mutable(target: object) -> bool:
     Only the schema says so, and it has no public name.
     """
     return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
+# Dynamo's graphs have them around calls; there are public functions for what they do.
+_SWITCHES = frozenset(
+    {
+        enter_autocast,
+        exit_autocast,
+        torch._C._set_grad_enabled,
+        torch.autograd.grad_mode._enter_inference_mode,
+        torch.autograd.grad_mode._exit_inference_mode,
+        torch.ops.profiler._record_function_enter,
+        torch.ops.profiler._record_function_enter.default,
+        torch.ops.profiler._record_function_enter_new,
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
+
+
+def is_switch(target: object) -> bool:
+    """Whether ``target`` begins or ends a region of autocast, gradients, inference or a profile."""
+    return target in _SWITCHES
+
+
+def has_kernel(op: OpOverload, key: str) -> bool:
+    """Whether ``op`` has a kernel of its own for a dispatch key; False if torch has no such key."""
+    found = getattr(DispatchKey, key, None)
+    return found is not None and bool(op.has_kernel_for_dispatch_key(found))
+
+
+def call_kernel(op: OpOverload, key: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call the kernel of ``op`` for a dispatch key; what it calls is dispatched as usual.
+
+    A tracer, which stands in front of all kernels, would call ``op`` itself.
+    """
+    with DisableTorchFunction():
+        return op._op_dk(getattr(DispatchKey, key), *args, **kwargs)
 
 
 def argument_names(op: OpOverload) -> tuple[str, ...]:

@@ -238,6 +238,35 @@ def calls_are_compiled() -> None:
     assert seen == [3]
 
 
+def kernels_are_called() -> None:
+    assert private.has_kernel(aten.linear.default, "AutocastCPU")
+    assert private.has_kernel(aten.layer_norm.default, "AutocastCUDA")
+    assert private.has_kernel(aten.reshape.default, "CompositeImplicitAutograd")
+    assert not private.has_kernel(aten.silu.default, "AutocastCPU")
+    assert not private.has_kernel(aten.linear.default, "AutocastNowhere")
+
+    def cast(*operands: Tensor) -> Any:
+        return private.call_kernel(aten.linear.default, "AutocastCPU", operands, {})
+
+    mode = private.FakeTensorMode()
+    fakes = [mode.from_tensor(torch.ones(*shape)) for shape in ((2, 3), (4, 3))]
+    graph = private.trace(cast, fakes).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [aten.to.dtype, aten.to.dtype, aten.linear.default]
+
+
+def regions_are_known() -> None:
+    assert {"cpu", "cuda"} <= {*private.autocast_devices()}
+    with torch.autocast("cpu", torch.float16):
+        region: Any = private.enter_autocast("cpu", torch.bfloat16, False, None)
+        assert not torch.is_autocast_enabled("cpu")
+        private.exit_autocast(region)  # type: ignore[no-untyped-call]
+        assert torch.is_autocast_enabled("cpu")
+    switches = {target for target in private.side_effectful if private.is_switch(target)}
+    assert {private.enter_autocast, private.exit_autocast, torch._C._set_grad_enabled} <= switches
+    assert torch._assert_async in private.side_effectful - switches
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "COMPILED_CALL": calls_are_compiled,
     "BackendCompilerFailed": errors_are_told_apart,
@@ -259,19 +288,26 @@ CHECKS: dict[str, Callable[[], None]] = {
     "TorchDynamoException": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
+    "autocast_devices": regions_are_known,
+    "call_kernel": kernels_are_called,
     "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
     "custom_overload": custom_operators_are_found,
     "detect_fake_mode": fake_tensors_are_made,
     "enable_python_dispatcher": sizes_have_ranges,
     "end_allocate_to_pool": pools_can_be_closed,
+    "enter_autocast": regions_are_known,
+    "exit_autocast": regions_are_known,
     "foreach_copy_": lists_are_copied,
     "forget_compiled_call": modules_run_their_own_code,
+    "has_kernel": kernels_are_called,
     "is_mutable": schemas_are_read,
+    "is_switch": regions_are_known,
     "list_mode_options": modes_are_listed,
     "lookup_backend": backends_are_found,
     "original_module": modules_run_their_own_code,
     "sdpa_flop_count": attention_is_counted,
+    "side_effectful": regions_are_known,
     "storage_id": memory_is_told_apart,
     "trace_structured": artifacts_are_taken,
     "trace": functions_are_traced,

@@ -7,12 +7,14 @@ lowered, differently per device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture.casts import bake
 from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
@@ -20,7 +22,9 @@ from toca_fx.capture.sources import clean_path, input_sources
 from toca_fx.capture.updates import Updates, updates_of, written_buffers
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import FakeTensorMode, is_mutable
+from toca_fx.graph.autocast import OFF
+from toca_fx.graph.edit import is_check
+from toca_fx.torch_private import FakeTensorMode, is_mutable, is_switch, side_effectful
 
 aten = torch.ops.aten
 
@@ -35,13 +39,15 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     (fake tensors with concrete shapes) and ``meta["path"]`` (the module path such as
     ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
     whether the model writes to tensors in place, which the returned graph does not; what it writes
-    to its buffers is in ``meta["updates"]``.
+    to its buffers is in ``meta["updates"]``. Regions of autocast, those of the caller too, have
+    become casts: the graph is right with autocast off, and without gradients.
 
     Numbers that the model reads out of tensors are those of ``inputs``; see ``numbers.Numbers``.
 
     Raises:
-        UnsupportedModelError: the model writes to its inputs or parameters in place, or a number
-            depends on what changes at every step.
+        UnsupportedModelError: the model writes to its inputs or parameters in place, a number
+            depends on what changes at every step, or a call has an effect that a rewritten graph
+            would lose.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [
@@ -49,14 +55,32 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         for value in inputs
     ]
     numbers = Numbers(captured)
-    graph_module = retrace(numbers.fixed(numbers.read(inputs)), fakes, _DECOMPOSED)
+    fixed = numbers.fixed(numbers.read(inputs))
+    _refuse_effects(fixed.graph)
+    graph_module = retrace(fixed, fakes, _DECOMPOSED)
     sources = input_sources(captured)
-    model = roles.model_name(sources)
     graph_module.meta["writes"] = False
     returned = graph_module.graph.output_node()
     buffers = written_buffers(graph_module.graph, sources, inputs)
     # Whoever has the model reads its buffers afterwards.
     returned.args = ((returned.args[0], buffers),)
+    with OFF.again():
+        _clean(graph_module, roles.model_name(sources), buffers)
+        bake(graph_module.graph)
+    outputs, after = returned.args[0]
+    returned.args = (outputs,)
+    roles.mark(graph_module.graph, sources, inputs)
+    graph_module.meta["updates"] = updates_of(graph_module.graph, buffers, after)
+    numbers.refuse_changing(graph_module.graph)
+    graph_module.recompile()
+    return graph_module
+
+
+def _clean(graph_module: fx.GraphModule, model: str, buffers: Collection[fx.Node]) -> None:
+    """Name the modules of all nodes, and remove writes in place and what does nothing.
+
+    ``model`` is Dynamo's name of the model; only ``buffers`` may be inputs that are written to.
+    """
     for node in list(graph_module.graph.nodes):
         modules = node.meta.get("nn_module_stack", {}).values()
         stack = [clean_path(name, model) for name, *_ in modules]
@@ -71,13 +95,17 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         elif is_identity:
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-    outputs, after = returned.args[0]
-    returned.args = (outputs,)
-    roles.mark(graph_module.graph, sources, inputs)
-    graph_module.meta["updates"] = updates_of(graph_module.graph, buffers, after)
-    numbers.refuse_changing(graph_module.graph)
-    graph_module.recompile()
-    return graph_module
+
+
+def _refuse_effects(graph: fx.Graph) -> None:
+    """Refuse calls whose effect would get lost; writes, regions and checks are seen to."""
+    for node in graph.nodes:
+        is_seen_to = node.target is operator.setitem or is_switch(node.target) or is_check(node)
+        if node.target in side_effectful and not is_seen_to:
+            raise UnsupportedModelError(
+                f"the model calls {node.target}, whose effect would get lost where modules are "
+                "reused; leave the call out, or compile the part of the model without it"
+            )
 
 
 def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -90,7 +118,9 @@ def verify(captured: fx.GraphModule, aten: fx.GraphModule, inputs: Sequence[Any]
         UnsupportedModelError: the outputs differ by more than rounding.
     """
     updates: Updates = aten.meta["updates"]
-    expected, actual = (_run_seeded(module, updates.apart(inputs)) for module in (captured, aten))
+    expected = _run_seeded(captured, updates.apart(inputs))
+    with OFF.again():
+        actual = _run_seeded(aten, updates.apart(inputs))
     for left, right in zip(_tensors(expected), _tensors(actual), strict=True):
         scale = left.abs().amax().item() if left.numel() else 0.0
         if not torch.allclose(left, right, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture.casts import forget
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.axes import shape_of
@@ -171,6 +172,7 @@ def _call(node: fx.Node, target: Any, args: Any, like: Tensor, kwargs: Any = Non
     new: fx.Node = node.graph.call_function(target, tuple(args), dict(kwargs or {}))
     # It stands for the memory that it renews, so that later writes find it.
     new.meta = {**node.meta, "val": like, "renewed": True}
+    forget(new)
     return new
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from toca_fx.capture.sources import frame_id, input_sources, model_class
+from toca_fx.graph.autocast import Autocast
 from toca_fx.torch_private import FakeTensor
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
-_DEVICES = ("cpu", "cuda")
 
 
 def identity(captured: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None:
@@ -48,7 +48,7 @@ def identity(captured: fx.GraphModule, inputs: Sequence[Any]) -> Hashable | None
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        *((torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in _DEVICES),
+        Autocast.now(),
     )
     return frame_id(), model_class(), input_sources(captured), described, nodes, state
 

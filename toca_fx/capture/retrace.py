@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
+from toca_fx.capture.casts import autocast_of, note
 from toca_fx.capture.inline import given_code
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.graph.autocast import Autocast
 from toca_fx.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,6 +30,7 @@ from toca_fx.torch_private import (
     OpOverload,
     detect_fake_mode,
     is_mutable,
+    is_switch,
     trace,
     tree_leaves,
     tree_map,
@@ -73,40 +76,55 @@ def retrace(
 ) -> fx.GraphModule:
     """The graph of ``captured`` in pre-dispatch ATen, for inputs like ``fakes``.
 
-    ``fakes`` are fake tensors of one mode, or numbers. Values of nodes may be one fake tensor where
-    nodes are equal; they share memory as they would in a run only if something is written in place.
+    ``fakes`` are fake tensors of one mode, or numbers. What nodes return has the dtype that
+    autocast gives it, in regions of ``captured`` and in the caller's; the casts are not there yet
+    (see ``casts.bake``). Values of nodes may be one fake tensor where nodes are equal; they share
+    memory as they would in a run only if something is written in place.
 
     Raises:
         UnsupportedModelError: a number or a size depends on the values of tensors, or an operator
             that is given code cannot be traced.
     """
+    states = autocast_of(captured.graph)
     try:
-        return _retrace_calls(captured, fakes, decompositions)
+        return _retrace_calls(captured, fakes, decompositions, states)
     except _NotCopied as reason:
         log.debug("all calls are traced, equal ones too: %s", reason)
-        return _trace(_Interpreter(captured).run, fakes, decompositions)
+    traced = _trace(_Interpreter(captured, states).run, fakes, decompositions)
+    state_of = {node.name: state for node, state in states.items()}
+    for node in traced.graph.nodes:
+        source = node.meta.pop("from_node", None)
+        note(node, state_of[source[0].name] if source else Autocast.now())
+    return traced
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs Dynamo's graph; what it cannot trace is named by the user's line."""
+    """Runs each call of Dynamo's graph in its state of autocast, and switches nothing itself.
 
-    def __init__(self, captured: fx.GraphModule) -> None:
+    What it cannot trace is named by the user's line.
+    """
+
+    def __init__(self, captured: fx.GraphModule, states: Mapping[fx.Node, Autocast]) -> None:
         super().__init__(captured)
         self.extra_traceback = False  # says where in our own code
+        self._states = states
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node.
+        """The value of a node; None for a switch.
 
         Raises:
             UnsupportedModelError: it depends on values of tensors, or is given code.
         """
+        if is_switch(n.target):
+            return None
         if given_code(n) and str(n.target) in _UNTRACED:
             raise UnsupportedModelError(
                 f"the model calls {n.target} at {user_line(n)}, which cannot be followed; "
                 f"{_UNTRACED[str(n.target)]}"
             )
         try:
-            return super().run_node(n)
+            with self._states[n].again():
+                return super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UnsupportedModelError(
                 f"the model makes a number or a size out of the values of a tensor at "
@@ -124,7 +142,10 @@ class _Interpreter(fx.Interpreter):
 
 
 def _retrace_calls(
-    captured: fx.GraphModule, fakes: Sequence[Any], decompositions: Decompositions
+    captured: fx.GraphModule,
+    fakes: Sequence[Any],
+    decompositions: Decompositions,
+    states: Mapping[fx.Node, Autocast],
 ) -> fx.GraphModule:
     """The same, put together of copies.
 
@@ -138,13 +159,13 @@ def _retrace_calls(
     for node, fake in zip(inputs, fakes, strict=True):
         if node.users and _layout_of(node) != _layout(fake):
             raise _NotCopied(f"{node} is no longer what it was")
-    firsts = _first_equals(captured.graph)
-    bodies = _trace_each(dict.fromkeys(firsts.values()), mode, decompositions)
+    firsts = _first_equals(captured.graph, states)
+    bodies = _trace_each(dict.fromkeys(firsts.values()), mode, decompositions, states)
     copies = _Copies()
     for node, fake in zip(inputs, fakes, strict=True):
         copies.put_input(node, fake)
     for node, first in firsts.items():
-        copies.put(node, bodies[first])
+        copies.put(node, bodies[first], states[node])
     copies.put_output(captured.graph.output_node())
     return fx.GraphModule(nn.Module(), copies.graph)
 
@@ -157,15 +178,19 @@ def _trace(
         return trace(function, values, decompositions)
 
 
-def _first_equals(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _first_equals(graph: fx.Graph, states: Mapping[fx.Node, Autocast]) -> dict[fx.Node, fx.Node]:
     """The first call that is equal to it for each call, itself or an earlier one; in order."""
     by_sign: dict[object, fx.Node] = {}
-    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    return {node: by_sign.setdefault(_sign(node), node) for node in calls}
+    calls = [
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output") and not is_switch(node.target)
+    ]
+    return {node: by_sign.setdefault((_sign(node), states[node]), node) for node in calls}
 
 
 def _sign(call: fx.Node) -> object:
-    """What a call does and on what; equal for calls that can be copies of each other."""
+    """What a call does and on what; with its state, equal for calls that can be copies."""
     if call.op not in ("call_function", "call_method"):
         raise _NotCopied(f"{call} is a {call.op}")
     if call.is_impure():
@@ -200,7 +225,10 @@ def _layout(value: Any) -> object:
 
 
 def _trace_each(
-    calls: Iterable[fx.Node], mode: FakeTensorMode, decompositions: Decompositions
+    calls: Iterable[fx.Node],
+    mode: FakeTensorMode,
+    decompositions: Decompositions,
+    states: Mapping[fx.Node, Autocast],
 ) -> dict[fx.Node, _Body]:
     """What each of ``calls`` is traced to, all of them in one trace, on operands of its own."""
     given = {call: _operands_like(call, mode) for call in calls}
@@ -211,7 +239,8 @@ def _trace_each(
         results = []
         for call, fakes in given.items():
             operands = [next(leaves) for _ in fakes]
-            results.append(_run(call, operands))
+            with states[call].again():
+                results.append(_run(call, operands))
             as_is[call] = [
                 (at, of)
                 for at, result in enumerate(tree_leaves(results[-1]))
@@ -295,8 +324,8 @@ class _Copies:
         self._put[node] = self.graph.placeholder(f"arg{self._inputs - 1}_1")
         self._put[node].meta["val"] = fake
 
-    def put(self, call: fx.Node, body: _Body) -> None:
-        """Put a copy of ``body`` in the place of ``call``."""
+    def put(self, call: fx.Node, body: _Body, state: Autocast) -> None:
+        """Put a copy of ``body``, which was traced in ``state``, in the place of ``call``."""
         operands = [
             self._latest(leaf)
             for operand in call.all_input_nodes
@@ -309,6 +338,7 @@ class _Copies:
             name = _NUMBER.sub("", node.name)
             copy = self.graph.create_node("call_function", node.target, args, kwargs, name)
             copy.meta = {**node.meta, **inherited}
+            note(copy, state)
             copies[node] = copy
         self._put[call] = _mapped(body.returned, copies)
         returned = tree_leaves(self._put[call])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from torch import fx
 
+from toca_fx.graph.ops import WORK
 from toca_fx.torch_private import is_mutable
 
 
@@ -23,12 +24,33 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
     return found
 
 
+def is_check(node: fx.Node) -> bool:
+    """Whether a node only raises an error if its operands are not what the model expects."""
+    name = getattr(node.target, "__name__", "")
+    return bool(name.startswith(("_assert", "sym_constrain_range")))
+
+
+def checks(graph: fx.Graph, needed: Set[fx.Node]) -> list[fx.Node]:
+    """The checks of ``graph`` that cost next to nothing, if ``needed`` are computed anyway.
+
+    A check of what a module puts out goes with the module where that is reused.
+    """
+    found = filter(is_check, graph.nodes)
+    return [
+        node
+        for node in found
+        if not any(operand.target in WORK for operand in ancestors([node], stop=needed) - needed)
+    ]
+
+
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Erase what neither an output nor a write needs.
+    """Erase what neither an output nor a write needs, nor a check of what these need.
 
     FX itself keeps seeded operators alive, attention among them for its optional dropout.
     """
-    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    needed = ancestors(node for node in graph.nodes if _has_effect(node))
+    kept = set(checks(graph, needed))
+    graph.eliminate_dead_code(is_impure_node=lambda node: _has_effect(node) or node in kept)
 
 
 def _has_effect(node: fx.Node) -> bool:

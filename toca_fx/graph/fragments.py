@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from toca_fx.graph.autocast import OFF
 from toca_fx.torch_private import trace
 
 
@@ -34,15 +35,30 @@ class Fragments:
         ``function`` is one of a module, or a ``functools.partial`` of one with hashable arguments:
         two are the same if they are equal.
         """
+        traced = self.traced(function, args, kwargs)
+        inputs, nodes = traced.find_nodes(op="placeholder"), _nodes_in((args, kwargs or {}))
+        return self._graph.graph_copy(traced, dict(zip(inputs, nodes, strict=True)))
+
+    def traced(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> fx.Graph:
+        """What ``inline`` copies: a graph with a placeholder for each node, in order."""
         given = (tuple(args), dict(kwargs or {}))
-        nodes: list[fx.Node] = []
-        fx.node.map_arg(given, nodes.append)
+        nodes = _nodes_in(given)
         key = (_identity(function), repr(fx.node.map_arg(given, _namer(nodes))))
         if key not in self._traced:
             self._traced[key] = _trace(function, given, nodes)
-        traced = self._traced[key]
-        inputs = traced.find_nodes(op="placeholder")
-        return self._graph.graph_copy(traced, dict(zip(inputs, nodes, strict=True)))
+        return self._traced[key]
+
+
+def _nodes_in(given: Any) -> list[fx.Node]:
+    """The nodes in arguments, one that comes twice twice."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(given, nodes.append)
+    return nodes
 
 
 def _trace(
@@ -57,7 +73,8 @@ def _trace(
 
     # The tracer knows tensors by identity, and nodes may share one fake value.
     values = [node.meta["val"].detach() for node in nodes]
-    return trace(on_values, values).graph
+    with OFF.again():
+        return trace(on_values, values).graph
 
 
 def _identity(function: object) -> object:

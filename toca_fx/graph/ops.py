@@ -176,6 +176,8 @@ MMS = _members(Family.MM)
 PRODUCTS = _members(Family.PRODUCT)
 CONVOLUTIONS = _members(Family.CONVOLUTION)
 ATTENTIONS = _members(Family.ATTENTION)
+# What a model spends its time on.
+WORK = LINEARS | MMS | PRODUCTS | CONVOLUTIONS | ATTENTIONS
 SOFTMAXES = _members(Family.SOFTMAX)
 NORMS = _members(Family.NORM)
 REDUCTIONS = _members(Family.REDUCTION)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, nbytes_of
 from toca_fx.lower.fake_inputs import FakeInputs, like
-from toca_fx.lower.flops import Autocast, FlopCounter
+from toca_fx.lower.flops import FlopCounter
 from toca_fx.lower.once import traced_once
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
@@ -71,7 +71,7 @@ class Analysis:
         self.uncached = planner.uncached
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
-        self._autocast, self._counter = Autocast(), FlopCounter()
+        self._counter = FlopCounter()
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
 
     def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
@@ -116,8 +116,7 @@ class Analysis:
     @traced_once
     def uncached_flops(self) -> int:
         """FLOPs of one run of the model as it was captured."""
-        with self._autocast.again():
-            return self._flops_of(self.aten)
+        return self._flops_of(self.aten)
 
     @traced_once
     def uncached_bytes(self) -> int:
@@ -128,8 +127,7 @@ class Analysis:
     @traced_once
     def hoisted_flops(self) -> tuple[int, int]:
         """FLOPs of ``conditions``, and of ``timed`` for one timestep."""
-        with self._autocast.again():
-            return self._flops_of(self.conditions.module), self._flops_of(self.timed.module)
+        return self._flops_of(self.conditions.module), self._flops_of(self.timed.module)
 
     @traced_once
     def hoisted_bytes(self) -> tuple[int, int]:

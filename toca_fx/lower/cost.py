@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from toca_fx.lower.fake_inputs import FakeInputs
-from toca_fx.lower.flops import Autocast, FlopCounter, columns_flops
+from toca_fx.lower.flops import FlopCounter, columns_flops
 from toca_fx.lower.once import traced_once
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.rewrite.step_graph import StepGraph
@@ -22,7 +22,6 @@ class StepCost:
     ) -> None:
         self.graph = graph
         self._inputs, self._plan, self._counter = inputs, plan, counter
-        self._autocast = Autocast()
 
     def flops(self, step: StepPlan) -> int:
         """FLOPs of one run with the fresh tokens of ``step``, with the scoring that it does."""
@@ -50,8 +49,7 @@ class StepCost:
         They are not kept: there are thousands.
         """
         values: dict[str, Any] = {}
-        with self._autocast.again():
-            self._counter.count(self.graph.module, self._inputs.whole(), values)
+        self._counter.count(self.graph.module, self._inputs.whole(), values)
         return values
 
     @traced_once
@@ -60,8 +58,7 @@ class StepCost:
 
         The FLOPs of a site are linear in K.
         """
-        with self._autocast.again():
-            flops = self._counter.count(self.graph.module, self._inputs.whole())
+        flops = self._counter.count(self.graph.module, self._inputs.whole())
         per_site = {
             i: sum(flops.get(name, 0) for name in names)
             for i, names in self.graph.fresh_nodes.items()

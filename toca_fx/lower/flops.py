@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from toca_fx.graph.autocast import OFF
 from toca_fx.graph.ops import overloads_of
 from toca_fx.kernels.columns import attention_and_columns
 from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
@@ -67,28 +67,6 @@ _FORMULAS = {
 }
 
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-
-
-class Autocast:
-    """Torch's autocast state when this was made; graphs keep no casts, and need it again."""
-
-    def __init__(self) -> None:
-        self._states = [
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            for device in _AUTOCAST_DEVICES
-        ]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Run everything inside in that state."""
-        with ExitStack() as stack:
-            for device, dtype, enabled in self._states:
-                if enabled or torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-            yield
-
-
 class _NoModules(ModuleTracker):
     """Does not track modules: torch's tracker has hooks on all modules of the process.
 
@@ -137,7 +115,7 @@ class FlopCounter:
         """
         mode = detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
         counting = _Counting(module, self._known, mode)
-        with compiling(), torch.no_grad():
+        with compiling(), torch.no_grad(), OFF.again():
             counting.run(*map(layout_of, inputs))
         if values is not None:
             values.update(counting.values)
@@ -185,7 +163,7 @@ class _Counting(fx.Interpreter):
         key = key_of((args, kwargs), operands)
         if key is None or not isinstance(node.target, OpOverload):
             return self._restored(node)
-        key = (node.target, key, _autocast_state())
+        key = (node.target, key)
         run = self._known.get(key)
         if run is None:
             run = self._known[key] = self._run(node, args, kwargs, operands)
@@ -218,10 +196,3 @@ class _Counting(fx.Interpreter):
         with self._mode, counter:
             returned = getattr(self, node.op)(node.target, args, kwargs)
         return counter.get_total_flops(), returned
-
-
-def _autocast_state() -> object:
-    return tuple(
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in _AUTOCAST_DEVICES
-    )

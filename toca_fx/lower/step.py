@@ -123,7 +123,7 @@ def use_few_rows(graph: fx.Graph, fresh: Collection[str]) -> None:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    # The fake value of a layer is that for all tokens, in the dtype that autocast casts to.
+    # The fake value of a layer is that for all tokens.
     value = node.meta["val"]
     on_cpu = value.device.type == "cpu" and value.dtype == torch.float32
     return bool(on_cpu and value.is_contiguous())

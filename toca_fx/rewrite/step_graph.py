@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from toca_fx.graph.edit import ancestors
+from toca_fx.graph.edit import ancestors, checks
 from toca_fx.graph.ops import aten
 from toca_fx.plan.buffers import Buffer, hoisted
 from toca_fx.rewrite.report import PassReport
@@ -35,7 +35,11 @@ def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str]
     The values of the nodes ``given`` are inputs. ``source`` is not changed.
     """
     nodes = {node.name: node for node in source.graph.nodes}
-    found = ancestors(map(nodes.__getitem__, names), map(nodes.__getitem__, given))
+    ends = [nodes[name] for name in given]
+    found = ancestors((nodes[name] for name in names), ends)
+    found |= {
+        check for check in checks(source.graph, found) if ancestors([check]) - {check} <= found
+    }
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     kept: list[int] = []

@@ -80,8 +80,9 @@ class Session:
     ) -> Any:
         """Run the model's next step, in the branch ``path``; returns its outputs.
 
-        If it raises, wherever that is, the call was not made, and memories hold nothing. ``told`` is what came with the call, if anything did. ``call`` is where it was made, for a
-        model that may have been captured in several graphs.
+        If it raises, wherever that is, the call was not made, and memories hold nothing. ``told``
+        is what came with the call, if anything did. ``call`` is where it was made, for a model that
+        may have been captured in several graphs.
         """
         if self.closed:
             raise RuntimeError(words.CLOSED)
