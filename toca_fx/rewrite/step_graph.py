@@ -32,14 +32,16 @@ class StepGraph:
 def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str] = ()) -> StepGraph:
     """The part of ``source`` that computes the nodes ``names``; it returns contiguous values.
 
-    The values of the nodes ``given`` are inputs. ``source`` is not changed.
+    The values of the nodes ``given`` are inputs. What the model checks of these nodes, and of those
+    before them, is checked. ``source`` is not changed.
     """
     nodes = {node.name: node for node in source.graph.nodes}
     ends = [nodes[name] for name in given]
     found = ancestors((nodes[name] for name in names), ends)
-    found |= {
-        check for check in checks(source.graph, found) if ancestors([check]) - {check} <= found
-    }
+    for check in checks(source.graph, found):
+        more = ancestors([check], stop=found) - found
+        if all(node.op != "placeholder" for node in more):
+            found |= more
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     kept: list[int] = []
