@@ -103,13 +103,14 @@ class Analysis:
     @traced_once
     def conditions(self) -> StepGraph:
         """The part that depends on conditions only; it returns ``hoisted.conditions``."""
-        return extract(self.aten, self.hoisted.conditions)
+        return extract(self.aten, self.hoisted.conditions, checked=True)
 
     @traced_once
     def timed(self) -> StepGraph:
         """The part that depends on the timestep as well; it returns ``hoisted.timed``.
 
-        The values of ``hoisted.conditions`` are inputs of it.
+        The values of ``hoisted.conditions`` are inputs of it. It may be run for many timesteps at
+        once, which checks cannot be.
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
 

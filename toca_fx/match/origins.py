@@ -274,7 +274,8 @@ def projections_of(
 def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
     """The nodes that carry the tokens at ``where`` from their projections to ``start``.
 
-    They are in order, each with where the tokens lie in it; tensors only.
+    They are in order, each with where the tokens lie in it; tensors only. What has the tokens from
+    elsewhere (positions that are given) is not among them, if there is a projection.
     """
     found: dict[fx.Node, Tokens] = {}
     pending = [(start, where)]
@@ -291,8 +292,13 @@ def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
             pending.append(moved)
         else:
             pending += (tokenwise.operands(node, there) or {}).items()
+    ordered = [node for node in start.graph.nodes if node in found]
+    made = {node for node in ordered if linear_input(node) is not None}
+    for node in ordered:
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
     return {
         node: found[node]
-        for node in start.graph.nodes
-        if node in found and hasattr(node.meta.get("val"), "shape")
+        for node in ordered
+        if hasattr(node.meta.get("val"), "shape") and (node in made or not made)
     }

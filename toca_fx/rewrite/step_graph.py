@@ -29,16 +29,22 @@ class StepGraph:
     reports: tuple[PassReport, ...] = ()
 
 
-def extract(source: fx.GraphModule, names: Sequence[str], given: Collection[str] = ()) -> StepGraph:
+def extract(
+    source: fx.GraphModule,
+    names: Sequence[str],
+    given: Collection[str] = (),
+    *,
+    checked: bool = False,
+) -> StepGraph:
     """The part of ``source`` that computes the nodes ``names``; it returns contiguous values.
 
-    The values of the nodes ``given`` are inputs. What the model checks of these nodes, and of those
-    before them, is checked. ``source`` is not changed.
+    The values of the nodes ``given`` are inputs. ``checked`` keeps what the model checks of the
+    values in it. ``source`` is not changed.
     """
     nodes = {node.name: node for node in source.graph.nodes}
     ends = [nodes[name] for name in given]
     found = ancestors((nodes[name] for name in names), ends)
-    for check in checks(source.graph, found):
+    for check in checks(source.graph, found) if checked else ():
         more = ancestors([check], stop=found) - found
         if all(node.op != "placeholder" for node in more):
             found |= more
