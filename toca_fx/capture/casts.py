@@ -33,25 +33,22 @@ _STATE = "autocast"
 _COMPOSITE = "CompositeImplicitAutograd"
 
 
-def autocast_of(captured: fx.Graph) -> dict[fx.Node, Autocast]:
-    """The state in which each node of Dynamo's graph is run, if this thread's surrounds them."""
+def autocast_of(graph: fx.Graph, around: Callable[[fx.Node], Autocast]) -> dict[fx.Node, Autocast]:
+    """The state in which each node is run: that of the region it is in, or else the one ``around``.
+
+    The nodes that begin and end regions are left out.
+    """
     found: dict[fx.Node, Autocast] = {}
-    entered: dict[Any, torch.autocast] = {}
-    state = Autocast.now()
-    try:
-        for node in captured.nodes:
-            if node.target is enter_autocast:
-                entered[node] = enter_autocast(*node.args)
-            elif node.target is exit_autocast:
-                region = entered.pop(node.args[0])
-                exit_autocast(region)
-            else:
-                found[node] = state
-                continue
-            state = Autocast.now()
-    finally:
-        for region in reversed(entered.values()):
-            exit_autocast(region)  # type: ignore[no-untyped-call]
+    entered: dict[Any, Autocast] = {}
+    for node in graph.nodes:
+        state = next(reversed(entered.values())) if entered else around(node)
+        if node.target is enter_autocast:
+            with state.again(), torch.autocast(*node.args):
+                entered[node] = Autocast.now()
+        elif node.target is exit_autocast:
+            del entered[node.args[0]]
+        else:
+            found[node] = state
     return found
 
 

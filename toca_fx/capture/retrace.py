@@ -85,16 +85,25 @@ def retrace(
         UnsupportedModelError: a number or a size depends on the values of tensors, or an operator
             that is given code cannot be traced.
     """
-    states = autocast_of(captured.graph)
+    now = Autocast.now()
+    states = autocast_of(captured.graph, lambda _: now)
     try:
         return _retrace_calls(captured, fakes, decompositions, states)
     except _NotCopied as reason:
         log.debug("all calls are traced, equal ones too: %s", reason)
     traced = _trace(_Interpreter(captured, states).run, fakes, decompositions)
-    state_of = {node.name: state for node, state in states.items()}
-    for node in traced.graph.nodes:
-        source = node.meta.pop("from_node", None)
-        note(node, state_of[source[0].name] if source else Autocast.now())
+    by_name = {node.name: state for node, state in states.items()}
+
+    def of_call(node: fx.Node) -> Autocast:
+        source = node.meta.get("from_node")
+        return by_name[source[0].name] if source else now
+
+    for node, state in autocast_of(traced.graph, of_call).items():
+        note(node, state)
+    for node in reversed(traced.graph.nodes):
+        node.meta.pop("from_node", None)
+        if is_switch(node.target):  # a call has regions of its own
+            traced.graph.erase_node(node)
     return traced
 
 
@@ -300,6 +309,8 @@ def _by_call(traced: fx.Graph) -> dict[str, list[fx.Node]]:
         source = node.meta.pop("from_node", None)
         if node.op != "call_function" or not source:
             raise _NotCopied(f"{node} belongs to no call")
+        if is_switch(node.target):
+            raise _NotCopied(f"{source[0].name} has a region of its own")
         # Only where something is written it matters which values share memory.
         if is_mutable(node.target) and node.target is not torch.ops.aten.detach_.default:
             raise _NotCopied(f"{source[0].name} writes in place")

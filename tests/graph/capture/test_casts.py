@@ -105,6 +105,23 @@ def without_gradients(x: Tensor, layer: nn.Linear) -> Tensor:
         return layer(y.float())
 
 
+@torch.compiler.allow_in_graph
+def _closed(x: Tensor, weight: Tensor) -> Tensor:
+    y = F.linear(x, weight)
+    with region(dtype=torch.float16), torch.no_grad():
+        y = F.linear(y, weight)
+        with region(False):
+            y = F.linear(y.float(), weight)
+        return F.linear(y, weight)
+
+
+def in_closed_calls(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Dynamo does not look into such a call."""
+    with region():
+        y = _closed(x, layer.weight)
+    return layer(_closed(y.float(), layer.weight).float())
+
+
 FUNCTIONS = [
     attention,
     normed,
@@ -117,6 +134,7 @@ FUNCTIONS = [
     switched_off,
     other_dtype,
     without_gradients,
+    in_closed_calls,
 ]
 
 
