@@ -31,7 +31,8 @@ class Model(nn.Module):
 
     def __init__(self, function: Callable[[Tensor, nn.Linear], Any]) -> None:
         super().__init__()
-        self.function, self.layer = function, nn.Linear(8, 8)
+        # Of weights with gradients autocast keeps a copy, in the dtype of the first region.
+        self.function, self.layer = function, nn.Linear(8, 8).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x, self.layer)
