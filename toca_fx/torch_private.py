@@ -29,6 +29,9 @@ from torch._C import _autocast_supported_devices as autocast_devices
 # failed leaves its pool open.
 from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
 
+# One question at every call of a model instead of one per type of device.
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+
 # Decompositions in Python know symbolic sizes, those in C++ make numbers of them; torch.export
 # enters it, and no function of its own does.
 from torch._dispatch.python import enable_python_dispatcher
@@ -139,6 +142,7 @@ __all__ = [
     "foreach_copy_",
     "forget_compiled_call",
     "has_kernel",
+    "is_any_autocast_enabled",
     "is_mutable",
     "is_switch",
     "list_mode_options",

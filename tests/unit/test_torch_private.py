@@ -257,7 +257,9 @@ def kernels_are_called() -> None:
 
 def regions_are_known() -> None:
     assert {"cpu", "cuda"} <= {*private.autocast_devices()}
+    assert not private.is_any_autocast_enabled()
     with torch.autocast("cpu", torch.float16):
+        assert private.is_any_autocast_enabled()
         region: Any = private.enter_autocast("cpu", torch.bfloat16, False, None)
         assert not torch.is_autocast_enabled("cpu")
         private.exit_autocast(region)  # type: ignore[no-untyped-call]
@@ -301,6 +303,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "foreach_copy_": lists_are_copied,
     "forget_compiled_call": modules_run_their_own_code,
     "has_kernel": kernels_are_called,
+    "is_any_autocast_enabled": regions_are_known,
     "is_mutable": schemas_are_read,
     "is_switch": regions_are_known,
     "list_mode_options": modes_are_listed,

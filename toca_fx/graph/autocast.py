@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from toca_fx.torch_private import autocast_devices
+from toca_fx.torch_private import autocast_devices, is_any_autocast_enabled
 
 _DEVICES = tuple(autocast_devices())
 
@@ -26,6 +26,8 @@ class Autocast:
     @classmethod
     def now(cls) -> Autocast:
         """The state that this thread is in."""
+        if not is_any_autocast_enabled():
+            return OFF
         on = filter(torch.is_autocast_enabled, _DEVICES)
         return cls(tuple((device, torch.get_autocast_dtype(device)) for device in on))
 
