@@ -127,7 +127,7 @@ def _kernel(node: fx.Node, state: Autocast) -> tuple[Callable[..., Any], Autocas
     op = node.target
     if not isinstance(op, OpOverload) or op in RELAYOUTS:
         return None
-    values = (value for of in node.all_input_nodes for value in tree_leaves(of.meta["val"]))
+    values = (value for of in node.all_input_nodes for value in tree_leaves(of.meta.get("val")))
     devices = {value.device.type for value in values if isinstance(value, Tensor)}
     on = [device for device, _ in state.dtypes if device in devices]
     for device in reversed(on):  # in the order of the dispatcher

@@ -106,6 +106,11 @@ def without_gradients(x: Tensor, layer: nn.Linear) -> Tensor:
         return layer(y.float())
 
 
+def of_a_constant(x: Tensor, layer: nn.Linear) -> Tensor:
+    with region():
+        return layer(x) @ torch.tensor([[1.0] * 8, [2.0] * 8]).mT
+
+
 @torch.compiler.allow_in_graph
 def _closed(x: Tensor, weight: Tensor) -> Tensor:
     y = F.linear(x, weight)
@@ -135,6 +140,7 @@ FUNCTIONS = [
     switched_off,
     other_dtype,
     without_gradients,
+    of_a_constant,
     in_closed_calls,
 ]
 
