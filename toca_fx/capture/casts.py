@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture.inline import codes_of
 from toca_fx.graph.autocast import Autocast
 from toca_fx.graph.fragments import Fragments
 from toca_fx.graph.ops import RELAYOUTS
@@ -26,6 +27,7 @@ from toca_fx.torch_private import (
     enter_autocast,
     exit_autocast,
     has_kernel,
+    is_switch,
     tree_leaves,
 )
 
@@ -53,9 +55,20 @@ def autocast_of(graph: fx.Graph, around: Callable[[fx.Node], Autocast]) -> dict[
 
 
 def note(node: fx.Node, state: Autocast) -> None:
-    """Note on a traced node that it was run in ``state``."""
+    """Note on a traced node that it was run in ``state``, and the code that it is given, too."""
     if state.dtypes and isinstance(node.target, OpOverload):
         node.meta[_STATE] = state
+    for code in codes_of(node):
+        note_all(code.graph, lambda _: state)
+
+
+def note_all(graph: fx.Graph, around: Callable[[fx.Node], Autocast]) -> None:
+    """Note on all nodes in which state they were run (see ``autocast_of``); no switch is left."""
+    for node, state in autocast_of(graph, around).items():
+        note(node, state)
+    for node in reversed(graph.nodes):
+        if is_switch(node.target):
+            graph.erase_node(node)
 
 
 def forget(node: fx.Node) -> None:
@@ -73,6 +86,9 @@ def bake(graph: fx.Graph) -> None:
         state = node.meta.pop(_STATE, None)
         if state is not None:
             _cast(node, state, fragments)
+        for code in codes_of(node):
+            bake(code.graph)
+            code.recompile()
 
 
 def _cast(node: fx.Node, state: Autocast, fragments: Fragments) -> None:

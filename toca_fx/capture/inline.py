@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -55,6 +55,17 @@ def _inlined(captured: fx.GraphModule, model: str) -> fx.GraphModule:
 def given_code(node: fx.Node) -> bool:
     """Whether a node is an operator that is given code (``torch.cond``, say)."""
     return isinstance(node.target, HigherOrderOperator)
+
+
+def codes_of(node: fx.Node) -> Iterator[fx.GraphModule]:
+    """The code that an operator is given; none if it is given none."""
+    owner = node.graph.owning_module
+    if owner is None or not given_code(node):
+        return
+    for operand in node.all_input_nodes:
+        code = getattr(owner, str(operand.target), None) if operand.op == "get_attr" else None
+        if isinstance(code, fx.GraphModule):
+            yield code
 
 
 def _is_wrapper(node: fx.Node) -> bool:

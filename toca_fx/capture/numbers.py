@@ -21,6 +21,7 @@ from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.edit import ancestors
 from toca_fx.graph.ops import aten
+from toca_fx.torch_private import enter_autocast, exit_autocast
 
 Number = int | float | bool | str
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -64,7 +65,7 @@ class Numbers:
             return ()
         try:
             with torch.no_grad():
-                found: list[Number] = self._reader(*inputs)
+                found = _run(self._reader, inputs)
         except (RuntimeError, NotImplementedError) as error:
             lines = ", ".join(dict.fromkeys(map(user_line, self._reads)))
             raise UnsupportedModelError(
@@ -118,18 +119,39 @@ class Numbers:
                 )
 
     def _module(self) -> fx.GraphModule:
-        """A module that returns the numbers, and computes nothing else."""
+        """A module that returns the numbers, and computes nothing else.
+
+        It has the regions of autocast as the model has them, up to the last number.
+        """
         needed = ancestors([read.source for read in self._reads.values()])
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         numbers: list[Any] = []
         for node in self._captured.graph.nodes:
-            if node.op == "placeholder" or node in needed:
+            in_time = len(numbers) < len(self._reads)
+            is_region = node.target in (enter_autocast, exit_autocast) and in_time
+            if node.op == "placeholder" or node in needed or is_region:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
             if node in self._reads:
                 read = self._reads[node]
                 numbers.append(graph.call_function(read.number, (copies[read.source],)))
         graph.output(numbers)
         return fx.GraphModule(self._captured, graph)
+
+
+def _run(reader: fx.GraphModule, inputs: Sequence[Any]) -> list[Number]:
+    """What ``reader`` returns; no region stays open."""
+    if not reader.graph.find_nodes(op="call_function", target=enter_autocast):
+        found: list[Number] = reader(*inputs)
+        return found
+    running = fx.Interpreter(reader)
+    running.extra_traceback = False  # says where in our own code
+    try:
+        found = running.run(*inputs)
+    finally:
+        for node, region in reversed(running.env.items()):
+            if node.target is enter_autocast:
+                exit_autocast(region)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _is_nan(number: Number) -> bool:

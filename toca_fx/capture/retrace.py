@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
-from toca_fx.capture.casts import autocast_of, note
-from toca_fx.capture.inline import given_code
+from toca_fx.capture.casts import autocast_of, note, note_all
+from toca_fx.capture.inline import codes_of, given_code
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.autocast import Autocast
@@ -29,6 +29,7 @@ from toca_fx.torch_private import (
     FakeTensorMode,
     OpOverload,
     detect_fake_mode,
+    enter_autocast,
     is_mutable,
     is_switch,
     trace,
@@ -98,12 +99,9 @@ def retrace(
         source = node.meta.get("from_node")
         return by_name[source[0].name] if source else now
 
-    for node, state in autocast_of(traced.graph, of_call).items():
-        note(node, state)
-    for node in reversed(traced.graph.nodes):
+    note_all(traced.graph, of_call)  # a call may have regions of its own
+    for node in traced.graph.nodes:
         node.meta.pop("from_node", None)
-        if is_switch(node.target):  # a call has regions of its own
-            traced.graph.erase_node(node)
     return traced
 
 
@@ -131,6 +129,11 @@ class _Interpreter(fx.Interpreter):
                 f"the model calls {n.target} at {user_line(n)}, which cannot be followed; "
                 f"{_UNTRACED[str(n.target)]}"
             )
+        if _switches(n):
+            raise UnsupportedModelError(
+                f"the model calls torch.ops.higher_order.{n.target} at {user_line(n)} with code "
+                "that switches autocast, which cannot be followed; put the region around the call"
+            )
         try:
             with self._states[n].again():
                 return super().run_node(n)
@@ -148,6 +151,12 @@ class _Interpreter(fx.Interpreter):
                 f"cannot be followed ({type(error).__name__}: {error}); exclude its module from "
                 "compilation"
             ) from error
+
+
+def _switches(call: fx.Node) -> bool:
+    """Whether autocast is switched in the code that an operator is given: tracers do not do it."""
+    nodes = [node for code in codes_of(call) for node in code.graph.nodes]
+    return any(node.target is enter_autocast or _switches(node) for node in nodes)
 
 
 def _retrace_calls(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import capture
 from toca_fx.capture.aten import to_aten
@@ -128,6 +129,31 @@ def in_closed_calls(x: Tensor, layer: nn.Linear) -> Tensor:
     return layer(_closed(y.float(), layer.weight).float())
 
 
+def in_branches(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The code of a branch is a graph of its own."""
+
+    def twice(x: Tensor) -> Tensor:
+        return layer(x).float() * 2
+
+    def inner(x: Tensor) -> Tensor:
+        return torch.cond(x.min() < -100, twice, lambda x: layer(x).float(), (x,))
+
+    with region():
+        y = torch.cond(x.sum() < 100, twice, inner, (x,))
+    return y + torch.cond(x.sum() > 100, twice, inner, (x,))
+
+
+def wrapped(x: Tensor, layer: nn.Linear) -> Tensor:
+    def code(x: Tensor) -> Tensor:
+        with region(dtype=torch.float16):
+            y = layer(x)
+        return layer(y.float()).float()
+
+    with region():
+        y = checkpoint(code, x, use_reentrant=False)
+    return checkpoint(code, y, use_reentrant=False)
+
+
 FUNCTIONS = [
     attention,
     normed,
@@ -142,6 +168,8 @@ FUNCTIONS = [
     without_gradients,
     of_a_constant,
     in_closed_calls,
+    in_branches,
+    wrapped,
 ]
 
 
@@ -234,6 +262,19 @@ def test_devices_have_their_own_rules(
     assert targets(graph)[: len(expected)] == expected
     (result,) = graph.find_nodes(op="output")[0].all_input_nodes
     assert [result.meta["val"].dtype] == wanted
+
+
+def test_a_region_in_a_branch_is_refused_by_the_users_line() -> None:
+    def branching(x: Tensor, layer: nn.Linear) -> Tensor:
+        def inside(x: Tensor) -> Tensor:
+            with region():
+                return layer(x).float()
+
+        return torch.cond(x.sum() > 0, inside, layer, (x,))
+
+    captured, inputs = capture(Model(branching), torch.randn(2, 8))
+    with pytest.raises(UnsupportedModelError, match=r"test_casts.py:\d+ .*put the region around"):
+        to_aten(captured, inputs)
 
 
 def test_calls_with_an_effect_are_refused() -> None:

@@ -105,6 +105,34 @@ def test_numbers_are_compared_at_every_call() -> None:
             assert torch.equal(fast(*given), model(*given))
 
 
+def rounded(x: Tensor, mask: Tensor) -> Tensor:
+    """What bfloat16 makes of the mask, in regions of which some have no number."""
+    with torch.autocast("cpu", torch.float16), torch.autocast("cpu", enabled=False):
+        x = x * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        first = (mask.mT @ mask).sum().item()
+        return x * first + (mask @ mask.mT).sum().float().item()
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_number_is_read_in_its_region_of_autocast(around: bool) -> None:
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1000.3, 1.1, 3.7], [77.7, 2.2, 0.3]])
+    model = Model(rounded)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=around):
+        expected = model(x, x, mask)
+        captured, inputs = capture(model, x, x, mask)
+        numbers = Numbers(captured)
+        found, module = numbers.read(inputs), to_aten(captured, inputs)
+        assert torch.is_autocast_enabled("cpu") == around
+        with pytest.raises(UnsupportedModelError, match="none on the device"):
+            numbers.read([value.to("meta") for value in inputs])
+        assert torch.is_autocast_enabled("cpu") == around
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found == ((mask.mT @ mask).sum().item(), (mask @ mask.mT).sum().float().item())
+    (actual,) = module(*inputs)
+    assert torch.equal(actual, expected)
+
+
 def test_a_buffer_is_read_anew() -> None:
     model = Model(lambda x, mask: x * model.scale.item())
     captured, inputs = capture(model, torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))

@@ -70,6 +70,16 @@ def by_a_matrix_product(model: Model, tokens: int) -> Tensor:
     return model.table[:tokens]
 
 
+def in_a_region(model: Model, tokens: int) -> Tensor:
+    """Rounded as autocast has it, of the model's own."""
+    with torch.autocast("cpu", torch.bfloat16):
+        if model.length < tokens:
+            places = torch.arange(tokens, dtype=torch.float32)[:, None]
+            model.table[:tokens] = places @ model.rates[None].float()
+            model.length = tokens
+    return model.table[:tokens]
+
+
 def a_new_buffer(model: Model, tokens: int) -> Tensor:
     """As its earlier releases."""
     if model.later is None:
@@ -105,6 +115,7 @@ TABLES = [
     first_rows,
     all_of_it,
     by_a_matrix_product,
+    in_a_region,
     a_new_buffer,
     an_attribute,
     a_dictionary,
