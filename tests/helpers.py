@@ -5,6 +5,7 @@ chosen tokens.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +41,9 @@ from toca_fx.plan.plan import StepPlan
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
 from toca_fx.runtime.context import Run
+from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.selector import Selector
+from toca_fx.runtime.storage import Storage
 
 KINDS = ("diffusers", "original")
 
@@ -193,14 +196,41 @@ def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Chosen]]:
     return record
 
 
+def newest(run: Run) -> tuple[Generation, Storage]:
+    """The generation that was called last, and what it holds.
+
+    After its last step, that is what it held: a test keeps it by ``keep_memories``.
+    """
+    generation = run.session.generations[-1]
+    storage = generation.storage or _held.get(generation)
+    assert storage is not None
+    return generation, storage
+
+
+_held: weakref.WeakKeyDictionary[Generation, Storage] = weakref.WeakKeyDictionary()
+
+
+@pytest.fixture
+def keep_memories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generations that are over do not give their memories back."""
+    close = Generation.close
+
+    def keeping(self: Generation) -> None:
+        if self.storage is not None:
+            _held[self] = self.storage
+        close(self)
+
+    monkeypatch.setattr(Generation, "close", keeping)
+
+
 def picked_tokens(run: Run) -> Chosen:
     """The tokens that partial sites computed in the last call of the only model, per sample,
     ascending.
     """
-    (generation,) = run.session.generations
+    generation, storage = newest(run)
     plan, modes = generation.plan, generation.plan.steps[generation.progress.position - 1].modes
     picked = {
-        site.path: generation.storage.buffers[Buffer("picked", i)]
+        site.path: storage.buffers[Buffer("picked", i)]
         for i, site in enumerate(plan.sites)
         if modes[i] == "partial"
     }

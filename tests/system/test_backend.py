@@ -350,8 +350,8 @@ def test_a_policy_for_another_model_is_warned_of(
     with torch.no_grad():
         call(toca, *next(iter(make_inputs(1))))
     assert (
-        "policy `x` was written for FluxTransformer2DModel; the model is a DiTTransformer2DModel"
-        in caplog.messages
+        "toca_fx: policy `x` was written for FluxTransformer2DModel; the model is a "
+        "DiTTransformer2DModel" in caplog.messages
     )
 
 

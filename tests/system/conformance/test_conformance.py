@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import toca_fx
-from tests.helpers import record_choices
+from tests.helpers import newest, record_choices
 from tests.marks import slow_but
 from tests.system.conformance.cases import CASES, HERE, Case, load_case
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime.generation import Generation
+from toca_fx.runtime.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("keep_memories")
 
 TOLERANCE = 2e-5  # max abs; one wrong rule gives 0.4 or more, one flipped token 4e-2
 NEAR_TIES = 2  # selections of a run that may have two neighbours in the other order
@@ -84,9 +87,9 @@ def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Te
         for call in range(case.steps):
             record.clear()
             error = (case.run(fast, call, **extra) - case.expected(call)).abs().max().item()
-            (generation,) = run.session.generations
+            generation, storage = newest(run)
             ordered = dict(pair for _, choices in record for pair in choices.items())
-            picked = _picked(generation, call)
+            picked = _picked(generation, storage, call)
             for key in case.keys:
                 path, theirs = case.path(key), case.fresh(key, call)
                 assert picked.get(path, [set()] * len(theirs)) == [
@@ -103,14 +106,13 @@ def _assert_equal(case: Case, monkeypatch: pytest.MonkeyPatch, **extra: torch.Te
     ]
 
 
-def _picked(generation: Generation, call: int) -> dict[str, list[set[int]]]:
+def _picked(generation: Generation, storage: Storage, call: int) -> dict[str, list[set[int]]]:
     """Of each module that computes some of its tokens, per sample which."""
     plan = generation.plan
     partial = [at for at, mode in enumerate(plan.steps[call].modes) if mode == "partial"]
     return {
         plan.sites[at].path: [
-            set(row.nonzero().flatten().tolist())
-            for row in generation.storage.buffers[Buffer("picked", at)]
+            set(row.nonzero().flatten().tolist()) for row in storage.buffers[Buffer("picked", at)]
         ]
         for at in partial
     }

@@ -14,6 +14,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import nn
 
 import toca_fx
+from tests.helpers import newest
 from tests.marks import slow_but
 from tests.models import randomize
 from tests.stdit3 import tiny_inputs, tiny_stdit3
@@ -23,16 +24,17 @@ from toca_fx.plan.buffers import Buffer
 from toca_fx.policy import Guidance, Policy
 from toca_fx.runtime.context import Run
 
+pytestmark = pytest.mark.usefixtures("keep_memories")
+
 
 def picked(run: Run) -> dict[str, list[set[int]]]:
     """Of each module that computed some of its tokens in the last call, per sample which."""
-    (generation,) = run.session.generations
+    generation, storage = newest(run)
     plan, last = generation.plan, generation.progress.position - 1
     choosing = [at for at, mode in enumerate(plan.steps[last].modes) if mode == "partial"]
     return {
         plan.sites[at].path: [
-            set(row.nonzero().flatten().tolist())
-            for row in generation.storage.buffers[Buffer("picked", at)]
+            set(row.nonzero().flatten().tolist()) for row in storage.buffers[Buffer("picked", at)]
         ]
         for at in choosing
     }

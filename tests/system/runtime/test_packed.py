@@ -19,6 +19,8 @@ from tests.models import Mlp, randomize
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
 
+pytestmark = pytest.mark.usefixtures("keep_memories")
+
 TOKENS, TEXT, WIDTH, HEADS, STEPS = 16, 5, 32, 2, 6
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

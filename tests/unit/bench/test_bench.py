@@ -105,11 +105,12 @@ def _summary(slow: float, fast: float) -> BenchResult:
     """
 
     def record(index: int, kind: str, fresh: int) -> StepRecord:
+        whole: Any = SimpleNamespace(sites=())
         plan: Any = SimpleNamespace(
             fresh=(fresh, 9), modes=("partial" if kind == "partial" else "full", "reuse")
         )
         launch = Launch("recorded", "") if kind == "partial" else Launch("queued", "too large")
-        return StepRecord(index, kind, "", 1.0, 0.25, plan, 0, launch)
+        return StepRecord(index, kind, "", 1.0, 0.25, plan, whole, 0, launch)
 
     steps = (record(0, "full", 100), record(1, "partial", 7), record(2, "partial", 7))
     report = Report(steps, (), (1000, 100, 100), 3000, 0, 0, 2, ())
