@@ -43,7 +43,10 @@ class Guidance:
         default="none",
         metadata=key(
             "`none`: no guidance. `batched`: the conditional and unconditional rows are two halves "
-            "of one batch. `separate`: the branches are called one after the other.",
+            "of one batch. `separate`: the branches are called one after the other. They are told "
+            "apart by their conditions, or by `toca_fx.branch(name)`; the key matters where "
+            "timesteps are not read, on a GPU in a session: there a call with new conditions is "
+            "another branch, and not the next step.",
         ),
     )
     selection: Literal["independent", "shared"] = field(

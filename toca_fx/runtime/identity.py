@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_VERSION = operator.attrgetter("_version")
+_VERSION, _VALUE = operator.attrgetter("_version"), operator.attrgetter("value")
+_SIZES = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 Agreement = Literal["equal", "same", "rebuilt", "other"]
@@ -98,38 +99,37 @@ def agreement(marks: Sequence[Mark], values: Sequence[Tensor]) -> Agreement:
 class Seen:
     """Inputs as they were: weights, of which there are hundreds, and conditions, which may go.
 
-    Of weights on a CPU one number each is compared too: who fuses a LoRA writes through ``.data``,
-    which torch does not count.
+    Nothing is kept alive. Of weights on a CPU one number each is compared too: who fuses a LoRA
+    writes through ``.data``, which torch does not count.
     """
 
     def __init__(self, inputs: Sequence[Any], kept: Sequence[int], state: frozenset[int]) -> None:
-        self._state_at = [at for at in kept if at in state]
-        self._others_at = [at for at in kept if at not in state and isinstance(inputs[at], Tensor)]
+        tensors = [at for at in kept if isinstance(inputs[at], Tensor)]
+        self._weights_at = [at for at in tensors if at in state]
+        self._others_at = [at for at in tensors if at not in state]
         self._numbers_at = [at for at in kept if not isinstance(inputs[at], Tensor)]
-        self._state = [inputs[at] for at in self._state_at]
-        self._versions, self._addresses = _versions(self._state), _addresses(self._state)
-        # As long as somebody has it, no other weight gets the memory of one that is replaced.
-        self._held = [one.untyped_storage() for one in self._state if type(one) in _PLAIN]
-        self._numbers_of = [one for one in map(_a_number, self._state) if one is not None]
-        self._sample = [number.item() for number in self._numbers_of]
+        weights = [inputs[at] for at in self._weights_at]
+        self._weights = list(map(weakref.ref, weights))
+        self._versions, self._addresses = _versions(weights), _addresses(weights)
+        self._sampled = [one for one in map(_a_number, weights) if one is not None]
+        self._sample = list(map(_VALUE, self._sampled))
         self._marks: tuple[Mark, ...] = marks_of([inputs[at] for at in self._others_at])
         self._numbers = [inputs[at] for at in self._numbers_at]
 
     def differ(self, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others by now."""
-        state = [inputs[at] for at in self._state_at]
-        if any(map(operator.is_not, state, self._state)):
+        weights = [inputs[at] for at in self._weights_at]
+        if any(ref() is not weight for ref, weight in zip(self._weights, weights, strict=True)):
             return True
-        if _versions(state) != self._versions or _addresses(state) != self._addresses:
+        if _versions(weights) != self._versions or _addresses(weights) != self._addresses:
             return True
-        if [number.item() for number in self._numbers_of] != self._sample:
+        # They are where they were: what lies there can be read.
+        if list(map(_VALUE, self._sampled)) != self._sample:
             return True
         if [inputs[at] for at in self._numbers_at] != self._numbers:
             return True
         others = [inputs[at] for at in self._others_at]
-        return bool(others) and not all(
-            mark.same(value) for mark, value in zip(self._marks, others, strict=True)
-        )
+        return not all(mark.same(value) for mark, value in zip(self._marks, others, strict=True))
 
 
 def _versions(values: list[Tensor]) -> list[int]:
@@ -147,13 +147,13 @@ def _addresses(values: list[Tensor]) -> list[int]:
 
 
 def _a_number(weight: Tensor) -> Any:
-    """A view of one number of a weight, as numpy's, whose reading is cheap; None if none can be."""
-    if weight.device.type != "cpu" or not weight.numel() or type(weight) not in _PLAIN:
+    """One number of a weight where it lies, read by ``_VALUE`` in no time; None if none can be.
+
+    It must not be read any more once the weight has gone.
+    """
+    size = _SIZES.get(weight.element_size())
+    if weight.device.type != "cpu" or type(weight) not in _PLAIN or not weight.numel() or not size:
         return None
-    number = weight.detach()[tuple(size // 2 for size in weight.shape)]
-    if weight.element_size() == 2:  # numpy has no bfloat16
-        number = number.view(torch.int16)
-    try:
-        return number.numpy()
-    except TypeError:  # nor others
-        return None
+    steps = zip(weight.shape, weight.stride(), strict=True)
+    offset = sum(length // 2 * stride for length, stride in steps)
+    return size.from_address(weight.data_ptr() + offset * weight.element_size())

@@ -18,14 +18,16 @@ _MOST = 256  # models of one code; those with other weights are others
 class ModelKey:
     """Identity of one model, across its recompilations and through all sessions.
 
-    ``schedules`` are those that it has run; ``read`` says whether the timesteps of a whole
-    generation have been, ``several`` whether it was called more than once at a timestep with other
-    conditions. ``renews`` says that its conditions are new tensors at every call, and ``moves``
-    that a generation went from one thread or task to another.
+    ``schedules`` are those that it has run, and ``untold`` its ``Generations`` outside of any
+    session. ``read`` says whether the timesteps of a whole generation have been, ``several``
+    whether it was called more than once at a timestep with other conditions, ``renews`` that its
+    conditions are new tensors at every call, and ``moves`` that a generation went from one thread
+    or task to another.
     """
 
     def __init__(self) -> None:
         self.schedules = Schedules()
+        self.untold: Any = None
         self.read = self.several = self.renews = self.moves = False
 
 

@@ -53,7 +53,9 @@ class Session:
     ) -> None:
         self.num_steps, self._timesteps, self._implicit = num_steps, timesteps, implicit
         self.closed = False
-        self._models: weakref.WeakKeyDictionary[ModelKey, Generations] = weakref.WeakKeyDictionary()
+        self._models: dict[ModelKey, Generations] = {}
+        # Outside of any session what is known of a model goes with it: the model has it.
+        self._untold: weakref.WeakSet[ModelKey] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._calls: list[tuple[Program, StepRecord]] = []
         self._warnings: dict[str, None] = {}
@@ -67,7 +69,13 @@ class Session:
     @property
     def generations(self) -> tuple[Generation, ...]:
         """The generations that may go on, of all models; a closed session has none."""
-        return tuple(each for known in list(self._models.values()) for each in known.all)
+        return tuple(each for known in self._all for each in known.all)
+
+    @property
+    def _all(self) -> tuple[Generations, ...]:
+        """What is known of each model."""
+        untold = (model.untold for model in tuple(self._untold))
+        return (*self._models.values(), *(known for known in untold if known is not None))
 
     def call(
         self,
@@ -126,13 +134,17 @@ class Session:
     def _known(self, model: ModelKey, runner: Runner) -> Generations:
         """What is known of a model here; a session is told that it begins."""
         with self._lock:
-            found = self._models.get(model)
+            found = model.untold if self._implicit else self._models.get(model)
             if found is None:
                 settings = runner.program.analysis.settings
                 told = Told(self.num_steps or settings.steps, self._timesteps)
                 most = _MOST_UNTOLD if self._implicit else _MOST
                 found = Generations(model, None if self._implicit else told, most)
-                self._models[model] = found
+                if self._implicit:
+                    model.untold = found
+                    self._untold.add(model)
+                else:
+                    self._models[model] = found
             return found
 
     def _place(
@@ -254,7 +266,7 @@ class Session:
 
     def _others(self, known: Generations) -> tuple[Progress, ...]:
         """How far the other models of the session have come."""
-        heads = (each.head(None) for each in list(self._models.values()) if each is not known)
+        heads = (each.head(None) for each in self._all if each is not known)
         return tuple(head for head in heads if head is not None)
 
     def _note(
@@ -341,7 +353,7 @@ class Session:
         """End the run: warn if it had fewer steps than planned, or none."""
         if not self._calls:
             self.warn(words.NO_CALL)
-        heads = [known.head(None) for known in list(self._models.values())]
+        heads = [known.head(None) for known in self._all]
         came = [head for head in heads if head is not None]
         steps = sum(head.position for head in came)
         for head in came:
@@ -356,8 +368,11 @@ class Session:
         There is no warning if steps are missing. An implicit session can be used again.
         """
         self.closed = not self._implicit
-        for generation in self.generations:
-            generation.close()
+        for known in self._all:
+            for generation in tuple(known.all):
+                known.drop(generation)
+        for model in tuple(self._untold):
+            model.untold = None
         self._models.clear()
 
     def report(self) -> Report:
