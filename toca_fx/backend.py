@@ -206,10 +206,11 @@ class Dispatcher:
         path, told = current_branch()
         call, lead = (None, None) if self._whole else call_of(self, 1)
         with OFF.again():  # its casts are in the graphs
-            if lead is not None:
-                output = lead.session.follow(lead, runner, inputs)
-            else:
+            session = None if lead is None else lead.session()
+            if lead is None or session is None:
                 output = current_session().call(model, runner, inputs, path, told, call)
+            else:
+                output = session.follow(lead, runner, inputs)
             updates.apply(inputs)
         return output
 

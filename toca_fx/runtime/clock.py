@@ -173,21 +173,22 @@ def start(
 
 def _told(call: Situation, told: Told) -> Decision:
     current, head = call.current, call.head
-    if current is not None and (not call.apart or _is_next(call, told, current)):
+    if current is not None and (not call.apart or _may_be_next(call, told, current)):
         return _goes_on(call, told, current)
     if head is None:
         return Decision("generation", told.position or 0, told.num_steps)
     return _begins(call, told, head)
 
 
-def _is_next(call: Situation, told: Told, current: Progress) -> bool:
-    """Whether the call is at the very place that ``current`` has come to."""
+def _may_be_next(call: Situation, told: Told, current: Progress) -> bool:
+    """Whether the call is at the place that ``current`` has come to, as far as anything tells."""
     if told.position is not None:
         return told.position == current.position
     if call.timestep is None:
         return True
     if told.timesteps is not None:
-        return fits(told.timesteps, current.position, call.timestep, call.rounding)
+        places = _places(call, told.timesteps, call.timestep)
+        return current.position in places or not places
     return call.timestep != current.timestep and not current.turns_back(call.timestep)
 
 
@@ -274,7 +275,7 @@ def _begins(call: Situation, told: Told, head: Progress) -> Decision:
     elif told.timesteps is not None:
         places = _places(call, told.timesteps, t)
         near = [at for at in places if at in (last, head.position)]
-        position = (near or places or [head.position])[0]
+        position = (near or places or [last if t == head.timestep else head.position])[0]
         warnings = () if places else (words.UNLISTED,)
         if position < last:
             place = "generation"

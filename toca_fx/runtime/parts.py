@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,12 +28,13 @@ _TORCH = torch.__path__[0]
 class Call:
     """Where a graph, the ``part`` of a model, was called: by the frame of that number.
 
-    Numbers are given again: ``code`` is what that frame runs.
+    Numbers are given again: ``code`` is what that frame runs. Nothing is kept alive: Dynamo lets go
+    of what it compiled when its code goes.
     """
 
-    part: object
+    part: weakref.ref[Any]
     frame: int
-    code: CodeType
+    code: weakref.ref[CodeType]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Lead:
     """What the first part of a call has done: a step of ``generation``, in ``session``."""
 
     call: Call
-    session: Session
-    generation: Generation
+    session: weakref.ref[Session]
+    generation: weakref.ref[Generation]
     timestep: Timestep | None
 
 
@@ -60,13 +62,13 @@ def call_of(part: object, depth: int) -> tuple[Call, Lead | None]:
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
-    call = Call(part, id(frame), frame.f_code)
+    call = Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code))
     lead = _last.lead
-    if lead is None or lead.call.part is part or lead.call.frame == call.frame:
+    if lead is None or lead.call.part() is part or lead.call.frame == call.frame:
         return call, None
     caller: FrameType | None = frame.f_back
     while caller is not None:
-        if id(caller) == lead.call.frame and caller.f_code is lead.call.code:
+        if id(caller) == lead.call.frame and caller.f_code is lead.call.code():
             return call, lead
         caller = caller.f_back
     return call, None
@@ -74,4 +76,4 @@ def call_of(part: object, depth: int) -> tuple[Call, Lead | None]:
 
 def leads(call: Call, session: Session, generation: Generation, timestep: Timestep | None) -> None:
     """Note what the first part of a call has done."""
-    _last.lead = Lead(call, session, generation, timestep)
+    _last.lead = Lead(call, weakref.ref(session), weakref.ref(generation), timestep)

@@ -117,7 +117,10 @@ class Session:
 
     def follow(self, lead: Lead, runner: Runner, inputs: Sequence[Any]) -> Any:
         """Run another part of the call that ``lead`` began; returns its outputs."""
-        whole, decision = lead.generation, lead.generation.latest
+        whole = lead.generation()
+        if whole is None:
+            raise AssertionError("the first part of the call has just run")
+        decision = whole.latest
         self._say(whole, (words.BROKEN,), False)
         part = whole.parts.get(runner)
         if part is None:
