@@ -1,0 +1,177 @@
+"""What each image has to be: itself, computed alone; and how much of it could have been cached."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toca_fx.lower.program import Program
+from toca_fx.plan.plan import Plan
+from toca_fx.runtime.clock import Decision
+from toca_fx.runtime.generation import Generation
+from toca_fx.runtime.generations import owned_by_caller
+from toca_fx.runtime.report import StepRecord
+from toca_fx.runtime.runner import Runner
+
+# Why a step that the plan caches cannot be; nobody could tell what it is.
+UNSEEN = "the first run of an untold schedule"
+REPEATED = "calls at one timestep or back to a higher one, and nobody told the timesteps"
+REBUILT = "conditions made anew at every call, and no session or branch to tell them apart"
+SHARED = "another run has the same conditions, and no session tells them apart"
+TWICE = "two calls of one step have the same conditions, and no branch tells them apart"
+LOST = "the call before it failed"
+WEIGHTS = "weights changed since the call before"
+SHAPE = "the shape or the dtype changed since the call before"
+MISPRINT = "at a timestep that its session does not list"
+PAUSED = "the branch missed the step before it"
+FORKED = "two schedules that were seen begin alike"
+
+make_step = Generation.run_step
+
+
+class WrongImage(AssertionError):
+    """A step did not give what the same generation gives alone."""
+
+
+@dataclass
+class Made:
+    """A step as the runtime made it: what it decided, and the flat inputs that it was given."""
+
+    generation: Generation
+    decision: Decision
+    timestep: Any
+    inputs: Sequence[Any]
+    record: StepRecord
+
+    @property
+    def cached(self) -> bool:
+        return self.record.kind != "full"
+
+
+class Alone:
+    """A generation in fresh state: it repeats the steps that were made, by their kinds only.
+
+    Every full step begins it anew, so that nothing older can be read.
+    """
+
+    def __init__(self) -> None:
+        self._twin: Generation | None = None
+        self._of: tuple[Program, Plan] | None = None
+        self._position = -1
+
+    def repeat(self, made: Made) -> Any:
+        """The output of this step; None if the image has no memories that it may read."""
+        plan, position = made.generation.plan, made.decision.position
+        of = (made.generation.runner.program, plan)
+        decision = Decision("on", position, len(plan.steps), full=not made.cached)
+        if not made.cached:
+            runner = Runner(of[0], made.inputs)
+            self._twin = Generation(
+                runner, decision, (), (), object(), owned_by_caller(), None, _silent
+            )
+            self._twin.plan, self._of = plan, of
+        elif self._twin is None or self._of != of or position != self._position + 1:
+            return None
+        self._position = position
+        self._twin.progress = _unfinished(self._twin, made.cached, position)
+        if self._twin.conditioning is not None:
+            lost = self._twin.progress
+            self._twin.forget()  # what is hoisted is computed again at every step
+            self._twin.progress = lost
+        return make_step(self._twin, decision, made.timestep, made.inputs)[0]
+
+
+def _unfinished(twin: Generation, ready: bool, position: int) -> Any:
+    """A progress that lets it go on for ever: it gives its memories back when it is dropped."""
+    from toca_fx.runtime.clock import Progress
+
+    return Progress(10**6, position, calls=1, lost=not ready)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+@dataclass
+class Call:
+    """One call of an image: which step of its run, what was made of it, why it is set aside."""
+
+    number: int
+    timestep: float
+    cached: bool
+    planned_full: bool
+    reason: str | None
+
+
+@dataclass
+class Image:
+    """The calls that belong to one run and one branch of it."""
+
+    name: str
+    alone: Alone = field(default_factory=Alone)
+    calls: list[Call] = field(default_factory=list)
+    doubtful: bool = False  # documented: it cannot be told from another
+    lost: str | None = None
+    broken: bool = False  # its trail of timesteps, for whoever recognises it
+
+    @property
+    def cacheable(self) -> int:
+        return sum(not call.planned_full and call.reason is None for call in self.calls)
+
+    @property
+    def cached(self) -> int:
+        """Those that were cached of the cacheable ones.
+
+        A run may be planned from another step on (weights replaced in its middle): they are
+        counted, not compared one by one.
+        """
+        return min(self.cacheable, sum(call.cached and call.reason is None for call in self.calls))
+
+    @property
+    def trail(self) -> tuple[float, ...]:
+        return tuple(call.timestep for call in self.calls)
+
+
+@dataclass
+class Figures:
+    """Steps of many sequences."""
+
+    sequences: int = 0
+    calls: int = 0
+    cached: int = 0
+    cacheable: int = 0
+    aside: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, image: Image) -> None:
+        self.calls += len(image.calls)
+        self.cached += image.cached
+        self.cacheable += image.cacheable
+        for call in image.calls:
+            if call.reason is not None and not call.planned_full and not call.cached:
+                self.aside[call.reason] += 1
+        if image.cached < image.cacheable:
+            self.missed[kind] += image.cacheable - image.cached
+
+    @property
+    def share(self) -> float:
+        return self.cached / max(self.cacheable, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.sequences} sequences, {self.calls} calls: {self.cached} of {self.cacheable} "
+            f"cacheable steps cached ({self.share:.1%})"
+        ]
+        lines += [f"  aside {count:5d}: {reason}" for reason, count in self.aside.most_common()]
+        lines += [f"  missed {count:4d}: {kind}" for kind, count in self.missed.most_common(15)]
+        return "\n".join(lines)
+
+
+def off_by(output: Tensor, expected: Any) -> float:
+    found = expected[0] if isinstance(expected, (tuple, list)) else expected
+    return float((output - found).abs().max()) if output.isfinite().all() else torch.inf
