@@ -29,6 +29,7 @@ WEIGHTS = "weights changed since the call before"
 SHAPE = "the shape or the dtype changed since the call before"
 MISPRINT = "at a timestep that its session does not list"
 PAUSED = "the branch missed the step before it"
+ANOTHERS = "in a session that was told the steps of another run"
 FORKED = "two schedules that were seen begin alike"
 
 make_step = Generation.run_step
@@ -148,15 +149,18 @@ class Figures:
     aside: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, image: Image) -> None:
+    def add(self, kind: str, image: Image) -> int:
+        """Count an image; returns how many steps were missed."""
         self.calls += len(image.calls)
         self.cached += image.cached
         self.cacheable += image.cacheable
         for call in image.calls:
             if call.reason is not None and not call.planned_full and not call.cached:
                 self.aside[call.reason] += 1
-        if image.cached < image.cacheable:
-            self.missed[kind] += image.cacheable - image.cached
+        missed = image.cacheable - image.cached
+        if missed:
+            self.missed[kind] += missed
+        return missed
 
     @property
     def share(self) -> float:

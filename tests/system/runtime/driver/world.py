@@ -85,6 +85,7 @@ class World:
         self.dtype = torch.float64
         self.weights = {name: value.clone() for name, value in self.model.named_parameters()}
         self.made: list[Made] = []
+        self.tells: Callable[[Image, Play], None] | None = None  # of steps that were missed
         self.log: list[str] = []
 
     def play(self, sequence: Sequence) -> None:
@@ -170,7 +171,7 @@ class Play:
         self.depth = self.turn = 0
         self.log: list[str] = []
         self.pool: dict[tuple[Any, ...], Tensor] = {}
-        self.seen: set[tuple[float, ...]] = set()  # schedules that were run whole, untold
+        self.seen: set[tuple[float, ...]] = set()  # schedules that were run whole
         self.latest: dict[tuple[Any, ...], dict[Any, tuple[Image, OneRun, float]]] = {}
         self.runs = [OneRun(self, at, each) for at, each in enumerate(sequence.samplings)]
         self.turns = deque(sequence.turns)
@@ -191,7 +192,8 @@ class Play:
         world.figures.sequences += 1
         for run in self.runs:
             for image in run.images.values():
-                world.figures.add(run.kind, image)
+                if world.figures.add(run.kind, image) and world.tells is not None:
+                    world.tells(image, self)
 
     def outer(self) -> AbstractContextManager[Any]:
         """The session that is open all the while."""
@@ -290,6 +292,7 @@ class OneRun:
         self.busy = self.over = False
         self.replanned = False
         self.given = spec.failures
+        self.leader, self.swaps = "", False  # the branch that a step begins with
 
     @property
     def kind(self) -> str:
@@ -303,6 +306,17 @@ class OneRun:
         return self.place[0] == "none" and not (
             inherits and self.world_play.sequence.outer != "none"
         )
+
+    @property
+    def outer_is_another(self) -> bool:
+        """Whether it is in a session that was told of a run with other steps."""
+        if self.place[0] != "none" or self.untold:
+            return False
+        sequence = self.world_play.sequence
+        first = sequence.samplings[0].times
+        if sequence.outer == "one list":
+            return self.times != first
+        return sequence.outer == "one number" and len(self.times) != len(first)
 
     @property
     def lists(self) -> bool:
@@ -337,6 +351,9 @@ class OneRun:
                 self.prompts.clear()
                 self.changed("halves")
             batch = 1
+        # One that is made anew at every call may be the next of another branch.
+        self.swaps = bool(names) and self.leader not in ("", names[0])
+        self.leader = names[0] if names else self.leader
         for tile in ("left", "right") if self.spec.tiles else ("",):
             x = self.world_play.latents(batch)
             for at, name in enumerate(names):
@@ -449,13 +466,19 @@ class OneRun:
         if alone is not None and not off_by(output, alone) <= tolerance:
             error = off_by(output, alone)
             raise WrongImage(f"{image.name} step {number}: {error:.1e} off the same run alone")
-        if number == self.steps - 1 and self.untold and not image.broken:
+        outer = self.place[0] == "none" and not self.untold
+        if number == len(self.times) - 1 and not outer and not image.broken:
             play.seen.add(image.trail)
 
     def reason(self, image: Image, path: tuple[str, ...], number: int, y: Tensor) -> str | None:
         """Why nobody can tell what this call is; None: it can be told."""
         spec, play = self.spec, self.world_play
         shared = self.meets_another(image, path, number, y)
+        twice = spec.guidance == "perturbed" and not spec.named and path[-1] != "uncond"
+        if twice and spec.schedule in REPEATING:
+            image.doubtful = True  # a timestep that is listed twice may be that of either call
+        if self.swaps and not spec.named and "rebuilt" in (spec.prompt, spec.negative):
+            image.doubtful = True
         branches = GUIDANCE[spec.guidance]
         rebuilt = "rebuilt" in (spec.prompt, spec.negative)
         mine = spec.prompt if path[-1] == "cond" else spec.negative
@@ -465,8 +488,10 @@ class OneRun:
             return oracle.PAUSED
         if shared or image.doubtful:
             return oracle.SHARED
-        if spec.guidance == "perturbed" and not spec.named and path[-1] != "uncond":
+        if twice:
             return oracle.TWICE
+        if self.outer_is_another:
+            return oracle.ANOTHERS
         if rebuilt and self.place[0] == "none" and mine == "rebuilt":
             return oracle.REBUILT
         if rebuilt and not spec.named and len(branches) > 1:
