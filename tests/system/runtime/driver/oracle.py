@@ -118,6 +118,7 @@ class Image:
     calls: list[Call] = field(default_factory=list)
     doubtful: bool = False  # documented: it cannot be told from another
     lost: str | None = None
+    known: tuple[float, ...] | None = None  # the schedule it was taken to have, at its last call
     broken: bool = False  # its trail of timesteps, for whoever recognises it
 
     @property

@@ -169,6 +169,7 @@ class Play:
         self.loop = asyncio.new_event_loop()
         self.hosts: dict[int, Host] = {}
         self.depth = self.turn = 0
+        self.moving = False  # an untold run has gone from thread to thread: they tell nothing
         self.log: list[str] = []
         self.pool: dict[tuple[Any, ...], Tensor] = {}
         self.seen: set[tuple[float, ...]] = set()  # schedules that were run whole
@@ -472,7 +473,7 @@ class OneRun:
 
     def reason(self, image: Image, path: tuple[str, ...], number: int, y: Tensor) -> str | None:
         """Why nobody can tell what this call is; None: it can be told."""
-        spec, play = self.spec, self.world_play
+        spec, play, time = self.spec, self.world_play, self.times[number]
         shared = self.meets_another(image, path, number, y)
         twice = spec.guidance == "perturbed" and not spec.named and path[-1] != "uncond"
         if twice and spec.schedule in REPEATING:
@@ -501,11 +502,11 @@ class OneRun:
         if spec.told == "misprint" and self.place[0] != "none" and number in (2, 3):
             return oracle.MISPRINT
         if self.untold:
-            trail = (*image.trail, self.times[number])
-            before, now = (_longest(play.seen, each) for each in (image.trail, trail))
-            if image.broken or now is None:
+            # What is known by now: another branch, or another run, may just have come to its end.
+            before, image.known = image.known, _longest(play.seen, (*image.trail, time))
+            if image.broken or image.known is None or (before is None and image.calls):
                 return oracle.UNSEEN
-            if before != now and image.calls:
+            if before != image.known and image.calls:
                 return oracle.FORKED
         return None
 
@@ -520,13 +521,14 @@ class OneRun:
         scope = "none" if self.untold else "outer"
         key = (scope, path if spec.named else None, id(y))
         where = self.place[1]
+        play.moving |= where in ("threads", "tasks")
         who = self.at if where in ("thread", "task") else where
         known = play.latest.setdefault(key, {})
         time, shared = self.times[number], False
         for other, (theirs, run, last) in list(known.items()):
             if theirs is image:
                 continue
-            moving = "threads" in (who, other) or "tasks" in (who, other)
+            moving = play.moving
             if other != who and not moving and not run.over:
                 continue
             ended = len(theirs.calls) == len(run.times) or theirs.name == image.name
