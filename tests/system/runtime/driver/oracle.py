@@ -30,6 +30,7 @@ SHAPE = "the shape or the dtype changed since the call before"
 MISPRINT = "at a timestep that its session does not list"
 PAUSED = "the branch missed the step before it"
 ANOTHERS = "in a session that was told the steps of another run"
+REPLACED = "other weights are another model, which has what is left of a shared session's steps"
 FORKED = "two schedules that were seen begin alike"
 
 make_step = Generation.run_step

@@ -85,6 +85,7 @@ class World:
         self.dtype = torch.float64
         self.weights = {name: value.clone() for name, value in self.model.named_parameters()}
         self.made: list[Made] = []
+        self.kept: list[Tensor] = []
         self.tells: Callable[[Image, Play], None] | None = None  # of steps that were missed
         self.log: list[str] = []
 
@@ -105,6 +106,7 @@ class World:
     def renew(self) -> None:
         """Other tensors with the first values."""
         self.dtype = torch.float64
+        self.kept.clear()
         self._set(lambda name, _: self.weights[name].clone())
 
     def change(self, how: str) -> None:
@@ -122,6 +124,8 @@ class World:
                 if how == "unseen write":
                     value.data.mul_(1.03)
                 else:
+                    # An address that is given out again, to the same weight, is not seen.
+                    self.kept.append(value.data)
                     value.data = value.data * (1.03 if how == "data" else 1)
 
     def _set(self, made: Callable[[str, Tensor], Tensor]) -> None:
@@ -324,6 +328,15 @@ class OneRun:
         """Whether its session lists the timesteps of all its calls."""
         return self.place[0] != "none" and self.spec.told in ("timesteps", "misprint")
 
+    @property
+    def is_told(self) -> bool:
+        """Whether its session knows which step each call is."""
+        spec = self.spec
+        alike = spec.guidance == "perturbed" or "rebuilt" in (spec.prompt, spec.negative)
+        if self.place[0] == "none" or self.replanned or (alike and not spec.named):
+            return False
+        return self.lists or (spec.told == "number" and spec.schedule not in REPEATING)
+
     def open(self) -> AbstractContextManager[Any]:
         spec, times = self.spec, self.times
         if spec.told == "number":
@@ -428,8 +441,7 @@ class OneRun:
                 image.lost = oracle.SHAPE if shape else oracle.WEIGHTS
                 if shape or how == "replace":
                     image.broken = True
-        if how == "replace":
-            self.replanned = True
+        self.replanned |= how == "replace"
 
     # The oracle
 
@@ -464,6 +476,9 @@ class OneRun:
             return
         elif alone is None:
             raise WrongImage(f"{image.name} step {number}: cached on memories of another step")
+        elif self.is_told and made.decision.position != number:
+            position = made.decision.position
+            raise WrongImage(f"{image.name} step {number}: cached as step {position}")
         if alone is not None and not off_by(output, alone) <= tolerance:
             error = off_by(output, alone)
             raise WrongImage(f"{image.name} step {number}: {error:.1e} off the same run alone")
@@ -474,17 +489,22 @@ class OneRun:
     def reason(self, image: Image, path: tuple[str, ...], number: int, y: Tensor) -> str | None:
         """Why nobody can tell what this call is; None: it can be told."""
         spec, play, time = self.spec, self.world_play, self.times[number]
+        branches = GUIDANCE[spec.guidance]
+        mine = spec.prompt if path[-1] == "cond" else spec.negative
+        rebuilt = "rebuilt" in (spec.prompt, spec.negative)
         shared = self.meets_another(image, path, number, y)
         twice = spec.guidance == "perturbed" and not spec.named and path[-1] != "uncond"
         if twice and spec.schedule in REPEATING:
             image.doubtful = True  # a timestep that is listed twice may be that of either call
+        outer = self.place[0] == "none" and not self.untold
+        if outer and mine == "rebuilt":
+            image.doubtful = True  # of a session that several runs share, it may be any of them
         if self.swaps and not spec.named and "rebuilt" in (spec.prompt, spec.negative):
             image.doubtful = True
-        branches = GUIDANCE[spec.guidance]
-        rebuilt = "rebuilt" in (spec.prompt, spec.negative)
-        mine = spec.prompt if path[-1] == "cond" else spec.negative
         if image.lost is not None:
             return image.lost
+        if outer and self.replanned:
+            return oracle.REPLACED
         if image.calls and image.calls[-1].number != number - 1:
             return oracle.PAUSED
         if shared or image.doubtful:
