@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+import toca_fx.backend
+import toca_fx.runtime.generations
+from tests.marks import slow_but
 from tests.system.runtime.driver.events import Sequence, sequences
+from tests.system.runtime.driver.oracle import WrongImage
 from tests.system.runtime.driver.world import World
+from toca_fx.runtime.clock import Progress
+from toca_fx.runtime.generations import Generations
+from toca_fx.runtime.identity import Seen
 
 WORLDS: dict[str, dict[str, Any]] = {
     "labels": {"N": {"base": 3}},
@@ -18,15 +26,22 @@ WORLDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _many_captures() -> Iterator[None]:
+    """One twin sees all shapes, dtypes and kinds of timesteps."""
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=2048):
+        yield
+
+
 def drive(world: World, examples: int, shrinks: bool = True) -> None:
-    phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
+    """Play that many sequences, the same ones each time; the first failure is made small."""
 
     @settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
-        phases=phases,
+        phases=[Phase.generate, Phase.shrink] if shrinks else [Phase.generate],
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
@@ -37,15 +52,59 @@ def drive(world: World, examples: int, shrinks: bool = True) -> None:
     play()
 
 
-@pytest.fixture(autouse=True)
-def _many_captures() -> Iterator[None]:
-    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=512):
-        yield
-
-
+@pytest.mark.parametrize("examples", slow_but([50], [50, 1000], "it takes minutes"))
 @pytest.mark.parametrize("kind", WORLDS)
-def test_no_wrong_image(kind: str) -> None:
+def test_no_wrong_image_and_no_cache_left_out(kind: str, examples: int) -> None:
     world = World(kind, **WORLDS[kind])
-    drive(world, 50)
-    print(world.figures)
+    drive(world, examples)
+    assert world.figures.sequences >= examples
     assert world.figures.share >= 0.95, str(world.figures)
+
+
+class _Never:
+    """An attribute that is False, whatever it is set to."""
+
+    def __get__(self, *_: Any) -> bool:
+        return False
+
+    def __set__(self, *_: Any) -> None: ...
+
+
+def _anything(*_: Any) -> str:
+    return "same"
+
+
+def _nothing(*_: Any) -> None: ...
+
+
+def _false(*_: Any) -> bool:
+    return False
+
+
+PLANTED = {
+    "all conditions are the same": lambda: patch.object(
+        toca_fx.runtime.generations, "agreement", _anything
+    ),
+    "a generation never begins": lambda: patch.object(Progress, "turns_back", _false),
+    "memories are never lost": lambda: patch.object(Progress, "lost", _Never()),
+    "weights never change": lambda: patch.object(Seen, "differ", _false),
+    "a pause is no gap": lambda: patch.object(Generations, "called", _nothing),
+    "branches have no names": lambda: patch.object(
+        toca_fx.backend, "current_branch", lambda: ((), None)
+    ),
+    "threads are nobody's": lambda: patch.object(
+        toca_fx.runtime.generations, "_is_foreign", _false
+    ),
+}
+
+
+@pytest.mark.slow(reason="the driver itself is tested")
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_found(fault: str) -> None:
+    world = World("text", **WORLDS["text"])
+    with PLANTED[fault]():
+        try:
+            drive(world, 300, shrinks=False)
+        except WrongImage:
+            return
+    assert world.figures.share < 0.95, str(world.figures)

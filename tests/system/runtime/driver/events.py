@@ -158,7 +158,7 @@ def samplings(draw: st.DrawFn) -> Sampling:
         first=draw(st.sampled_from(["cond", "uncond"])),
         named=named,
         tiles=named and draw(st.sampled_from([False] * 4 + [True])),
-        prompt=draw(st.sampled_from(["own", "own", "own", "pool 0", "pool 1", "rebuilt"])),
+        prompt=draw(st.sampled_from(["own", "own", "pool 0", "pool 0", "pool 1", "rebuilt"])),
         negative=draw(st.sampled_from(["own", "own", "pool 2", "rebuilt"])),
         batch=batch,
         length=draw(st.sampled_from([6, 6, 6, 10])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -134,6 +135,7 @@ class InOneTask(Host):
         self.session, self.loop, self.away = session, loop, away
         self.turn, self.reply = asyncio.Semaphore(0), asyncio.Semaphore(0)
         self.stopped = False
+        self.pools: list[ThreadPoolExecutor] = []
         self.task = loop.create_task(self._body())
 
     async def _body(self) -> None:
@@ -146,6 +148,9 @@ class InOneTask(Host):
                         break
                     with held or nullcontext():
                         if self.away:
+                            # Always another thread, as in a pool that is busy.
+                            self.pools.append(ThreadPoolExecutor(1))
+                            self.loop.set_default_executor(self.pools[-1])
                             await asyncio.to_thread(self.run.step, number)
                         else:
                             self.run.step(number)
@@ -172,6 +177,8 @@ class InOneTask(Host):
             await asyncio.wait([self.task])
 
         self.loop.run_until_complete(last())
+        for pool in self.pools:
+            pool.shutdown()
 
 
 class InGenerator(Host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -86,8 +87,8 @@ class World:
         self.weights = {name: value.clone() for name, value in self.model.named_parameters()}
         self.made: list[Made] = []
         self.kept: list[Tensor] = []
+        self.captured: set[tuple[Any, ...]] = set()
         self.tells: Callable[[Image, Play], None] | None = None  # of steps that were missed
-        self.log: list[str] = []
 
     def play(self, sequence: Sequence) -> None:
         """Play it.
@@ -97,6 +98,32 @@ class World:
         """
         Play(self, sequence).play()
 
+    def capture(self, sequence: Sequence) -> None:
+        """Capture the model for all inputs of a sequence.
+
+        Here, because Dynamo's limit on captures is another one in other threads.
+        """
+        dtypes = [torch.float64]
+        if any(how == "other dtype" for _, how in sequence.weights):
+            dtypes.append(torch.float32)
+        for dtype, each in itertools.product(dtypes, sequence.samplings):
+            whole = all(isinstance(time, int) for time in each.times)
+            batches = {each.batch, 1 if each.halves is not None else each.batch}
+            lengths = {6, each.length} if self.kind == "text" else {0}
+            for key in itertools.product(batches, lengths, [whole], [dtype]):
+                if key not in self.captured:
+                    self.captured.add(key)
+                    self._capture(*key)
+
+    def _capture(self, batch: int, length: int, whole: bool, dtype: torch.dtype) -> None:
+        if self.dtype != dtype:
+            self.change("other dtype")
+        side = 8 if length else 16
+        t = torch.ones(batch, dtype=torch.int64 if whole else torch.float32)
+        y = torch.zeros(batch, length, 32, dtype=dtype) if length else torch.ones_like(t).long()
+        with toca_fx.session(1):
+            self.call(self.twin, torch.zeros(batch, 4, side, side, dtype=dtype), t, y)
+
     def call(self, model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             return model(x, t=t, y=y).clone()
@@ -105,7 +132,8 @@ class World:
 
     def renew(self) -> None:
         """Other tensors with the first values."""
-        self.dtype = torch.float64
+        if self.dtype != torch.float64:
+            self.change("other dtype")
         self.kept.clear()
         self._set(lambda name, _: self.weights[name].clone())
 
@@ -184,6 +212,7 @@ class Play:
     def play(self) -> None:
         world = self.world
         current_session().close()
+        world.capture(self.sequence)
         world.renew()
         try:
             with world.watched(), self.outer():
@@ -346,7 +375,7 @@ class OneRun:
         else:
             listed = [float(time) for time in times]
             if spec.told == "misprint" and len(listed) > 2:
-                listed[2] += 0.37
+                listed[2] += 0.037 if max(times) <= 1 else 6
             opened = toca_fx.session(timesteps=listed)
         self.handle = _Weakly(opened)
         return opened
@@ -354,9 +383,7 @@ class OneRun:
     def step(self, number: int) -> None:
         """All calls of one step."""
         branches = GUIDANCE[self.spec.guidance]
-        names = [
-            name for name, when in branches.items() if when is None or number in when
-        ]
+        names = [name for name, when in branches.items() if when is None or number in when]
         if self.spec.first == "uncond" and "uncond" in names:
             names = ["uncond", *(name for name in names if name != "uncond")]
         batch = self.spec.batch
@@ -572,7 +599,5 @@ class _Weakly:
         self._session.invalidate()
 
 
-def _longest(
-    seen: set[tuple[float, ...]], trail: tuple[float, ...]
-) -> tuple[float, ...] | None:
+def _longest(seen: set[tuple[float, ...]], trail: tuple[float, ...]) -> tuple[float, ...] | None:
     return max((each for each in seen if each[: len(trail)] == trail), key=len, default=None)
