@@ -14,7 +14,7 @@ import toca_fx.backend
 import toca_fx.runtime.generations
 from tests.marks import slow_but
 from tests.system.runtime.driver.events import Sequence, sequences
-from tests.system.runtime.driver.oracle import WrongImage
+from tests.system.runtime.driver.oracle import WrongImageError
 from tests.system.runtime.driver.world import World
 from toca_fx.runtime.clock import Progress
 from toca_fx.runtime.generations import Generations
@@ -105,6 +105,6 @@ def test_planted_faults_are_found(fault: str) -> None:
     with PLANTED[fault]():
         try:
             drive(world, 300, shrinks=False)
-        except WrongImage:
+        except WrongImageError:
             return
     assert world.figures.share < 0.95, str(world.figures)

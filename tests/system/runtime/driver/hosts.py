@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 
-class Abandoned(Exception):
+class AbandonedError(Exception):
     """A run that gives up after a failure."""
 
 
@@ -50,7 +50,7 @@ class Host:
     def advance(self) -> None:
         try:
             self.make_step()
-        except Abandoned:
+        except AbandonedError:
             self.done = True
         self.made += 1
         if self.made >= self.run.steps:

@@ -36,7 +36,7 @@ FORKED = "two schedules that were seen begin alike"
 make_step = Generation.run_step
 
 
-class WrongImage(AssertionError):
+class WrongImageError(AssertionError):
     """A step did not give what the same generation gives alone."""
 
 
