@@ -223,8 +223,13 @@ def _anew(call: Situation, current: Progress, timestep: Timestep) -> Decision:
     moves = [(now - then) * current.direction for now, then in zip(timestep, before, strict=True)]
     if not all(move < 0 for move in moves):
         return replace(_on(current, current.position, warnings=(words.ROWS,)), full=True)
-    left = current.num_steps - current.position
-    return Decision("generation", 0, left if left > 0 else current.num_steps)
+    return _another(call, timestep, current.num_steps)
+
+
+def _another(call: Situation, timestep: Timestep, num_steps: int) -> Decision:
+    """Another generation in the session, of as many steps as one that began alike before."""
+    known = longest(call.seen, (timestep,))
+    return Decision("generation", 0, num_steps if known is None else len(known))
 
 
 def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -> Decision:
@@ -282,8 +287,7 @@ def _begins(call: Situation, told: Told, head: Progress) -> Decision:
     elif t == head.timestep:
         position = last
     elif head.turns_back(t):
-        left = head.num_steps - head.position
-        return Decision("generation", 0, left if left > 0 else told.num_steps)
+        return _another(call, t, told.num_steps)
     else:
         position = head.position
     if position >= head.num_steps:

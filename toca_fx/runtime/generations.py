@@ -28,12 +28,12 @@ class Generations:
     """The generations of one ``model``, least recently called first; there are ``most`` at most.
 
     ``told`` is what was said of the run, None outside of any session. ``calls`` is how many the
-    model has had here.
+    model has had here; ``moves`` says that a generation went from one thread or task to another.
     """
 
     def __init__(self, model: ModelKey, told: Told | None, most: int) -> None:
         self.model, self.told = model, told
-        self.calls = 0
+        self.calls, self.moves = 0, False
         self.lock = threading.RLock()
         self.all: list[Generation] = []
         self._most = most
@@ -51,7 +51,7 @@ class Generations:
         mine = mine or self._captured_anew(path, runner)
         found = {each: agreement(each.marks, conditions) for each in mine}
         same = [each for each in mine if found[each] in ("equal", "same") and not each.running]
-        if len(same) > 1 and not self.model.moves:  # else threads tell nothing
+        if len(same) > 1 and not self.moves:  # else threads tell nothing
             same = [each for each in same if each.owner() is caller()][:1]
         if len(same) == 1:
             return same[0], found[same[0]], _is_foreign(same[0])

@@ -21,14 +21,13 @@ class ModelKey:
     ``schedules`` are those that it has run, and ``untold`` its ``Generations`` outside of any
     session. ``read`` says whether the timesteps of a whole generation have been, ``several``
     whether it was called more than once at a timestep with other conditions, ``renews`` that its
-    conditions are new tensors at every call, and ``moves`` that a generation went from one thread
-    or task to another.
+    conditions are new tensors at every call.
     """
 
     def __init__(self) -> None:
         self.schedules = Schedules()
         self.untold: Any = None
-        self.read = self.several = self.renews = self.moves = False
+        self.read = self.several = self.renews = False
 
 
 class Models:

@@ -255,7 +255,7 @@ class Session:
     ) -> None:
         """Carry on with a generation: it may have new conditions, another owner, another plan."""
         if foreign:
-            known.model.moves, current.owner = True, owned_by_caller()
+            known.moves, current.owner = True, owned_by_caller()
         if agrees == "equal":
             if current.progress.timestep != timestep and current.progress.calls:
                 current.repeated, known.model.renews = True, False

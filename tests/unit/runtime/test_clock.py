@@ -166,10 +166,21 @@ CASES = [
         num_steps=7,
     ),
     # Another image in the same session.
-    Case("turned back", SESSION, 900.0, OLD, "generation", 0, True, num_steps=7),
+    Case("turned back", SESSION, 900.0, OLD, "generation", 0, True),
+    Case(
+        "turned back, seen with another length",
+        SESSION,
+        900.0,
+        OLD,
+        "generation",
+        0,
+        True,
+        more={"seen": (TEN[:5],)},
+        num_steps=5,
+    ),
     Case("turned back at the end", SESSION, 900.0, {"position": 10}, "generation", 0, True),
     Case(
-        "turned back, upwards", SESSION, 1.0, {"direction": 1}, "generation", 0, True, num_steps=7
+        "turned back, upwards", SESSION, 1.0, {"direction": 1}, "generation", 0, True, num_steps=10
     ),
     Case(
         "turned back, other conditions",
@@ -180,7 +191,7 @@ CASES = [
         0,
         True,
         head={},
-        num_steps=7,
+        num_steps=10,
     ),
     Case("turned back, listed", LISTED, 900.0, OLD, "generation", 0, True),
     Case(
@@ -217,7 +228,7 @@ CASES = [
         "generation",
         0,
         True,
-        num_steps=7,
+        num_steps=10,
     ),
     # Another thread or task has these conditions too.
     Case("apart, next", SESSION, 600.0, OLD, "on", 3, False, more={"apart": True}),
@@ -230,7 +241,7 @@ CASES = [
         0,
         True,
         more={"apart": True},
-        num_steps=7,
+        num_steps=10,
     ),
     Case("apart, the same timestep", SESSION, 700.0, OLD, "branch", 2, True, more={"apart": True}),
     # Numbers that came with the call, in a session or not.
