@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_fx.lower.program import Program
-from toca_fx.plan.plan import Plan
 from toca_fx.runtime.clock import Decision
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import owned_by_caller
@@ -63,22 +61,23 @@ class Alone:
 
     def __init__(self) -> None:
         self._twin: Generation | None = None
-        self._of: tuple[Program, Plan] | None = None
+        self._of: tuple[bytes, int] | None = None
         self._position = -1
 
     def repeat(self, made: Made) -> Any:
         """The output of this step; None if the image has no memories that it may read."""
         plan, position = made.generation.plan, made.decision.position
-        of = (made.generation.runner.program, plan)
+        program = made.generation.runner.program
+        of = (program.analysis.code, len(plan.steps))
         decision = Decision("on", position, len(plan.steps), full=not made.cached)
         if not made.cached:
-            runner = Runner(of[0], made.inputs)
-            self._twin = Generation(
-                runner, decision, (), (), object(), owned_by_caller(), None, _silent
-            )
-            self._twin.plan, self._of = plan, of
+            runner, owner = Runner(program, made.inputs), owned_by_caller()
+            self._twin = Generation(runner, plan, decision, (), (), object(), owner, None, _silent)
+            self._of = of
         elif self._twin is None or self._of != of or position != self._position + 1:
             return None
+        elif self._twin.runner.program is not program:  # captured again: the code is the same
+            self._twin.move(Runner(program, made.inputs), plan)
         self._position = position
         self._twin.progress = _unfinished(self._twin, made.cached, position)
         if self._twin.conditioning is not None:
