@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from toca_fx.diagnostics import PolicyError
@@ -28,6 +27,7 @@ from toca_fx.runtime.parts import Call, Lead
 from toca_fx.runtime.report import Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
+from toca_fx.runtime.timesteps import reading, rounding_of
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Session:
         current, agrees, foreign = known.find(conditions, path, runner, told is not None)
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
-        rounding = 0.0 if at is None else _rounding(inputs[at])
+        rounding = 0.0 if at is None else rounding_of(inputs[at])
         head = known.head(current)
         if head is None and known.told is not None and not known.calls:
             known.told, warning = clock.start(
@@ -393,21 +393,3 @@ class Session:
         uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
         ours = tuple(program.step_bytes(record.of, record.plan) for program, record in calls)
         return uncached, ours
-
-
-def reading(timestep: Tensor) -> Timestep:
-    """The value of a timestep: [], [B], or one per row and frame or token; equal neighbours once.
-
-    It waits for the device.
-    """
-    if timestep.numel() == 1:
-        return (float(timestep.item()),)
-    found = timestep.flatten()
-    if found.numel() > 16 or found.device.type != "cpu":
-        found = found.unique_consecutive()  # type: ignore[no-untyped-call]
-    values = [float(value) for value in found.tolist()]
-    return tuple(value for at, value in enumerate(values) if not at or value != values[at - 1])
-
-
-def _rounding(timestep: Tensor) -> float:
-    return torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
