@@ -238,7 +238,7 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     if fits(listed, expected, t, call.rounding):
         return _on(current, expected)
     if fits(listed, expected - 1, t, call.rounding):
-        return _on(current, expected - 1, again=True, warnings=(words.SAME_TIMESTEP,))
+        return _on(current, expected - 1, again=True, warnings=(words.LISTED_ONCE,))
     places = _places(call, listed, t)
     later = [at for at in places if at > expected]
     if later:  # a branch that has paused

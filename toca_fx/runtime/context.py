@@ -21,6 +21,7 @@ from toca_fx.runtime.clock import Told
 from toca_fx.runtime.report import Report
 from toca_fx.runtime.schedules import Schedule
 from toca_fx.runtime.session import Session
+from toca_fx.runtime.timesteps import one_or_all
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -123,7 +124,15 @@ class Run:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        _leave(self._entries.pop())
+        _leave(self._take(id(sys._getframe(1))))
+
+    def _take(self, frame: int) -> _Entry:
+        """The entry to leave: that of this frame or context. Others may have entered too."""
+        own = [entry for entry in self._entries if entry.frame == frame]
+        here = [entry for entry in self._entries if entry in _entered.get()]
+        entry = (own or here or self._entries)[-1]
+        self._entries.remove(entry)
+        return entry
 
     @property
     def num_steps(self) -> int | None:
@@ -164,7 +173,7 @@ class Handle(Run):
         return Run(self.session)
 
     def __exit__(self, *failure: object) -> None:
-        super().__exit__(*failure)
+        _leave(self._take(id(sys._getframe(1))))
         self._failed = failure[0] is not None
 
     def __del__(self) -> None:
@@ -232,10 +241,7 @@ def _listed(timesteps: Any) -> Schedule:
                 f"session(timesteps=...): number {at} is {row[0] if len(row) == 1 else row}; "
                 f"{wanted}"
             )
-    return tuple(
-        tuple(value for at, value in enumerate(row) if not at or value != row[at - 1])
-        for row in rows
-    )
+    return tuple(map(one_or_all, rows))
 
 
 def _short(value: object) -> str:

@@ -16,6 +16,8 @@ from toca_fx.runtime.identity import Agreement, agreement
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.runner import Runner
 
+_MANY_STEPS = 8
+
 
 def caller() -> Any:
     """The asyncio task that runs now, else the thread."""
@@ -28,12 +30,15 @@ class Generations:
     """The generations of one ``model``, least recently called first; there are ``most`` at most.
 
     ``told`` is what was said of the run, None outside of any session. ``calls`` is how many the
-    model has had here; ``moves`` says that a generation went from one thread or task to another.
+    model has had here; ``moves`` says that a generation went from one thread or task to another,
+    ``waits`` that reading a timestep waited for the device, ``crowded`` that a generation had to go
+    in its middle.
     """
 
     def __init__(self, model: ModelKey, told: Told | None, most: int) -> None:
         self.model, self.told = model, told
-        self.calls, self.moves = 0, False
+        self.calls = 0
+        self.moves = self.waits = self.crowded = False
         self.lock = threading.RLock()
         self.all: list[Generation] = []
         self._most = most
@@ -102,6 +107,7 @@ class Generations:
             idle = next((each for each in self.all if not each.running), None)
             if idle is None:
                 break
+            self.crowded = self.crowded or idle.storage is not None
             self.drop(idle)
 
     def drop(self, old: Generation) -> None:
@@ -114,11 +120,18 @@ class Generations:
             part.close()
 
     def called(self, generation: Generation) -> None:
-        """Note that a call of ``generation`` has been made."""
+        """Note that a call of ``generation`` has been made.
+
+        Branches that have not come for many steps give their memories back.
+        """
         if generation in self.all:
             self.all.remove(generation)
             self.all.append(generation)
         self.calls += 1
+        for each in self.all:
+            behind = generation.progress.position - each.progress.position
+            if each.run is generation.run and behind > _MANY_STEPS and not each.running:
+                each.close()
 
 
 def _is_foreign(generation: Generation) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Timestep = tuple[float, ...]
-"""The value of a model's timestep argument, read row by row; equal neighbours count once."""
+"""The value of a model's timestep argument: one number, or one per row and frame."""
 
 Schedule = tuple[Timestep, ...]
 """The timesteps of a run, call by call."""

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # Generations of one model in one session, and outside of any. The one that was called least
 # recently goes: those that were left in their middle keep their memories until then.
-_MOST, _MOST_UNTOLD = 16, 8
+_MOST, _MOST_UNTOLD = 256, 8
 _UNMATCHED = 4  # calls in a row, each with conditions that were never seen
 
 
@@ -194,6 +194,9 @@ class Session:
                 known.model.several |= timestep is not None and timestep == head.timestep
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
+            if known.crowded:
+                known.crowded = False
+                self.warn(words.crowded(_MOST_UNTOLD if self._implicit else _MOST))
             current = begun
         else:
             self._go_on(known, current, runner, decision, conditions, timestep, agrees, foreign)
@@ -321,8 +324,9 @@ class Session:
                 whole = known.model.schedules.whole
                 if known.model.read if listed is None else listed in whole:
                     return None
-            else:
-                log.info("toca_fx: %s", words.WAITS)
+            elif not known.waits:
+                known.waits = True
+                log.warning("toca_fx: %s", words.WAITS)
         return reading(given)
 
     def _say(self, generation: Generation, warnings: Sequence[str], anew: bool) -> None:

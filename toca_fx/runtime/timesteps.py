@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from toca_fx.runtime.schedules import Timestep
 
+_MANY = 1024  # values that are listed one by one
+
 
 def reading(timestep: Tensor) -> Timestep:
-    """The value of a timestep: [], [B], or one per row and frame or token; equal neighbours once.
+    """The value of a timestep: [], [B], or one per row and frame or token.
 
-    It waits for the device.
+    It is one number if all are equal; samples of a batch that are alike count once. It waits for
+    the device.
     """
     if timestep.numel() == 1:
         return (float(timestep.item()),)
-    found = timestep.flatten()
-    if found.numel() > 16 or found.device.type != "cpu":
-        found = found.unique_consecutive()  # type: ignore[no-untyped-call]
-    values = [float(value) for value in found.tolist()]
-    return tuple(value for at, value in enumerate(values) if not at or value != values[at - 1])
+    rows = timestep.reshape(len(timestep), -1)
+    if timestep.dim() > 1 and bool((rows == rows[0]).all()):
+        rows = rows[:1]
+    if rows.numel() > _MANY:  # as runs of equal values, and how long they are
+        values, counts = rows.flatten().unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+        return tuple(map(float, (*values.tolist(), *(counts.tolist() if len(values) > 1 else ()))))
+    return one_or_all(rows.flatten().tolist())
+
+
+def one_or_all(values: Sequence[float]) -> Timestep:
+    """Numbers as a timestep: one of them if they are equal."""
+    found = tuple(map(float, values))
+    return found[:1] if found == found[:1] * len(found) else found
 
 
 def rounding_of(timestep: Tensor) -> float:

@@ -20,6 +20,11 @@ SAME_TIMESTEP = (
     "second-order sampler makes them, or two runs take turns, put each run into a "
     "toca_fx.session(timesteps=...) that lists the timestep of every call"
 )
+LISTED_ONCE = (
+    "two calls had the same timestep and the same conditions, and session(timesteps=...) lists it "
+    "once, so that the next step is full. If they are guidance branches, wrap each kind of call in "
+    "toca_fx.branch(name); if a second-order sampler makes them, list the timestep of every call"
+)
 SAME_STEP = (
     "two calls came with the same step_index and the same conditions, so that the next step is "
     "full; give each branch a name of its own in cache_context(name)"
@@ -117,4 +122,13 @@ def nothing_to_cache(misses: int) -> str:
         "no attention or MLP of the model was matched (of this part of it, if Dynamo captured it "
         "in several), so that all of it runs at every step "
         f"({misses} near misses); `print(toca_fx.explain(model, policy, **inputs))` says why"
+    )
+
+
+def crowded(most: int) -> str:
+    """More runs or branches are under way than are remembered."""
+    return (
+        f"more than {most} runs or branches of one model are under way, and the one that was "
+        "called least recently was forgotten: its next step is full. Put each run into a "
+        "toca_fx.session(...) of its own, and name as many branches as come again"
     )

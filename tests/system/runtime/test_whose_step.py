@@ -319,14 +319,48 @@ def test_branches_nest(model: nn.Module) -> None:
 
 
 def test_branches_that_never_come_again_go(model: nn.Module) -> None:
-    fast, calls = twin_of(model), requests(1)[0]
-    with toca_fx.session(STEPS) as run:
-        for number, step in enumerate([*calls] * 5):
+    fast = twin_of(model)
+    with toca_fx.session(30) as run:
+        for number, step in enumerate(make_inputs(30)):
             run_all(fast, [step])
             with toca_fx.branch(f"window {number}"):
                 run_all(fast, [step])
             held = [each for each in run.session.generations if each.storage is not None]
-            assert len(held) <= 16
+            assert len(held) <= 1 + 9
+
+
+def test_many_branches_are_cached(model: nn.Module) -> None:
+    fast = twin_of(model)
+    with toca_fx.session(STEPS) as run:
+        for step in make_inputs(STEPS):
+            for tile in range(20):
+                with toca_fx.branch(f"tile {tile}"):
+                    run_all(fast, [step])
+    assert [step.kind for step in run.report().steps].count("partial") == 20 * 4
+
+
+def test_a_run_is_entered_by_two_threads_at_once(alone: Any) -> None:
+    many = requests(2)
+    expected, found = alone(many), [[], []]
+    run, meet = toca_fx.session(STEPS), threading.Barrier(2, timeout=60)
+
+    def branch(at: int) -> None:
+        for number in range(STEPS):
+            with run:
+                meet.wait()
+                if at:  # the other has left meanwhile
+                    meet.wait()
+                found[at].extend(run_all(alone.fast, [many[at][number]]))
+            if not at:
+                meet.wait()
+
+    threads = [threading.Thread(target=branch, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(same, found, expected))
+    assert len(run.report().steps) == 2 * STEPS
 
 
 @pytest.mark.parametrize("first", ["cond", "uncond"])
@@ -390,6 +424,25 @@ def test_timesteps_per_row_are_taken_call_by_call(model: nn.Module) -> None:
         run_all(fast, [*calls[:2], (x, torch.tensor([700, 999]), y), *calls[3:]])
     assert [step.kind for step in run.report().steps][2] == "full"
     assert any("rows seem to have been taken over" in each for each in run.report().warnings)
+
+
+def test_rows_are_never_taken_for_each_other(model: nn.Module) -> None:
+    """What is computed of [900, 900, 500] is not that of [900, 500, 500]."""
+    fast = fast_twin(model, N={"base": 1}, sampler={"steps": STEPS})
+    latents = make_inputs(STEPS, batch=3)
+    rows = [
+        [900, 900, 500],
+        [900, 500, 500],
+        [800, 500, 400],
+        [800, 400, 400],
+        [9, 9, 4],
+        [9, 4, 4],
+    ]
+    for _ in range(2):
+        with toca_fx.session(STEPS), torch.no_grad():
+            for (x, _, y), row in zip(latents, rows, strict=True):
+                step = (x, torch.tensor(row), y)
+                assert uncached(model, step, call(fast, *step)), row
 
 
 def test_two_images_in_one_session(model: nn.Module) -> None:

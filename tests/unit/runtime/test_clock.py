@@ -143,7 +143,17 @@ CASES = [
     # Two calls of one step that nothing tells apart; a second-order sampler.
     Case("the same timestep", SESSION, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
     Case("after two at one", SESSION, 600.0, {"calls": 2}, "on", 3, True),
-    Case("the same timestep, listed", LISTED, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
+    Case(
+        "the same timestep, listed",
+        LISTED,
+        700.0,
+        OLD,
+        "on",
+        2,
+        True,
+        ("lists it once",),
+        again=True,
+    ),
     Case(
         "Heun, listed",
         Told(7, HEUN),
