@@ -236,7 +236,9 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     """The step of a generation whose timesteps are ``listed``."""
     expected = current.position
     if fits(listed, expected, t, call.rounding):
-        return _on(current, expected)
+        # Neighbours that the model's dtype does not tell apart.
+        alike = t == current.timestep and listed[expected] != listed[expected - 1]
+        return _on(current, expected, again=alike)
     if fits(listed, expected - 1, t, call.rounding):
         return _on(current, expected - 1, again=True, warnings=(words.LISTED_ONCE,))
     places = _places(call, listed, t)

@@ -89,12 +89,18 @@ def _generator_on_stack(entered: Sequence[_Entry]) -> _Entry | None:
 
 
 def _enter(session: Session, caller: FrameType) -> _Entry:
-    is_generator = bool(caller.f_code.co_flags & _GENERATORS)
+    is_generator = bool(caller.f_code.co_flags & _GENERATORS) and not _for_others(caller)
     entry = _Entry(session, id(caller), is_generator, next(_numbers))
     if is_generator:
         _generators.setdefault(entry.frame, []).append(entry)
     _entered.set((*(each for each in _entered.get() if not each.left), entry))
     return entry
+
+
+def _for_others(generator: FrameType) -> bool:
+    """Whether a generator runs for the body of a ``with`` statement, or is a fixture."""
+    waits = generator.f_back
+    return waits is not None and waits.f_code.co_filename.endswith(("contextlib.py", "fixtures.py"))
 
 
 def _leave(entry: _Entry) -> None:

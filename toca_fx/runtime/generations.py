@@ -44,13 +44,13 @@ class Generations:
         self._most = most
 
     def find(
-        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner, told: bool
+        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
     ) -> tuple[Generation | None, Agreement, bool]:
         """The generation with these conditions and branch, and whether it is somebody else's.
 
         None: there is none, or nobody can tell which. How far its conditions agree comes too. In a
-        run that is ``told`` and has one call per step, inputs that are new at every call identify
-        nothing: there it is the one that goes on.
+        session with one call per step inputs that are new at every call identify nothing: there it
+        is the one that goes on.
         """
         mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
         mine = mine or self._captured_anew(path, runner)
@@ -60,7 +60,7 @@ class Generations:
             same = [each for each in same if each.owner() is caller()][:1]
         if len(same) == 1:
             return same[0], found[same[0]], _is_foreign(same[0])
-        if not told or any(each in ("equal", "same") for each in found.values()):
+        if self.told is None or any(each in ("equal", "same") for each in found.values()):
             return None, "other", False
         alone = self._alone(mine)
         if alone is None or alone.running:

@@ -163,7 +163,7 @@ class Session:
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
         told = known.told or told  # a session is the caller's own word
-        current, agrees, foreign = known.find(conditions, path, runner, told is not None)
+        current, agrees, foreign = known.find(conditions, path, runner)
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else rounding_of(inputs[at])

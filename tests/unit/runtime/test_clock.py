@@ -60,6 +60,17 @@ CASES = [
     Case(
         "next, listed but for rounding", LISTED, 600.5, OLD, "on", 3, False, more={"rounding": 1e-3}
     ),
+    Case(
+        "listed neighbours that the dtype does not tell apart",
+        Told(10, at(900.0, 800.0, 700.0, 699.0)),
+        700.0,
+        OLD,
+        "on",
+        3,
+        True,
+        more={"rounding": 2**-8},
+        again=True,
+    ),
     Case("after a failure", SESSION, 600.0, {"lost": True}, "on", 3, True),
     Case(
         "the first one failed",
