@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -100,7 +101,8 @@ def _enter(session: Session, caller: FrameType) -> _Entry:
 def _for_others(generator: FrameType) -> bool:
     """Whether a generator runs for the body of a ``with`` statement, or is a fixture."""
     waits = generator.f_back
-    return waits is not None and waits.f_code.co_filename.endswith(("contextlib.py", "fixtures.py"))
+    file = "" if waits is None else waits.f_code.co_filename
+    return file == contextlib.__file__ or file.endswith("fixtures.py")
 
 
 def _leave(entry: _Entry) -> None:
