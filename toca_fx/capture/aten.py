@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.capture.casts import bake
+from toca_fx.capture.decompositions import DECOMPOSITIONS
 from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
@@ -27,9 +28,6 @@ from toca_fx.graph.edit import is_check
 from toca_fx.torch_private import FakeTensorMode, is_mutable, is_switch, side_effectful
 
 aten = torch.ops.aten
-
-# These decompose into bmm and views by themselves, so that attention has fewer spellings.
-_DECOMPOSED: dict[Any, Any] = {aten.einsum.default: aten.einsum.default.decompose}
 
 
 def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -57,7 +55,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     numbers = Numbers(captured)
     fixed = numbers.fixed(numbers.read(inputs))
     _refuse_effects(fixed.graph)
-    graph_module = retrace(fixed, fakes, _DECOMPOSED)
+    graph_module = retrace(fixed, fakes, DECOMPOSITIONS)
     sources = input_sources(captured)
     graph_module.meta["writes"] = False
     returned = graph_module.graph.output_node()

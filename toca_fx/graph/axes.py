@@ -100,21 +100,36 @@ def addmm(node: fx.Node, axis: int) -> Axes | None:
 
 
 def matmul(node: fx.Node, axis: int) -> Axes | None:
-    """Rows of the left operand; axes in front of the matrices are shared by both."""
-    left, right = node.args[:2]
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+    """Rows of the left operand, columns of the right one.
+
+    Axes in front of the matrices are shared by both.
+    """
+    return _product(node, axis, *node.args[:2])
+
+
+def baddbmm(node: fx.Node, axis: int) -> Axes | None:
+    """A product, and what is added to it."""
+    added = node.args[0]
+    carried = _product(node, axis, *node.args[1:3])
+    if carried is None or not isinstance(added, fx.Node) or added in carried:
         return None
-    rank = len(shape_of(node))
-    if axis == rank - 1 or len(shape_of(left)) != rank:
+    aligned = axis - len(shape_of(node)) + len(shape_of(added))
+    varies = aligned >= 0 and shape_of(added)[aligned] == shape_of(node)[axis] != 1
+    return {**carried, added: aligned} if varies else carried
+
+
+def _product(node: fx.Node, axis: int, left: object, right: object) -> Axes | None:
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
         return None
-    if axis == rank - 2:
-        return {left: axis} if left is not right else None
-    size = shape_of(node)[axis]
-    aligned = {left: axis, right: axis - rank + len(shape_of(right))}
+    rank, size = len(shape_of(node)), shape_of(node)[axis]
+    if min(len(shape_of(left)), len(shape_of(right))) < 2:
+        return None  # a vector, of which the output lacks the axis
+    carries = {rank - 2: [left], rank - 1: [right]}.get(axis, [left, right])
+    aligned = {operand: axis - rank + len(shape_of(operand)) for operand in carries}
     carried = {
         operand: at
         for operand, at in aligned.items()
-        if at >= 0 and shape_of(operand)[at] == size != 1
+        if at >= 0 and shape_of(operand)[at] == size and (axis >= rank - 2 or size != 1)
     }
     return carried or None
 
@@ -174,6 +189,39 @@ def along_dim(position: int, default: int) -> Rule:
     return rule
 
 
+def apart_from(position: int) -> Rule:
+    """The rule of operators that move positions along some axes (flip): the others are kept.
+
+    The axes are the argument at ``position``; if it names none, it is all of them.
+    """
+
+    def rule(node: fx.Node, axis: int) -> Axes | None:
+        dims: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dims")
+        moved = [dims] if isinstance(dims, int) else dims or range(len(shape_of(node)))
+        kept = axis not in {dim % len(shape_of(node)) for dim in moved}
+        return {first_operand(node): axis} if kept else None
+
+    return rule
+
+
+def pad(node: fx.Node, axis: int) -> Axes | None:
+    """Positions before and behind some axes, given from the last axis on: the others are kept."""
+    sizes: Any = node.args[1]
+    at = 2 * (len(shape_of(node)) - 1 - axis)
+    return {first_operand(node): axis} if not any(sizes[at : at + 2]) else None
+
+
+def samples(node: fx.Node, axis: int) -> Axes | None:
+    """Norms over everything but the first axis, group by group of the second."""
+    return {first_operand(node): axis} if axis == 0 else None
+
+
+def batch_norm(node: fx.Node, axis: int) -> Axes | None:
+    """A scale and a shift for each channel, the second axis, unless they are being learnt."""
+    learns = node.args[5]
+    return {first_operand(node): axis} if axis != 1 and learns is False else None
+
+
 def reduction(position: int) -> Rule:
     """The rule of sums, means and norms over some axes: the others are kept.
 
@@ -194,6 +242,41 @@ def reduction(position: int) -> Rule:
         return {first_operand(node): left[axis]} if left[axis] not in reduced else None
 
     return rule
+
+
+def index(node: fx.Node, axis: int) -> Axes | None:
+    """Positions chosen along some axes: the others are kept.
+
+    The axes of the indices, which are broadcast, stand where the first of these was; in front, if
+    other axes lie in between.
+    """
+    indices: Any = node.args[1]
+    at = [dim for dim, chosen in enumerate(indices) if chosen is not None]
+    chosen = [indices[dim] for dim in at]
+    if not at or any(_is_mask(one) for one in chosen):
+        return None
+    first = at[0] if at[-1] - at[0] + 1 == len(at) else 0
+    added = max(len(shape_of(one)) for one in chosen)
+    if first <= axis < first + added:
+        return None
+    source = first_operand(node)
+    kept = [dim for dim in range(len(shape_of(source))) if dim not in at]
+    return {source: kept[axis if axis < first else axis - added]}
+
+
+def _is_mask(index: fx.Node) -> bool:
+    """Whether an index says of each position whether it is chosen."""
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def gather(node: fx.Node, axis: int) -> Axes | None:
+    """One position chosen along an axis for each position of the others."""
+    source, chosen = first_operand(node), node.args[2]
+    if not isinstance(chosen, fx.Node) or axis_argument(node, 1, len(shape_of(node))) == axis:
+        return None
+    # Sources may be longer than what is chosen: then they are cut off.
+    same = shape_of(source)[axis] == shape_of(chosen)[axis]
+    return {source: axis, chosen: axis} if same else None
 
 
 def cat(node: fx.Node, axis: int) -> Axes | None:
@@ -222,19 +305,9 @@ def transpose(node: fx.Node, axis: int) -> Axes | None:
     return {first_operand(node): {a: b, b: a}.get(axis, axis)}
 
 
-def matrix_transpose(node: fx.Node, axis: int) -> Axes | None:
-    """The last two axes change places."""
-    rank = len(shape_of(node))
-    return {first_operand(node): {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis)}
-
-
-def movedim(node: fx.Node, axis: int) -> Axes | None:
-    """One axis goes elsewhere, the others keep their order."""
-    rank = len(shape_of(node))
-    source, destination = axis_argument(node, 1, rank), axis_argument(node, 2, rank)
-    order = [at for at in range(rank) if at != source]
-    order.insert(destination, source)
-    return {first_operand(node): order[axis]}
+def matrix(node: fx.Node, axis: int) -> Axes | None:
+    """The two axes of a matrix change places; a vector stays as it is."""
+    return {first_operand(node): len(shape_of(node)) - 1 - axis}
 
 
 def permute(node: fx.Node, axis: int) -> Axes | None:

@@ -83,13 +83,12 @@ OPS: Mapping[Any, Op] = {
     aten.flatten.using_ints: _REGROUPED,
     aten.unflatten.int: _REGROUPED,
     aten.squeeze.dim: Op(axes.view, Family.RESHAPE),
+    aten.squeeze.dims: Op(axes.view, Family.RESHAPE),
     aten.squeeze.default: Op(axes.view, Family.RESHAPE),
     aten.unsqueeze.default: Op(axes.unsqueeze, Family.RESHAPE),
     aten.transpose.int: Op(axes.transpose, Family.PERMUTE),
-    aten.swapaxes.default: Op(axes.transpose, Family.PERMUTE),
-    aten.mT.default: Op(axes.matrix_transpose, Family.PERMUTE),
+    aten.t.default: Op(axes.matrix, Family.PERMUTE),
     aten.permute.default: Op(axes.permute, Family.PERMUTE),
-    aten.movedim.int: Op(axes.movedim, Family.PERMUTE),
     aten.expand.default: Op(axes.expand, Family.EXPAND | Family.SIZED),
     aten.contiguous.default: _SAME,
     aten.clone.default: _SAME,
@@ -108,11 +107,18 @@ OPS: Mapping[Any, Op] = {
     aten.chunk.default: _SPLIT,
     aten.split.Tensor: _SPLIT,
     aten.split_with_sizes.default: _SPLIT,
+    aten.unsafe_split.Tensor: _SPLIT,
     operator.getitem: Op(axes.same_axis, Family.PART),
     aten.view_as_complex.default: Op(axes.same_axis),
     aten.view_as_real.default: Op(axes.all_but_last),
     aten.repeat.default: Op(axes.repeat),
     aten.repeat_interleave.self_int: Op(axes.along_dim(2, 0)),
+    aten.roll.default: Op(axes.apart_from(2)),
+    aten.flip.default: Op(axes.apart_from(1)),
+    aten.index.Tensor: Op(axes.index),
+    aten.index_select.default: Op(axes.along_dim(1, 0)),
+    aten.gather.default: Op(axes.gather),
+    aten.constant_pad_nd.default: Op(axes.pad),
     aten.cat.default: Op(axes.cat),
     aten.stack.default: Op(axes.stack),
     aten.slice_scatter.default: Op(axes.slice_scatter),
@@ -121,25 +127,41 @@ OPS: Mapping[Any, Op] = {
     aten._weight_int8pack_mm.default: _PACKED,
     aten._weight_int4pack_mm.default: _PACKED,
     aten.addmm.default: Op(axes.addmm, Family.LINEAR),
-    aten.mm.default: Op(axes.mm, Family.MM),
+    aten.mm.default: Op(axes.matmul, Family.MM),
     aten.matmul.default: Op(axes.matmul, Family.MM | Family.PRODUCT),
     aten.bmm.default: Op(axes.matmul, Family.PRODUCT),
-    aten.baddbmm.default: Op(None, Family.PRODUCT),
+    aten.baddbmm.default: Op(axes.baddbmm, Family.PRODUCT),
     aten.conv1d.default: _CONVOLUTION,
     aten.conv2d.default: _CONVOLUTION,
     aten.conv3d.default: _CONVOLUTION,
     aten.scaled_dot_product_attention.default: Op(axes.attention, Family.ATTENTION),
     aten.softmax.int: Op(axes.along_dim(1, -1), Family.SOFTMAX),
     aten._softmax.default: Op(axes.along_dim(1, -1), Family.SOFTMAX),
+    aten.log_softmax.int: Op(axes.along_dim(1, -1)),
     aten.layer_norm.default: Op(axes.layer_norm, Family.NORM),
     aten.rms_norm.default: Op(axes.layer_norm, Family.NORM),
+    aten.group_norm.default: Op(axes.samples, Family.NORM),
+    aten.batch_norm.default: Op(axes.batch_norm, Family.NORM),
     aten.mean.dim: Op(axes.reduction(1), Family.REDUCTION),
     aten.sum.dim_IntList: Op(axes.reduction(1), Family.REDUCTION),
     aten.amax.default: Op(axes.reduction(1), Family.REDUCTION),
+    aten.amin.default: Op(axes.reduction(1), Family.REDUCTION),
+    aten.max.dim: Op(axes.reduction(1)),
+    aten.min.dim: Op(axes.reduction(1)),
+    aten.prod.dim_int: Op(axes.reduction(1), Family.REDUCTION),
+    aten.logsumexp.default: Op(axes.reduction(1), Family.REDUCTION),
+    aten.std.correction: Op(axes.reduction(1), Family.REDUCTION),
+    aten.var.correction: Op(axes.reduction(1), Family.REDUCTION),
+    aten.std_mean.correction: Op(axes.reduction(1)),
+    aten.var_mean.correction: Op(axes.reduction(1)),
+    aten.norm.ScalarOpt_dim: Op(axes.reduction(2), Family.REDUCTION),
     aten.linalg_vector_norm.default: Op(axes.reduction(2), Family.REDUCTION),
     aten.glu.default: Op(axes.along_dim(1, -1), Family.ACTIVATION),
     aten.hardswish.default: Op(axes.pointwise, Family.ACTIVATION),  # which torch does not tag
     aten.log_sigmoid.default: Op(axes.pointwise, Family.ACTIVATION),  # nor this
+    aten._prelu_kernel.default: Op(axes.pointwise, Family.ACTIVATION),  # nor this
+    aten.polar.default: Op(axes.pointwise),
+    aten.complex.default: Op(axes.pointwise),
     aten.add.Tensor: _ADD,
     operator.add: _ADD,
     aten.add.Scalar: _ABSORBED,
@@ -152,9 +174,17 @@ OPS: Mapping[Any, Op] = {
     aten.div.Tensor: _ABSORBED,
     aten.div.Scalar: _ABSORBED,
     operator.truediv: _ABSORBED,
+    aten.rsub.Tensor: _ABSORBED,
+    aten.rsub.Scalar: _ABSORBED,
+    aten.addcmul.default: _ABSORBED,
+    aten.addcdiv.default: _ABSORBED,
+    aten.lerp.Tensor: _ABSORBED,
+    aten.lerp.Scalar: _ABSORBED,
     aten.neg.default: _ABSORBED,
     aten.clamp.default: _ABSORBED,
     aten.where.self: _ABSORBED,
+    aten.masked_fill.Scalar: _ABSORBED,
+    aten.masked_fill.Tensor: _ABSORBED,
 }
 
 
@@ -204,15 +234,17 @@ def axis_rule(node: fx.Node) -> Rule | None:
 
 
 def linear_input(node: fx.Node) -> fx.Node | None:
-    """What a linear layer reads; None if ``node`` is no linear layer."""
+    """What a linear layer reads; None if ``node`` is no linear layer.
+
+    A product is one if one of its two operands is a weight.
+    """
     source: Any = None
     if node.target in LINEARS:
         source = node.args[1 if node.target is aten.addmm.default else 0]
-    elif node.target in MMS:
-        weight = node.args[1]
-        is_matrix = isinstance(weight, fx.Node) and len(axes.shape_of(weight)) == 2
-        if is_matrix and is_constant(weight):
-            source = node.args[0]
+    elif node.target in MMS | PRODUCTS:
+        left, right = node.args[-2:]
+        if is_constant(left) != is_constant(right):
+            source = right if is_constant(left) else left
     elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
         weight = node.args[1]
         if isinstance(weight, fx.Node) and all(size == 1 for size in weight.meta["val"].shape[2:]):

@@ -60,6 +60,35 @@ def packed(call: Callable[..., fx.Node], x: fx.Node, scales: fx.Node) -> fx.Node
     return call(aten._weight_int8pack_mm.default, x, weight, scales)
 
 
+def constant(call: Callable[..., fx.Node], values: list[Any]) -> fx.Node:
+    return call(torch.tensor, values)
+
+
+def indexed(*indices: list[Any] | None) -> Callable[..., fx.Node]:
+    """``x[indices]``; None for all positions of an axis."""
+    return lambda call, x: call(
+        aten.index.Tensor, x, [index and constant(call, index) for index in indices]
+    )
+
+
+def selected(index: list[int]) -> Callable[..., fx.Node]:
+    """Positions of the last axis."""
+    return lambda call, x: call(aten.index_select.default, x, -1, constant(call, index))
+
+
+def gathered(call: Callable[..., fx.Node], x: fx.Node, where: fx.Node) -> fx.Node:
+    """Positions of the last axis, others for each position of the first two."""
+    numbers = call(aten.to.dtype, call(aten.mul.Tensor, where, 9), torch.long)
+    return call(aten.gather.default, x, -1, call(aten.remainder.Scalar, numbers, 4))
+
+
+def batch_norm(learning: bool) -> Callable[..., fx.Node]:
+    return lambda call, x, mean, weight: call(
+        aten.batch_norm.default,
+        *(x, weight, None, mean, call(aten.exp.default, mean), learning, 0.1, 1e-5, False),
+    )
+
+
 X = ((2, 6, 4),)
 CASES = [
     Case("linear", ((2, 6, 4), (5, 4), (5,)), op(aten.linear.default), (0, 1)),
@@ -105,9 +134,6 @@ CASES = [
     Case("transpose", X, op(aten.transpose.int, 1, 2), (0, 1, 2)),
     Case("transpose, negative", ((2, 6, 4, 3),), op(aten.transpose.int, -3, -1), (0, 1, 2, 3)),
     Case("permute", ((2, 6, 3, 5, 4),), op(aten.permute.default, [2, 0, 3, 1, 4]), (0, 1, 2, 3, 4)),
-    Case("swapaxes", ((2, 6, 4, 3),), op(aten.swapaxes.default, -3, -1), (0, 1, 2, 3)),
-    Case("movedim, forward", ((2, 6, 3, 5, 4),), op(aten.movedim.int, 1, -1), (0, 1, 2, 3, 4)),
-    Case("movedim, back", ((2, 6, 3, 5, 4),), op(aten.movedim.int, 3, 1), (0, 1, 2, 3, 4)),
     Case("permute, negative", X, op(aten.permute.default, [-1, 0, -2]), (0, 1, 2)),
     Case("unsqueeze, first", X, op(aten.unsqueeze.default, 0), (1, 2, 3)),
     Case("unsqueeze, middle", X, op(aten.unsqueeze.default, 2), (0, 1, 3)),
@@ -152,20 +178,41 @@ CASES = [
     ),
     Case("addcmul", ((2, 6, 4), (2, 1, 4), (6, 4)), op(aten.addcmul.default), (0, 1, 2)),
     Case("pointwise along an axis of 1", ((2, 1, 4), (2, 1, 4)), op(aten.add.Tensor), (0, 2)),
-    Case("mm", ((6, 4), (4, 5)), op(aten.mm.default), (0,)),
+    Case("mm", ((6, 4), (4, 5)), op(aten.mm.default), (0, 1)),
+    Case("mm by itself", ((4, 4),), lambda call, x: call(aten.mm.default, x, x), ()),
     Case("addmm", ((5,), (6, 4), (4, 5)), op(aten.addmm.default), (0,)),
     Case("addmm, a bias of two axes", ((6, 5), (6, 4), (4, 5)), op(aten.addmm.default), ()),
     Case("packed weight", ((6, 4), (5,)), packed, (0,)),
-    Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), (0, 1)),
-    Case("matmul, one weight", ((2, 6, 4), (4, 5)), op(aten.matmul.default), (0, 1)),
-    Case("matmul, a wider batch on the right", ((6, 4), (2, 4, 5)), op(aten.matmul.default), ()),
+    Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
+    Case("matmul, one weight", ((2, 6, 4), (4, 5)), op(aten.matmul.default), (0, 1, 2)),
     Case(
-        "matmul, heads broadcast", ((2, 3, 6, 4), (2, 1, 4, 5)), op(aten.matmul.default), (0, 1, 2)
+        "matmul, a wider batch on the right",
+        ((6, 4), (2, 4, 5)),
+        op(aten.matmul.default),
+        (0, 1, 2),
+    ),
+    Case("matmul, a vector on the left", ((4,), (2, 4, 5)), op(aten.matmul.default), ()),
+    Case("matmul, a vector on the right", ((2, 2, 6, 4), (4,)), op(aten.matmul.default), ()),
+    Case(
+        "matmul, heads broadcast",
+        ((2, 3, 6, 4), (2, 1, 4, 5)),
+        op(aten.matmul.default),
+        (0, 1, 2, 3),
     ),
     Case(
-        "matmul, a batch on the left", ((2, 3, 6, 4), (3, 4, 5)), op(aten.matmul.default), (0, 1, 2)
+        "matmul, a batch on the left",
+        ((2, 3, 6, 4), (3, 4, 5)),
+        op(aten.matmul.default),
+        (0, 1, 2, 3),
     ),
-    Case("bmm", ((2, 6, 4), (2, 4, 5)), op(aten.bmm.default), (0, 1)),
+    Case("bmm", ((2, 6, 4), (2, 4, 5)), op(aten.bmm.default), (0, 1, 2)),
+    Case("baddbmm", ((1, 5), (2, 6, 4), (2, 4, 5)), op(aten.baddbmm.default), (0, 1, 2)),
+    Case(
+        "baddbmm, as many as there are",
+        ((2, 6, 5), (2, 6, 4), (2, 4, 5)),
+        op(aten.baddbmm.default),
+        (0, 1, 2),
+    ),
     Case("conv1d, kernel 1", ((2, 4, 6), (5, 4, 1), (5,)), op(aten.conv1d.default), (0, 2)),
     Case(
         "conv2d, kernel 1", ((2, 4, 6, 3), (5, 4, 1, 1), (5,)), op(aten.conv2d.default), (0, 2, 3)
@@ -206,6 +253,9 @@ CASES = [
         op(aten.scaled_dot_product_attention.default, None, 0.0, True),
         (),
     ),
+    Case("log_softmax", X, op(aten.log_softmax.int, -1), (0, 1)),
+    Case("polar", ((2, 6, 4), (6, 4)), op(aten.polar.default), (0, 1, 2)),
+    Case("complex", ((2, 6, 4), (6, 1)), op(aten.complex.default), (0, 1, 2)),
     Case("_softmax", X, op(aten._softmax.default, -1, False), (0, 1)),
     Case("glu", X, op(aten.glu.default), (0, 1)),
     Case("mean", X, op(aten.mean.dim, [2]), (0, 1)),
@@ -219,7 +269,8 @@ CASES = [
     Case("repeat_interleave of everything", X, op(aten.repeat_interleave.self_int, 2), ()),
     Case("stack, first", ((2, 6, 4), (2, 6, 4)), joined(aten.stack.default), (1, 2, 3)),
     Case("stack, last", ((2, 6, 4), (2, 6, 4)), joined(aten.stack.default, -1), (0, 1, 2)),
-    Case("mT", X, op(aten.mT.default), (0, 1, 2)),
+    Case("t", ((6, 4),), op(aten.t.default), (0, 1)),
+    Case("t of a vector", ((6,),), op(aten.t.default), (0,)),
     Case("squeeze", ((2, 1, 6),), op(aten.squeeze.dim, 1), (0, 1)),
     Case("squeeze, every axis of one", ((1, 2, 1, 6),), op(aten.squeeze.default), (0, 1)),
     Case("flatten", ((2, 6, 2, 2),), op(aten.flatten.using_ints, 2), (0, 1)),
@@ -234,7 +285,47 @@ CASES = [
     Case("select_scatter", ((2, 6, 4), (2, 4)), op(aten.select_scatter.default, 1, 2), (0, 2)),
     Case("slice_scatter", ((2, 6, 4), (2, 6, 2)), op(aten.slice_scatter.default, -1, 1, 3), (0, 1)),
     Case("cumsum", X, op(aten.cumsum.default, 1), ()),
-    Case("flip", X, op(aten.flip.default, [1]), ()),
+    Case("flip", X, op(aten.flip.default, [1]), (0, 2)),
+    Case("roll", X, op(aten.roll.default, [1, 2], [-1, 0]), (1,)),
+    Case("roll of everything", X, op(aten.roll.default, [1]), ()),
+    Case("pad", X, op(aten.constant_pad_nd.default, [1, 0, 0, 2]), (0,)),
+    Case("pad, one axis", X, op(aten.constant_pad_nd.default, [0, 2]), (0, 1)),
+    Case("index, last", X, indexed(None, None, [3, 0, 0]), (0, 1)),
+    Case("index, middle, two axes", X, indexed(None, [[0, 5], [1, 1], [2, 3]]), (0, 3)),
+    Case("index, two side by side", ((2, 6, 4, 3),), indexed(None, [0, 5], [[1], [2]]), (0, 3)),
+    Case("index, two apart", ((2, 6, 4),), indexed([0, 1, 1], None, [2, 3, 0]), (1,)),
+    Case("index by a mask", X, indexed(None, [True, False, True, True, False, True]), ()),
+    Case("index_select", X, selected([3, 0, 0]), (0, 1)),
+    Case("gather", ((2, 6, 4), (2, 6, 5)), gathered, (0, 1)),
+    Case("gather from more samples", ((2, 6, 4), (1, 6, 5)), gathered, (1,)),
+    Case("unsafe_split", X, item(aten.unsafe_split.Tensor, 1, 3, 1), (0, 2)),
+    Case("squeeze, two axes", ((1, 2, 1, 6),), op(aten.squeeze.dims, [0, 2]), (0, 1)),
+    Case("group_norm", ((4, 6),), op(aten.group_norm.default, 2), (0,)),
+    Case("group_norm over positions", ((2, 4, 6),), op(aten.group_norm.default, 2), (0,)),
+    Case("batch_norm", (*X, (6,), (6,)), batch_norm(False), (0, 2)),
+    Case("batch_norm, learning", (*X, (6,), (6,)), batch_norm(True), ()),
+    Case("amin", X, op(aten.amin.default, [2]), (0, 1)),
+    Case("max and where", X, item(aten.max.dim, 1, 2), (0, 1)),
+    Case("min, kept", X, item(aten.min.dim, 0, 1, True), (0, 2)),
+    Case("prod", X, op(aten.prod.dim_int, -1), (0, 1)),
+    Case("logsumexp", X, op(aten.logsumexp.default, [-1], True), (0, 1)),
+    Case("std", X, op(aten.std.correction, [-1], correction=1, keepdim=True), (0, 1)),
+    Case("var", X, op(aten.var.correction, [-1], correction=0), (0, 1)),
+    Case("var of everything", X, op(aten.var.correction), ()),
+    Case("var_mean", X, item(aten.var_mean.correction, 1, [-1], correction=0), (0, 1)),
+    Case("std_mean", X, item(aten.std_mean.correction, 0, [-1], correction=0), (0, 1)),
+    Case("norm", X, op(aten.norm.ScalarOpt_dim, 2, [-1], True), (0, 1)),
+    Case("prelu", ((2, 6, 4), (1, 6, 1)), op(aten._prelu_kernel.default), (0, 1, 2)),
+    Case("rsub", X, op(aten.rsub.Scalar, 1), (0, 1, 2)),
+    Case("rsub, a tensor", ((2, 6, 4), (6, 1)), op(aten.rsub.Tensor), (0, 1, 2)),
+    Case("lerp", ((2, 6, 4), (2, 6, 4), (2, 1, 1)), op(aten.lerp.Tensor), (0, 1, 2)),
+    Case("lerp by a number", ((2, 6, 4), (2, 6, 4)), op(aten.lerp.Scalar, 0.5), (0, 1, 2)),
+    Case(
+        "masked_fill",
+        ((2, 6, 4), (6, 1), ()),
+        lambda call, x, y, z: call(aten.masked_fill.Tensor, x, call(aten.gt.Scalar, y, 0), z),
+        (0, 1, 2),
+    ),
 ]
 
 
