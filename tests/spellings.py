@@ -88,6 +88,61 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnm,bhmd->bhnd", weights, v)
 
 
+def einsum_by_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads behind tokens, as the heads of a projection lie."""
+    q, k, v = (operand.transpose(1, 2) for operand in (q, k, v))
+    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * SCALE).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v).transpose(1, 2)
+
+
+def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = 5 * torch.tanh(q @ k.mT * SCALE / 5)
+    return scores.softmax(-1) @ v
+
+
+def masked_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    places = torch.arange(q.shape[2])
+    far = (places[:, None] - places).abs() > 5
+    return (q @ k.mT * SCALE).masked_fill(far, -torch.inf).softmax(-1) @ v
+
+
+def product_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias by relative position that is a product of the queries too (SAM, MViT)."""
+    rows = torch.einsum("bhnd,md->bhnm", q, torch.ones(SIDE, q.shape[3], dtype=q.dtype))
+    scores = (q @ k.mT * SCALE).unflatten(-1, (SIDE, SIDE)) + rows[..., None] / 4
+    return scores.flatten(-2).softmax(-1) @ v
+
+
+def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A logit that belongs to no key, beside those of the keys (gpt-oss)."""
+    scores = q @ k.mT * SCALE
+    sink = torch.full((1, q.shape[1], 1, 1), 0.5, dtype=q.dtype)
+    both = torch.cat([scores, sink.expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
+    return both.softmax(-1)[..., :-1] @ v
+
+
+def sinks_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    both = torch.cat([torch.zeros_like(scores[..., :2]), scores], dim=-1)
+    return both.softmax(-1)[..., 2:] @ v
+
+
+def normalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Cosine attention."""
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v, scale=3.0)
+
+
+def rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rotary embeddings by halves, flipped pairs and chosen channels: they turn a head alike."""
+    half = q.shape[-1] // 2
+    angle = torch.arange(q.shape[2], dtype=q.dtype)[:, None] / 7
+    order = torch.arange(2 * half - 1, -1, -1)
+    q = q * angle.cos() + q.roll(half, -1) * angle.sin()
+    k = k * angle.cos() + k[..., order] * angle.sin()
+    return F.scaled_dot_product_attention(q, k.flip(-1), v)
+
+
 def registered_bhnd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_bhnd(q, k, v)
 
@@ -107,6 +162,14 @@ MIXES: tuple[Mix, ...] = (
     scaled_product,
     merged_baddbmm,
     einsum,
+    einsum_by_token,
+    soft_cap,
+    masked_product,
+    product_bias,
+    sinks,
+    sinks_first,
+    normalized,
+    rotated,
     registered_bhnd,
     registered_bnhd,
 )
@@ -208,6 +271,70 @@ class Swiglu(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class TensorSplit(Geglu):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.up(x).tensor_split(2, dim=-1)
+        return self.down(value * F.silu(gate))
+
+
+class Normed(Mlp):
+    """A norm in front of the activation or behind it, or spelled out."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.norm = where, nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.where == "front":
+            return self.down(F.gelu(self.norm(h)))
+        if self.where == "behind":
+            return self.down(self.norm(F.gelu(h)))
+        h = F.gelu(h)
+        return self.down(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class BatchNormed(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.up(x).transpose(1, 2)).transpose(1, 2)
+        return self.down(F.gelu(h))
+
+
+class Products(nn.Module):
+    """Weights [in, out], and how they are multiplied."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.product = product
+        self.up = nn.Parameter(torch.randn(WIDTH, HIDDEN) / 4)
+        self.down = nn.Parameter(torch.randn(HIDDEN, WIDTH) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(F.gelu(self.product(x, self.up)), self.down)
+
+
+def by_bmm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x, weight.expand(x.shape[0], -1, -1))
+
+
+def by_baddbmm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.baddbmm(weight[:1], x, weight.expand(x.shape[0], -1, -1))
+
+
+def channels_first(x: Tensor, weight: Tensor) -> Tensor:
+    return (weight.t() @ x.transpose(1, 2)).transpose(1, 2)
+
+
+def by_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Two products side by side, of half of the channels each."""
+    both = torch.stack([weight[: x.shape[-1] // 2], weight[x.shape[-1] // 2 :]])
+    return torch.einsum("bnhc,hcd->bnd", x.unflatten(-1, (2, -1)), both)
+
+
 class Conv1(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -235,6 +362,23 @@ MLPS: dict[str, Callable[[], nn.Module]] = {
     "log sigmoid": lambda: Mlp(F.logsigmoid),
     "geglu": Geglu,
     "swiglu": Swiglu,
+    "swiglu by tensor_split": TensorSplit,
+    "prelu": lambda: Mlp(nn.PReLU()),
+    "prelu per channel": lambda: Mlp(
+        lambda x: F.prelu(x.mT, torch.linspace(0, 1, HIDDEN).to(x)).mT
+    ),
+    "a norm in front": lambda: Normed("front"),
+    "a norm behind": lambda: Normed("behind"),
+    "a norm spelled out": lambda: Normed("spelled out"),
+    "batch norm": BatchNormed,
+    "matmul": lambda: Products(torch.matmul),
+    "matmul from the left": lambda: Products(channels_first),
+    "einsum": lambda: Products(lambda x, w: torch.einsum("bnc,cd->bnd", x, w)),
+    "einsum, the weight first": lambda: Products(lambda x, w: torch.einsum("cd,bnc->bnd", w, x)),
+    "einsum of halves": lambda: Products(by_heads),
+    "bmm": lambda: Products(by_bmm),
+    "baddbmm": lambda: Products(by_baddbmm),
+    "tensordot": lambda: Products(lambda x, w: torch.tensordot(x, w, 1)),
     "lora": lambda: Mlp(linear=LoRA),
     "int8": lambda: Mlp(linear=Int8),
     "packed int8": lambda: Mlp(linear=PackedInt8),
@@ -244,15 +388,35 @@ MLPS: dict[str, Callable[[], nn.Module]] = {
 FLOAT32 = {"packed int8"}  # has no float64 kernel
 
 
+# a stream and what a module adds to it
+
+Join = Callable[[Tensor, Tensor], Tensor]
+
+JOINS: dict[str, Join] = {
+    "add": lambda x, f: x + f,
+    "subtract": lambda x, f: x - f,
+    "in place": lambda x, f: x.clone().add_(f),
+    "alpha": lambda x, f: torch.add(x, f, alpha=0.5),
+    "addcmul": lambda x, f: torch.addcmul(x, f, f.new_full((WIDTH,), 0.5)),
+    "sum of a list": lambda x, f: sum([x, f]),  # type: ignore[return-value]
+    "lerp": lambda x, f: torch.lerp(x, f, 0.25),
+    "lerp from the other side": lambda x, f: f.lerp(x, f.new_full((), 0.75)),
+    "scaled sum": lambda x, f: 0.8 * x + 0.6 * f,
+    "scaled sum, parameters": lambda x, f: x * x.new_ones(WIDTH) + f / 2,
+    "scaled afterwards": lambda x, f: (x + f) / 2**0.5,
+}
+
+
 class Block(nn.Module):
-    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, mlp: nn.Module, join: Join) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(WIDTH), attention
         self.norm2, self.mlp = nn.LayerNorm(WIDTH), mlp
+        self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.join(x, self.attention(self.norm1(x)))
+        return self.join(x, self.mlp(self.norm2(x)))
 
 
 class Model(nn.Module):
@@ -261,9 +425,12 @@ class Model(nn.Module):
         mix: Mix = sdpa,
         mlp: Callable[[], nn.Module] = Mlp,
         linear: Callable[[int, int], nn.Module] = nn.Linear,
+        join: Join = torch.add,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(Attention(mix, linear), mlp()) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(
+            Block(Attention(mix, linear), mlp(), join) for _ in range(BLOCKS)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -160,6 +160,9 @@ OPS: Mapping[Any, Op] = {
     aten.hardswish.default: Op(axes.pointwise, Family.ACTIVATION),  # which torch does not tag
     aten.log_sigmoid.default: Op(axes.pointwise, Family.ACTIVATION),  # nor this
     aten._prelu_kernel.default: Op(axes.pointwise, Family.ACTIVATION),  # nor this
+    aten.zeros_like.default: Op(axes.pointwise),
+    aten.ones_like.default: Op(axes.pointwise),
+    aten.full_like.default: Op(axes.pointwise),
     aten.polar.default: Op(axes.pointwise),
     aten.complex.default: Op(axes.pointwise),
     aten.add.Tensor: _ADD,

@@ -1,10 +1,10 @@
 """What linear layers and attention look like in a pre-dispatch ATen graph, in all their spellings.
 
-    linear      linear, addmm, mm or matmul with a weight; packed low-bit weights; convolution with
-                a kernel of one position
+    linear      linear, addmm, or any product with a weight (einsum); packed low-bit weights;
+                convolution with a kernel of one position
     attention   scaled_dot_product_attention; softmax(scale q k^T + mask) v by matmul, bmm or
-                baddbmm (einsum is one of these after tracing); operators that
-                ``register_attention`` knows
+                baddbmm (einsum is one of these after tracing), with a cap on the scores or sinks
+                beside them; operators that ``register_attention`` knows
 
 A node is *constant* (``meta["constant"]``, set by ``capture.aten``) if it depends on the model's
 parameters and buffers only.
@@ -12,26 +12,27 @@ parameters and buffers only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import fx
 
+from toca_fx.graph import tokenwise
+from toca_fx.graph.axes import shape_of
 from toca_fx.graph.ops import (
-    LINEAR_POINTWISE,
     PRODUCTS,
     RELAYOUTS,
     SOFTMAXES,
     argument,
     aten,
+    is_cheap,
+    operands,
     overloads_of,
 )
+from toca_fx.graph.tokenwise import Tokens
 
 Layout = Literal["bhnd", "bnhd"]
-
-# What may lie between the product of queries and keys and its softmax: scaling and masks.
-_SCALED = RELAYOUTS | LINEAR_POINTWISE | {aten.masked_fill.Scalar}
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ def attention_at(node: fx.Node) -> Attention | None:
     if node.target not in PRODUCTS or node.target is aten.baddbmm.default:
         return None
     weights, value = node.args[:2]
-    softmax = _back(weights, lambda at: at.target in SOFTMAXES, RELAYOUTS)
+    softmax = next(_upstream(weights, SOFTMAXES, _is_relayout), None)
     if softmax is None or not isinstance(weights, fx.Node) or not isinstance(value, fx.Node):
         return None
-    rank = len(softmax.meta["val"].shape)
+    rank = len(shape_of(softmax))
     if softmax.args[1] not in (-1, rank - 1):
         return None
-    product = _back(softmax.args[0], lambda at: at.target in PRODUCTS, _SCALED)
+    product = _scores(softmax.args[0]) or _scores(_beside_sinks(softmax, weights))
     if product is None:
         return None
     query, key = product.args[-2:]
@@ -118,23 +119,62 @@ def attention_at(node: fx.Node) -> Attention | None:
     return Attention(node, query, key, value, weights)
 
 
+def _scores(value: object) -> fx.Node | None:
+    """The product of queries and keys behind what goes into the softmax; None if there is none.
+
+    Scaling, a cap and masks may lie between the two. A position bias can be a product as well: it
+    is broadcast.
+    """
+    found = list(_upstream(value, PRODUCTS, is_cheap))
+    if len(found) > 1 and isinstance(value, fx.Node):
+        found = [node for node in found if shape_of(node).numel() == shape_of(value).numel()]
+    return found[0] if found else None
+
+
+def _beside_sinks(softmax: fx.Node, weights: fx.Node) -> fx.Node | None:
+    """What ``weights`` are the softmax of, if others stand beside it that belong to no key.
+
+    A softmax over both gives weights that do not sum to 1; those of the sinks are thrown away.
+    """
+    axis = len(shape_of(weights)) - 1
+    node, where = weights, Tokens(1, shape_of(weights)[axis], batch_axis=None, axis=axis)
+    while node.target is not aten.cat.default:
+        moved = tokenwise.segment(node, where)
+        if moved is not None:
+            node, where = moved
+            continue
+        carried = {softmax.args[0]: where.axis} if node is softmax else operands(node, where.axis)
+        if not carried or len(carried) > 1:
+            return None
+        ((source, at),) = carried.items()
+        if not isinstance(source, fx.Node):
+            return None
+        node, where = source, replace(where, axis=at)
+    part = tokenwise.segment(node, where)
+    is_whole = part is not None and shape_of(part[0])[where.axis] == where.count
+    return part[0] if part is not None and is_whole else None
+
+
+def _is_relayout(node: fx.Node) -> bool:
+    return node.target in RELAYOUTS
+
+
 def attention_scale(node: fx.Node) -> Any:
     """The scale argument of an attention operator; None if it has none."""
     return argument(node, "scale", "softmax_scale")
 
 
-def _back(
-    value: object, wanted: Callable[[fx.Node], bool], through: frozenset[Any]
-) -> fx.Node | None:
-    """The nearest wanted node upstream, through operators of ``through`` only; None if none."""
+def _upstream(
+    value: object, wanted: Container[object], through: Callable[[fx.Node], bool]
+) -> Iterator[fx.Node]:
+    """The nodes upstream with a ``wanted`` operator, nearest first, ``through`` others only."""
     pending, seen = [value], set()
     while pending:
         node = pending.pop(0)
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if wanted(node):
-            return node
-        if node.target in through:
+        if node.target in wanted:
+            yield node
+        elif through(node):
             pending.extend(node.all_input_nodes)
-    return None

@@ -10,6 +10,8 @@ from torch import fx
 from toca_fx.graph.modules import common_path, numbered_block
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
+    NORMS,
+    REDUCTIONS,
     activations,
     aten,
     is_activation,
@@ -22,6 +24,9 @@ from toca_fx.match.anchors import attention_at
 from toca_fx.match.branches import Found, module_output, residuals_behind, site_at
 from toca_fx.match.origins import projected, unshaped
 from toca_fx.match.sites import NearMiss
+
+# What may lie between the linears besides pointwise operators: norms, spelled out or not.
+_INSIDE = CONVOLUTIONS | NORMS | REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ def _is_channels_first(mlp: Mlp, output: fx.Node) -> bool:
 def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
     """The MLP that ends in the linear layer ``last``; None if none does.
 
-    It is found by walking back, through pointwise operators, splits and an activation, to earlier
-    linear layers.
+    It is found by walking back, through pointwise operators, splits, norms and an activation, to
+    earlier linear layers.
     """
     source = linear_input(last)
     if source is None:
@@ -106,18 +111,18 @@ def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
     pending, seen = [source], {source}
     while pending:
         node = pending.pop()
-        if linear_input(node) is not None:
-            first.append(node)
-            continue
         if attention_at(node) is not None:
             attends = True
+            continue
+        if linear_input(node) is not None:
+            first.append(node)
             continue
         if node.op == "placeholder":
             continue
         if node.target is aten.cat.default:
             merge = node
         elif node in flow.residuals or not (
-            is_cheap(node) or is_activation(node) or node.target in CONVOLUTIONS
+            is_cheap(node) or is_activation(node) or node.target in _INSIDE
         ):
             return None
         activated |= is_activation(node)

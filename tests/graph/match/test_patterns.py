@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import capture
-from tests.spellings import BLOCKS, FLOAT32, MIXES, MLPS, LoRA, Mix, make
+from tests.spellings import BLOCKS, FLOAT32, JOINS, MIXES, MLPS, LoRA, Mix, make
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
 
@@ -33,6 +33,11 @@ def test_attention_spelled_as(mix: Mix) -> None:
 def test_mlp_spelled_as(name: str) -> None:
     dtype = torch.float32 if name in FLOAT32 else torch.float64
     assert_found(*make(dtype, mlp=MLPS[name]))
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_residual_spelled_as(name: str) -> None:
+    assert_found(*make(join=JOINS[name]))
 
 
 def test_low_rank_projections_of_an_attention() -> None:

@@ -16,6 +16,7 @@ from tests.marks import slow_but
 from tests.spellings import (
     BLOCKS,
     FLOAT32,
+    JOINS,
     MIXES,
     MLPS,
     STEPS,
@@ -75,6 +76,11 @@ def test_attention_spelled_as(mix: Mix, attention: str) -> None:
 def test_mlp_spelled_as(name: str) -> None:
     dtype = torch.float32 if name in FLOAT32 else torch.float64
     check(*make(dtype, mlp=MLPS[name]), saves=name != "conv2d")
+
+
+@pytest.mark.parametrize("name", slow_but(["lerp", "scaled sum"], JOINS, REASON))
+def test_residual_spelled_as(name: str) -> None:
+    check(*make(join=JOINS[name]))
 
 
 @pytest.mark.parametrize("attention", slow_but(["partial"], ["compute", "partial"], REASON))
