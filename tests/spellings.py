@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -420,6 +420,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """Blocks of a list."""
+
     def __init__(
         self,
         mix: Mix = sdpa,
@@ -428,19 +430,99 @@ class Model(nn.Module):
         join: Join = torch.add,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(Attention(mix, linear), mlp(), join) for _ in range(BLOCKS)
-        )
+        self.put([Block(Attention(mix, linear), mlp(), join) for _ in range(BLOCKS)])
+
+    def put(self, blocks: list[Block]) -> None:
+        self.blocks = nn.ModuleList(blocks)
+
+    def order(self) -> Iterable[nn.Module]:
+        return self.blocks
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self.order():
             x = block(x)
         return x
 
 
-def make(dtype: torch.dtype = torch.float64, **spellings: Any) -> tuple[nn.Module, list[Tensor]]:
+class Attributes(Model):
+    """block1, block2."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.block1, self.block2 = blocks
+
+    def order(self) -> Iterable[nn.Module]:
+        return (self.block1, self.block2)
+
+
+class Names(Model):
+    """Attributes with names of their own."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.upper, self.lower = blocks
+
+    def order(self) -> Iterable[nn.Module]:
+        return (self.upper, self.lower)
+
+
+class Keys(Model):
+    """A ModuleDict, the last first."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.stages = nn.ModuleDict(dict(zip("ab", blocks, strict=True)))
+
+    def order(self) -> Iterable[nn.Module]:
+        return reversed(self.stages.values())
+
+
+class Shared(Model):
+    """One block, called again and again."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.block = blocks[0]
+
+    def order(self) -> Iterable[nn.Module]:
+        return (self.block,) * BLOCKS
+
+
+class SharedOfList(Model):
+    """The only block of a list, called again and again."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.blocks = nn.ModuleList(blocks[:1])
+
+    def order(self) -> Iterable[nn.Module]:
+        return [self.blocks[0] for _ in range(BLOCKS)]
+
+
+class Nested(Model):
+    """Attributes of a module that does nothing else."""
+
+    def put(self, blocks: list[Block]) -> None:
+        self.trunk = Attributes.__new__(Attributes)
+        nn.Module.__init__(self.trunk)
+        self.trunk.put(blocks)
+
+    def order(self) -> Iterable[nn.Module]:
+        return (self.trunk,)
+
+
+# With the paths of their blocks, in order.
+MODELS: dict[type[Model], tuple[str, str]] = {
+    Model: ("blocks.0", "blocks.1"),
+    Attributes: ("block1", "block2"),
+    Names: ("upper", "lower"),
+    Keys: ("stages.b", "stages.a"),
+    Shared: ("block@0", "block@1"),
+    SharedOfList: ("blocks.0@0", "blocks.0@1"),
+    Nested: ("trunk.block1", "trunk.block2"),
+}
+
+
+def make(
+    dtype: torch.dtype = torch.float64, kind: type[Model] = Model, **spellings: Any
+) -> tuple[nn.Module, list[Tensor]]:
     """The model and the input of each step."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Model(**spellings).to(dtype).eval().requires_grad_(False)
+        model = kind(**spellings).to(dtype).eval().requires_grad_(False)
         return model, list(torch.randn(STEPS, BATCH, TOKENS, WIDTH, dtype=dtype))

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture import modules
 from toca_fx.capture.casts import bake
 from toca_fx.capture.decompositions import DECOMPOSITIONS
 from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
-from toca_fx.capture.sources import clean_path, input_sources
+from toca_fx.capture.sources import input_sources
 from toca_fx.capture.updates import Updates, updates_of, written_buffers
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
@@ -62,8 +63,9 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     buffers = written_buffers(graph_module.graph, sources, inputs)
     # Whoever has the model reads its buffers afterwards.
     returned.args = ((returned.args[0], buffers),)
+    modules.mark(graph_module.graph, roles.model_name(sources))
     with OFF.again():
-        _clean(graph_module, roles.model_name(sources), buffers)
+        _clean(graph_module, buffers)
         bake(graph_module.graph)
     outputs, after = returned.args[0]
     returned.args = (outputs,)
@@ -74,16 +76,12 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     return graph_module
 
 
-def _clean(graph_module: fx.GraphModule, model: str, buffers: Collection[fx.Node]) -> None:
-    """Name the modules of all nodes, and remove writes in place and what does nothing.
+def _clean(graph_module: fx.GraphModule, buffers: Collection[fx.Node]) -> None:
+    """Remove writes in place and what does nothing.
 
-    ``model`` is Dynamo's name of the model; only ``buffers`` may be inputs that are written to.
+    Only ``buffers`` may be inputs that are written to.
     """
     for node in list(graph_module.graph.nodes):
-        modules = node.meta.get("nn_module_stack", {}).values()
-        stack = [clean_path(name, model) for name, *_ in modules]
-        node.meta["stack"] = tuple(path for path in stack if path)
-        node.meta["path"] = stack[-1] if stack else ""
         is_identity = node.target is aten.detach_.default or (
             node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
         )

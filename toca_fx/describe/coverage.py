@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from toca_fx.graph.modules import numbered_block
+from toca_fx.graph.modules import OUTSIDE
 from toca_fx.graph.network import needed
 from toca_fx.graph.stream import Flow
 from toca_fx.lower.flops import count_flops
@@ -36,8 +36,9 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
     graph = module.graph
     (end,) = graph.find_nodes(op="output")
     left_over = needed(graph, [end.name], given={site.output for site in matches.sites})
-    blocks = {numbered_block(add.meta.get("path", "")) for add in Flow(graph).residuals}
-    inside = {node.name: node for node in graph.nodes if _in_one_of(blocks, node)}
+    flow = Flow(graph)
+    blocks = {flow.block_of([add]) for add in flow.residuals} - {OUTSIDE}
+    inside = {node.name: node for node in graph.nodes if flow.block_of([node]) in blocks}
     attentions = [name for name, node in inside.items() if attention_at(node) is not None]
     mlps = {site.anchor for site in matches.sites if site.kind == "mlp"}
     missed = sum(miss.kind == "mlp" for miss in matches.misses)
@@ -51,8 +52,3 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
         mlps=(len(mlps), len(mlps) + missed),
         share=(total - left) / total if total else 0.0,
     )
-
-
-def _in_one_of(blocks: set[tuple[str, int | None]], node: fx.Node) -> bool:
-    block = numbered_block(node.meta.get("path", ""))
-    return block in blocks and block[1] is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from toca_fx.graph.modules import OUTSIDE, Block, blocks_of
 from toca_fx.graph.ops import ADDS, RELAYOUTS, aten, is_constant, linear_input
 
 # The operands of an add that may be (stream, branch).
@@ -36,7 +37,8 @@ class Flow:
     """The ancestors of all nodes, and the adds of the residual streams.
 
     Ancestors are bit sets, as graphs have thousands of nodes. ``position`` is the order of the
-    nodes, ``residuals`` maps an add to (stream, branch), the two that it adds.
+    nodes, ``residuals`` maps an add to (stream, branch), the two that it adds. ``blocks`` has the
+    block of each node, and its number.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -64,9 +66,15 @@ class Flow:
                 if any(self.reaches(read, nodes[at]) for at in _bits(between)):
                     self.residuals[node] = stream, branch
                     break
+        self.blocks = blocks_of(nodes, self.residuals)
         self._streams = sum(
             {1 << self.position[root(stream)] for stream, _ in self.residuals.values()}
         )
+
+    def block_of(self, nodes: Sequence[fx.Node]) -> Block:
+        """The block that all ``nodes`` lie in, and its number; ("", None) if there is none."""
+        blocks = {self.blocks.get(node, OUTSIDE) for node in nodes}
+        return blocks.pop() if len(blocks) == 1 else OUTSIDE
 
     def reads_a_stream(self, node: fx.Node) -> bool:
         """Whether ``node`` depends on a residual stream."""

@@ -46,7 +46,7 @@ def attention_sites(
     for add in ends:
         output = module_output((node,), add, flow, merges)
         site_path = path if len(ends) == 1 else output.meta["path"]
-        site = site_at(kind, site_path, node, output, add, flow)
+        site = site_at(kind, site_path, (node,), output, add, flow)
         if isinstance(site, NearMiss):
             yield site
         else:

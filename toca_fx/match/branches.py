@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from toca_fx.graph.modules import common_path, numbered_block
+from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import activations, is_cheap
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.match.anchors import attention_at
@@ -29,13 +29,12 @@ class Found:
 
 def residuals_behind(anchor: fx.Node, flow: Flow) -> list[fx.Node]:
     """The first adds downstream of ``anchor`` to a stream that it reads, within its block."""
-    block = numbered_block(anchor.meta["path"])
+    block = flow.block_of([anchor])
     found, seen, pending = [], set(), [anchor]
     while pending:
         node = pending.pop()
         for user in node.users:
-            other = numbered_block(user.meta.get("path", ""))
-            if user in seen or other not in (block, ("", None)):
+            if user in seen or flow.block_of([user]) not in (block, OUTSIDE):
                 continue
             seen.add(user)
             if _adds_to_input(user, anchor, flow):
@@ -79,14 +78,17 @@ def module_output(
 
 
 def site_at(
-    kind: str, path: str, anchor: fx.Node, output: fx.Node, add: fx.Node, flow: Flow
+    kind: str, path: str, anchors: Sequence[fx.Node], output: fx.Node, add: fx.Node, flow: Flow
 ) -> Site | NearMiss:
-    """The site of module ``path``, or why it is none."""
-    block, layer = numbered_block(path)
+    """The site of module ``path``, which its ``anchors`` lie in, or why it is none."""
+    block, layer = flow.block_of(anchors)
     shape = tuple(getattr(output.meta["val"], "shape", ()))
     if layer is None:
         return NearMiss(
-            kind, path, "it lies outside the numbered blocks (no index in its module path)"
+            kind,
+            path,
+            "it lies outside the numbered blocks (no index in its module path, and no module like "
+            "it beside it)",
         )
     if len(shape) != 3:
         return NearMiss(kind, path, f"its output has shape {shape}, not [batch, tokens, channels]")
@@ -96,7 +98,7 @@ def site_at(
         layer,
         block,
         output.name,
-        anchor.name,
+        anchors[0].name,
         shape,
         residual=add.name,
         stream=flow.residuals[add][0].name,
@@ -111,7 +113,7 @@ def unexplained(
     known = {miss.path for miss in misses}
     for add, (stream, branch) in flow.residuals.items():
         path = add.meta.get("path", "")
-        if add in ends or numbered_block(path)[1] is None:
+        if add in ends or flow.block_of([add]) == OUTSIDE:
             continue
         region = flow.between(flow.read_by(branch, stream) or root(stream), branch)
         heavy = [node for node in region if node.op == "call_function" and not is_cheap(node)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from toca_fx.graph.modules import common_path, numbered_block
+from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
     NORMS,
@@ -62,13 +62,16 @@ def mlps_of(graph: fx.Graph, flow: Flow) -> dict[fx.Node, Mlp]:
 def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
     """The sites of an MLP, one per stream that its output is added to, or why there is none.
 
-    An MLP that reads no residual stream, or lies in no numbered block, is not even a near miss:
-    embedders of timesteps and conditions are such.
+    An MLP that reads no residual stream, or is added to none outside of the blocks, is not even a
+    near miss: embedders of timesteps and conditions, and output layers are such.
     """
-    path = common_path([*mlp.first, *mlp.last])
-    if numbered_block(path)[1] is None or not flow.reads_a_stream(mlp.first[0]):
+    linears = [*mlp.first, *mlp.last]
+    path = common_path(linears)
+    if not flow.reads_a_stream(mlp.first[0]):
         return
     ends = residuals_behind(mlp.last[0], flow)
+    if not ends and flow.block_of(linears) == OUTSIDE:
+        return
     if not ends:
         yield NearMiss("mlp", path, "its output is not added to the stream that it reads")
     elif len({projected(linear) for linear in mlp.first}) != 1:
@@ -82,7 +85,7 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
                     "mlp", path, f"its output has shape {shape}: channels come before tokens"
                 )
                 continue
-            site = site_at("mlp", path, mlp.first[0], output, add, flow)
+            site = site_at("mlp", path, linears, output, add, flow)
             yield site if isinstance(site, NearMiss) else Found(site, add)
 
 

@@ -171,8 +171,13 @@ def test_modules_outside_the_numbered_blocks() -> None:
     assert [site.path for site in found.sites] == ["layers.0.part"]
     assert [(miss.kind, miss.path) for miss in found.misses] == [("self_attention", "head.part")]
     assert "outside the numbered blocks" in found.misses[0].reason
-    # Embedders are linear - activation - linear too: outside the blocks they are not worth a line.
     found = matches_of(Blocks(Residual(Plain()), head=Residual(Plain())))
+    assert [site.path for site in found.sites] == ["layers.0.part"]
+    assert [(miss.kind, miss.path) for miss in found.misses] == [("mlp", "head.part")]
+    assert "outside the numbered blocks" in found.misses[0].reason
+    # Output layers can be linear - activation - linear too: added to nothing, they are not worth a
+    # line.
+    found = matches_of(Blocks(Residual(Plain()), head=Residual(Plain(), added=False)))
     assert [site.path for site in found.sites] == ["layers.0.part"]
     assert found.misses == ()
 

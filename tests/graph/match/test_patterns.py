@@ -7,21 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import capture
-from tests.spellings import BLOCKS, FLOAT32, JOINS, MIXES, MLPS, LoRA, Mix, make
+from tests.spellings import FLOAT32, JOINS, MIXES, MLPS, MODELS, LoRA, Mix, Model, make
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
 
 
-def assert_found(model: nn.Module, steps: list[Tensor]) -> None:
+def assert_found(
+    model: nn.Module, steps: list[Tensor], blocks: tuple[str, ...] = MODELS[Model]
+) -> None:
     captured, inputs = capture(model, steps[0])
     found = match(to_aten(captured, inputs).graph)
     expected = [
-        (kind, f"blocks.{i}.{name}")
-        for i in range(BLOCKS)
+        (kind, f"{block}.{name}", layer, 2 * layer)
+        for layer, block in enumerate(blocks)
         for kind, name in (("self_attention", "attention"), ("mlp", "mlp"))
     ]
-    assert [(site.kind, site.path) for site in found.sites] == expected, found.misses
+    sites = [(site.kind, site.path, site.layer, site.influence) for site in found.sites]
+    assert sites == expected, found.misses
     assert not found.misses
+    assert len({site.block for site in found.sites}) == 1
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.__name__)
@@ -38,6 +42,11 @@ def test_mlp_spelled_as(name: str) -> None:
 @pytest.mark.parametrize("name", JOINS)
 def test_residual_spelled_as(name: str) -> None:
     assert_found(*make(join=JOINS[name]))
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_blocks_of(kind: type[Model]) -> None:
+    assert_found(*make(kind=kind), blocks=MODELS[kind])
 
 
 def test_low_rank_projections_of_an_attention() -> None:

@@ -4,6 +4,7 @@ less work. That they are found is a test of tests/graph.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,10 +20,14 @@ from tests.spellings import (
     JOINS,
     MIXES,
     MLPS,
+    MODELS,
     STEPS,
     TOKENS,
+    Block,
     LoRA,
     Mix,
+    Model,
+    Shared,
     make,
     scaled_product,
     sdpa,
@@ -78,9 +83,61 @@ def test_mlp_spelled_as(name: str) -> None:
     check(*make(dtype, mlp=MLPS[name]), saves=name != "conv2d")
 
 
+class Recorded:
+    """What attentions and MLPs return, call by call: recorded on full steps, else returned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.full, self.outputs, self.at = True, [], 0
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.attention.register_forward_hook(self)
+                module.mlp.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.full:
+            self.outputs.append(output)
+        self.at += 1
+        return self.outputs[self.at - 1]
+
+    def step(self, full: bool) -> None:
+        self.full, self.at = full, 0
+        if full:
+            self.outputs.clear()
+
+
+def check_reuse(model: nn.Module, steps: list[Tensor]) -> None:
+    """Each module reuses what the same call of it returned on the last full step."""
+    torch._dynamo.reset()
+    policy = make_policy(
+        sampler={"steps": STEPS}, modules={"self_attention": "reuse", "mlp": "reuse"}
+    )
+    fast = toca_fx.compile(copy.deepcopy(model), policy, inner="eager")
+    recorded = Recorded(model)
+    with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
+        for step, x in enumerate(steps):
+            recorded.step(full=step % 3 == 0)
+            assert (fast(x) - model(x)).abs().max() <= 1e-10, f"step {step}"
+    assert run.report().flops_done < run.report().flops_uncached / 2
+
+
+@pytest.mark.parametrize("kind", slow_but([Shared], MODELS, REASON), ids=lambda kind: kind.__name__)
+def test_modules_of_blocks_of(kind: type[Model]) -> None:
+    check_reuse(*make(kind=kind))
+
+
+@pytest.mark.parametrize("name", slow_but(["lerp"], JOINS, REASON))
+def test_modules_joined_by(name: str) -> None:
+    check_reuse(*make(join=JOINS[name]))
+
+
 @pytest.mark.parametrize("name", slow_but(["lerp", "scaled sum"], JOINS, REASON))
 def test_residual_spelled_as(name: str) -> None:
     check(*make(join=JOINS[name]))
+
+
+@pytest.mark.parametrize("kind", slow_but([Shared], MODELS, REASON), ids=lambda kind: kind.__name__)
+def test_blocks_of(kind: type[Model]) -> None:
+    check(*make(kind=kind), attention={"weight": 1.0})
 
 
 @pytest.mark.parametrize("attention", slow_but(["partial"], ["compute", "partial"], REASON))
