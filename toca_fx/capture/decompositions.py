@@ -8,10 +8,11 @@ twice. Those that torch makes of others, and for which there is a rule of their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toca_fx.graph.ops import overloads_of
 from toca_fx.torch_private import OpOverload, is_mutable
@@ -39,13 +40,64 @@ _SPELLINGS = (
     *(aten.std.dim, aten.var.dim, aten.std_mean.dim, aten.var_mean.dim),
     *(aten.linalg_norm.default, aten.frobenius_norm.dim),
     # Products.
-    *(aten.einsum, aten.inner, aten.tensordot, aten.outer, aten.kron),
+    *(aten.inner, aten.tensordot, aten.outer, aten.kron),
     *(aten.linalg_matmul, aten.linalg_multi_dot, aten.chain_matmul, aten.linalg_vecdot),
 )
+
+
+def _einsum(equation: str, operands: Sequence[Tensor], **options: Any) -> Any:
+    """``einsum``, with the axes that both operands share (samples, heads) apart in the product.
+
+    torch joins them into one axis, in which samples could no longer be told from heads.
+    """
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    product = _batched(inputs.split(","), output, [operand.shape for operand in operands])
+    if product is None:
+        return aten.einsum.default.decompose(equation, operands, **options)
+    first, left, right, order = product
+    rows, columns = operands[first], operands[1 - first]
+    return torch.matmul(rows.permute(left), columns.permute(right)).permute(order)
+
+
+def _batched(
+    inputs: Sequence[str], output: str, shapes: Sequence[Sequence[int]]
+) -> tuple[int, list[int], list[int], list[int]] | None:
+    """Which of two operands has the rows of the product, and the orders of all axes for it.
+
+    That is, of the axes of the rows, of the columns, and of the product for the output. None unless
+    the operands share several axes, and each has one of its own besides the one to be summed over.
+    """
+    if len(inputs) != 2 or not all(part.isalpha() for part in (*inputs, output)):
+        return None
+    if any(len(set(part)) != len(part) for part in (*inputs, output)):
+        return None
+    both = [axis for axis in inputs[0] if axis in inputs[1]]
+    shared = [axis for axis in output if axis in both]
+    summed = [axis for axis in both if axis not in output]
+    own = [[axis for axis in part if axis not in both] for part in inputs]
+    sizes = [
+        dict(zip(part, shape, strict=True)) for part, shape in zip(inputs, shapes, strict=True)
+    ]
+    if (
+        len(shared) < 2
+        or [len(summed), len(own[0]), len(own[1])] != [1, 1, 1]
+        or sorted(output) != sorted([*shared, *own[0], *own[1]])
+        or any(sizes[0][axis] != sizes[1][axis] for axis in both)
+    ):
+        return None
+    first = int(output.index(own[0][0]) > output.index(own[1][0]))
+    rows, columns = own[first], own[1 - first]
+    return (
+        first,
+        [inputs[first].index(axis) for axis in [*shared, *rows, *summed]],
+        [inputs[1 - first].index(axis) for axis in [*shared, *summed, *columns]],
+        [[*shared, *rows, *columns].index(axis) for axis in output],
+    )
+
 
 DECOMPOSITIONS: Mapping[OpOverload, Callable[..., Any]] = {
     overload: overload.decompose
     for spelling in _SPELLINGS
     for overload in overloads_of(spelling)
     if not is_mutable(overload)
-}
+} | {aten.einsum.default: _einsum}

@@ -128,7 +128,25 @@ def _scores(value: object) -> fx.Node | None:
     found = list(_upstream(value, PRODUCTS, is_cheap))
     if len(found) > 1 and isinstance(value, fx.Node):
         found = [node for node in found if shape_of(node).numel() == shape_of(value).numel()]
-    return found[0] if found else None
+    return found[0] if found and not _is_turned(value, found[0]) else None
+
+
+def _is_turned(value: object, product: fx.Node) -> bool:
+    """Whether the last axis of ``value`` is that of the rows of ``product``.
+
+    What is called its right operand are the queries then.
+    """
+    pending: list[tuple[object, int]] = [(value, -1)]
+    while pending:
+        node, axis = pending.pop()
+        if not isinstance(node, fx.Node):
+            continue
+        axis %= len(shape_of(node))
+        if node is product:
+            return axis == len(shape_of(node)) - 2
+        if is_cheap(node):
+            pending.extend((operands(node, axis) or {}).items())
+    return False
 
 
 def _beside_sinks(softmax: fx.Node, weights: fx.Node) -> fx.Node | None:
