@@ -228,6 +228,44 @@ class Attention(nn.Module):
         return self.out(self.mix(*heads).transpose(1, 2).flatten(2))
 
 
+class Multihead(nn.Module):
+    """torch's own, which flattens tokens and samples token by token."""
+
+    def __init__(self, need_weights: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.need_weights, self.batch_first = need_weights, batch_first
+        self.heads = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        out = self.heads(x, x, x, need_weights=self.need_weights)[0]
+        return out if self.batch_first else out.transpose(0, 1)
+
+
+class Flattened(Attention):
+    """Projections of flattened tokens, and a norm over groups of channels in each of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        q, k, v = (
+            linear(flat).reshape(*x.shape[:2], HEADS, -1).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        q = F.group_norm(q.transpose(1, 2).reshape(-1, WIDTH), HEADS)
+        q = q.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2)
+        out = self.mix(q, k, v).transpose(1, 2).reshape(-1, WIDTH)
+        return self.out(out).view_as(x)
+
+
+ATTENTIONS: dict[str, Callable[[], nn.Module]] = {
+    "multihead": lambda: Multihead(need_weights=False, batch_first=True),
+    "multihead with its map": lambda: Multihead(need_weights=True, batch_first=True),
+    "multihead, tokens first": lambda: Multihead(need_weights=False, batch_first=False),
+    "multihead with its map, tokens first": lambda: Multihead(True, False),
+    "flattened": lambda: Flattened(sdpa, nn.Linear),
+}
+
+
 class Mlp(nn.Module):
     """linear -> activation -> dropout -> linear."""
 
@@ -428,9 +466,11 @@ class Model(nn.Module):
         mlp: Callable[[], nn.Module] = Mlp,
         linear: Callable[[int, int], nn.Module] = nn.Linear,
         join: Join = torch.add,
+        attention: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.put([Block(Attention(mix, linear), mlp(), join) for _ in range(BLOCKS)])
+        made = attention or (lambda: Attention(mix, linear))
+        self.put([Block(made(), mlp(), join) for _ in range(BLOCKS)])
 
     def put(self, blocks: list[Block]) -> None:
         self.blocks = nn.ModuleList(blocks)

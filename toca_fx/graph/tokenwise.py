@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,10 @@ from toca_fx.graph.ops import REGROUPS, SPLITS, aten
 class Tokens:
     """Where the ``count`` tokens of ``batch`` samples lie in a tensor.
 
-    ``batch_axis`` and ``axis`` are its axes; equal, if samples and tokens are flattened into one;
-    ``batch_axis`` is None in a tensor that all samples share. The tokens are the positions from
-    ``offset`` on, if the axis holds more than them.
+    ``batch_axis`` and ``axis`` are its axes; equal, if samples and tokens are flattened into one:
+    sample by sample, or ``tokens_first``, token by token. ``batch_axis`` is None in a tensor that
+    all samples share. Along a batch axis of its own a sample has ``groups`` positions side by side:
+    its heads. The tokens are the positions from ``offset`` on, if the axis holds more than them.
     """
 
     batch: int
@@ -34,11 +35,18 @@ class Tokens:
     batch_axis: int | None = 0
     axis: int = 1
     offset: int = 0
+    groups: int = 1
+    tokens_first: bool = False
 
     @property
     def flat(self) -> bool:
         """Whether samples and tokens share one axis."""
         return self.batch_axis == self.axis
+
+    @property
+    def samples(self) -> int:
+        """The size of a batch axis of its own."""
+        return self.batch * self.groups
 
 
 Operands = dict[fx.Node, Tokens]
@@ -52,29 +60,46 @@ def operands(node: fx.Node, where: Tokens) -> Operands | None:
     """
     if node.op != "call_function":
         return None
-    if node.target in REGROUPS and (where.flat or _is_flat_source(node, where)):
-        return _view_samples(node, where) if node.target is not aten.unflatten.int else None
-    by_token = ops.operands(node, where.axis)
-    if (
-        by_token is None
-        or where.batch_axis is None
-        or (node.target is aten.unflatten.int and _splits(node, where.axis))
+    if where.batch_axis is None or (
+        node.target is aten.unflatten.int and _splits(node, where.axis)
     ):
+        return None
+    if node.target in REGROUPS and (viewed := _regrouped(node, where)) is not None:
+        return {axes.first_operand(node): viewed}
+    by_token = ops.operands(node, where.axis)
+    if by_token is None or (node.target in REGROUPS and (where.flat or where.groups > 1)):
         return None
     if where.flat:
         return {
             operand: replace(where, batch_axis=axis, axis=axis)
             for operand, axis in by_token.items()
         }
-    by_batch = _batch_operands(node, where.batch_axis, where.batch)
+    by_batch = _batch_operands(node, where.batch_axis, where.samples)
     if by_batch is None or not all(
         operand in by_batch or _is_shared(node, operand, where.batch_axis) for operand in by_token
     ):
         return None
     return {
-        operand: replace(where, batch_axis=by_batch.get(operand), axis=axis)
+        operand: replace(
+            where,
+            batch_axis=by_batch.get(operand),
+            axis=axis,
+            groups=where.groups if operand in by_batch else 1,
+        )
         for operand, axis in by_token.items()
     }
+
+
+def followed(node: fx.Node, where: Tokens) -> Operands | None:
+    """The same; tokens are followed where samples cannot be: their ``batch_axis`` is None then."""
+    found = operands(node, where)
+    if found is not None or where.flat or node.op != "call_function":
+        return found
+    carried = ops.operands(node, where.axis)
+    if carried is None:
+        return None
+    lost = replace(where, batch_axis=None, groups=1)
+    return {operand: replace(lost, axis=axis) for operand, axis in carried.items()}
 
 
 def segment(node: fx.Node, where: Tokens) -> Segment | None:
@@ -110,27 +135,52 @@ def _is_shared(node: fx.Node, operand: fx.Node, batch_axis: int) -> bool:
     return aligned < 0 or shape[aligned] == 1
 
 
-def _is_flat_source(node: fx.Node, where: Tokens) -> bool:
-    """Whether a view splits one axis of its input into samples and tokens."""
-    if where.batch_axis is None or where.axis != where.batch_axis + 1 or where.offset:
-        return False
-    return axes.view(node, where.batch_axis) is None or axes.view(node, where.axis) is None
+def _regrouped(node: fx.Node, where: Tokens) -> Tokens | None:
+    """Where the tokens lie in what a view regroups; None if they share an axis with others.
 
-
-def _view_samples(node: fx.Node, where: Tokens) -> Operands | None:
-    """Views between [batch, tokens, ...] and [batch * tokens, ...]."""
-    if where.batch_axis is None or where.offset:
+    A view keeps the order of the elements. So tokens and samples are told by how many elements lie
+    between one and the next, whatever the axes are.
+    """
+    target, source = axes.shape_of(node), axes.shape_of(axes.first_operand(node))
+    if where.offset or where.batch_axis is None:
         return None
-    source, target = axes.shape_of(axes.first_operand(node)), axes.shape_of(node)
-    before, both = math.prod(target[: where.batch_axis]), where.batch * where.count
-    for candidate, size in enumerate(source):
-        if math.prod(source[:candidate]) != before:
-            continue
-        if size == both:
-            return {axes.first_operand(node): replace(where, batch_axis=candidate, axis=candidate)}
-        if where.flat and source[candidate : candidate + 2] == (where.batch, where.count):
-            there = replace(where, batch_axis=candidate, axis=candidate + 1)
-            return {axes.first_operand(node): there}
+    if target[where.axis] != (where.batch * where.count if where.flat else where.count):
+        return None
+    if not where.flat and target[where.batch_axis] != where.samples:
+        return None
+    inside = (where.batch, 1) if where.tokens_first else (1, where.count)  # of tokens, of samples
+    if not where.flat:
+        inside = (1, where.groups)
+    tokens = _axis_with(source, where.count, inside[0] * math.prod(target[where.axis + 1 :]))
+    samples = _axis_with(source, where.batch, inside[1] * math.prod(target[where.batch_axis + 1 :]))
+    if tokens is None or samples is None:
+        return None
+    (axis, next_token), (batch_axis, next_sample) = tokens, samples
+    there = Tokens(where.batch, where.count, batch_axis=batch_axis, axis=axis)
+    if there.flat:
+        there = replace(there, tokens_first=next_token > 1)
+        is_next = (
+            next_token == where.batch and next_sample == 1
+            if there.tokens_first
+            else (where.batch == 1 or next_sample == where.count)
+        )
+        is_all = source[axis] == where.batch * where.count
+        return there if is_all and is_next else None
+    there = replace(there, groups=next_sample)
+    is_all = source[axis] == where.count and source[batch_axis] == there.samples
+    return there if is_all and next_token == 1 else None
+
+
+def _axis_with(shape: Sequence[int], count: int, step: int) -> tuple[int, int] | None:
+    """The axis along which ``count`` positions, ``step`` elements apart, lie one after the other.
+
+    And how many positions of the axis there are from one to the next; None if there is no such
+    axis.
+    """
+    for axis in range(len(shape)):
+        inside = math.prod(shape[axis + 1 :])
+        if inside and step % inside == 0 and shape[axis] * inside % (step * count) == 0:
+            return axis, step // inside
     return None
 
 

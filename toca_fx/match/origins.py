@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from toca_fx.graph import axes, ops, tokenwise
+from toca_fx.graph import axes, tokenwise
 from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, linear_input
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
@@ -96,8 +96,8 @@ def rows_of(
     has_map = attention.weights is not None
     if tokens.flat:
         readable = has_map or attention.output.target is aten.scaled_dot_product_attention.default
-        alone = heads[0] == 1 if len(heads) == 4 else has_map and _samples_first(attention, 1)
-        whole = heads[queries] == batch * count
+        alone = heads[0] == 1 if len(heads) == 4 else has_map
+        whole = heads[queries] == batch * count and not tokens.tokens_first
         return Rows(0, packed=True) if readable and alone and whole else None
     if len(heads) == 4:
         # An axis of one position cannot be followed, nor does it have to be.
@@ -107,8 +107,8 @@ def rows_of(
             samples = _followed(attention, output, first, flow)
         is_first = samples is not None and samples.axis == 0 and heads[0] == batch
         return Rows(tokens.offset) if is_first else None
-    readable = len(heads) == 3 and has_map
-    return Rows(tokens.offset) if readable and _samples_first(attention, batch) else None
+    is_first = tokens.batch_axis == 0 and tokens.samples == heads[0]
+    return Rows(tokens.offset) if has_map and is_first else None
 
 
 def _queries(attention: Attention) -> int:
@@ -149,34 +149,11 @@ def _followed(attention: Attention, output: fx.Node, where: Tokens, flow: Flow) 
         if moved is not None:
             pending.append(moved)
             continue
-        carried = _carried(node, there)
+        carried = tokenwise.followed(node, there)
         if carried is None:
             return None
-        pending += [
-            (operand, place)
-            for operand, place in carried.items()
-            if flow.reaches(attention.output, operand)
-        ]
+        pending += [one for one in carried.items() if flow.reaches(attention.output, one[0])]
     return next(iter(ends)) if len(ends) == 1 else None
-
-
-def _carried(node: fx.Node, where: Tokens) -> tokenwise.Operands | None:
-    """The operands with the tokens at ``where``, and where; None if they cannot be followed.
-
-    Where samples and tokens have an axis each, the tokens alone are followed: norms of a whole
-    batch, say, change nothing about where they lie.
-    """
-    by_token = None if where.flat else ops.operands(node, where.axis)
-    if by_token is not None:
-        return {operand: replace(where, axis=axis) for operand, axis in by_token.items()}
-    in_front = where.batch_axis is not None and where.batch_axis <= where.axis
-    return tokenwise.operands(node, where) if in_front else None
-
-
-def _samples_first(attention: Attention, batch: int) -> bool:
-    """Whether the heads of a sample lie side by side, in a result [batch * heads, ...]."""
-    shapes = [list(getattr(user.meta.get("val"), "shape", ())) for user in attention.output.users]
-    return any(len(shape) == 4 and shape[0] == batch for shape in shapes)
 
 
 def same_tokens(attention: Attention, shape: tuple[int, int, int], rows: Rows) -> bool:
@@ -206,11 +183,12 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]
             continue
         seen.add((node, there))
         moved = tokenwise.segment(node, there)
-        carried = _carried(node, there) or {}
+        carried = tokenwise.followed(node, there) or {}
         if linear_input(node) is not None:
+            # Of tokens with an axis of their own it does not matter where the samples lie.
             found |= {
-                (unshaped(source), place)
-                for source, place in carried.items()
+                (unshaped(source), at if at.flat else replace(at, batch_axis=None, groups=1))
+                for source, at in carried.items()
                 if not is_constant(source)
             }
         elif moved is not None:

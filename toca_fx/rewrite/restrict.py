@@ -104,15 +104,25 @@ class Restriction:
         self.gathered.append(node)
         with self._graph.inserting_before(self.before):
             if where.flat:
-                flat_rows = self._graph.call_function(aten.flatten.using_ints, (self._rows,))
+                rows = self._by_token(where) if where.tokens_first else self._rows
+                flat_rows = self._graph.call_function(aten.flatten.using_ints, (rows,))
                 index = [*[None] * where.axis, flat_rows]
                 return self._graph.call_function(aten.index.Tensor, (node, index))
             front = _to_front(len(shape), where.batch_axis, where.axis)
             whole = self._permute(node, front)
-            sizes = [shape[where.batch_axis] * shape[where.axis], *(shape[i] for i in front[2:])]
+            rest = [shape[i] for i in front[2:]]
+            if where.groups > 1:
+                sizes = [where.batch, where.groups, shape[where.axis], *rest]
+                apart = self._graph.call_function(aten.reshape.default, (whole, sizes))
+                whole = self._graph.call_function(aten.transpose.int, (apart, 1, 2))
+                rest = [where.groups, *rest]
+            sizes = [where.batch * shape[where.axis], *rest]
             flat = self._graph.call_function(aten.reshape.default, (whole, sizes))
             rows = self._in_longer(where, shape[where.axis])
             taken = self._graph.call_function(aten.index.Tensor, (flat, [rows]))
+            if where.groups > 1:
+                taken = self._graph.call_function(aten.transpose.int, (taken, 1, 2))
+                taken = self._graph.call_function(aten.flatten.using_ints, (taken, 0, 1))
             return self._permute(taken, _inverse(front))
 
     def _gather_shared(self, node: fx.Node, there: Tokens, where: Tokens, rank: int) -> fx.Node:
@@ -135,7 +145,21 @@ class Restriction:
             if there.offset:
                 tokens = self._graph.call_function(aten.add.Tensor, (tokens, there.offset))
             taken = self._graph.call_function(aten.index.Tensor, (table, [tokens]))
+            if where.groups > 1:
+                repeat: Any = aten.repeat_interleave.self_int
+                taken = self._graph.call_function(repeat, (taken, where.groups, 0))
             return self._permute(taken, _inverse(front))
+
+    def _by_token(self, where: Tokens) -> fx.Node:
+        """``rows`` as indices [K, B] into tokens of which the samples lie side by side."""
+        samples: Any = (self._rows, where.count)
+        sample = self._graph.call_function(
+            aten.div.Tensor_mode, samples, {"rounding_mode": "floor"}
+        )
+        token = self._graph.call_function(aten.remainder.Scalar, (self._rows, where.count))
+        first = self._graph.call_function(aten.mul.Tensor, (token, where.batch))
+        index = self._graph.call_function(aten.add.Tensor, (first, sample))
+        return self._graph.call_function(aten.transpose.int, (index, 0, 1))
 
     def _in_longer(self, where: Tokens, length: int) -> fx.Node:
         """``rows`` as indices into [B * length], where each sample's tokens begin at the offset."""
@@ -161,7 +185,7 @@ class Restriction:
 
 
 def _has_samples(node: fx.Node, where: Tokens) -> bool:
-    return where.batch_axis is not None and shape_of(node)[where.batch_axis] == where.batch
+    return where.batch_axis is not None and shape_of(node)[where.batch_axis] == where.samples
 
 
 def _to_front(rank: int, *axes: int) -> list[int]:

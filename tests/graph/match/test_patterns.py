@@ -7,20 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import capture
-from tests.spellings import FLOAT32, JOINS, MIXES, MLPS, MODELS, LoRA, Mix, Model, make
+from tests.spellings import ATTENTIONS, FLOAT32, JOINS, MIXES, MLPS, MODELS, LoRA, Mix, Model, make
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
 
 
 def assert_found(
-    model: nn.Module, steps: list[Tensor], blocks: tuple[str, ...] = MODELS[Model]
+    model: nn.Module,
+    steps: list[Tensor],
+    blocks: tuple[str, ...] = MODELS[Model],
+    inner: str = "",
 ) -> None:
     captured, inputs = capture(model, steps[0])
     found = match(to_aten(captured, inputs).graph)
     expected = [
         (kind, f"{block}.{name}", layer, 2 * layer)
         for layer, block in enumerate(blocks)
-        for kind, name in (("self_attention", "attention"), ("mlp", "mlp"))
+        for kind, name in (("self_attention", f"attention{inner}"), ("mlp", "mlp"))
     ]
     sites = [(site.kind, site.path, site.layer, site.influence) for site in found.sites]
     assert sites == expected, found.misses
@@ -31,6 +34,13 @@ def assert_found(
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.__name__)
 def test_attention_spelled_as(mix: Mix) -> None:
     assert_found(*make(mix=mix))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_of(name: str) -> None:
+    model, steps = make(attention=ATTENTIONS[name])
+    inner = ".heads" if name.startswith("multihead") else ""
+    assert_found(model, steps, inner=inner)
 
 
 @pytest.mark.parametrize("name", MLPS)

@@ -91,6 +91,38 @@ def samples_and_tokens_flattened_late(model: Layers, x: Tensor, c: Tensor) -> Te
     return model.down(F.gelu(model.up(model.norm(x)).flatten(0, 1))).reshape(x.shape)
 
 
+def tokens_before_samples_flattened(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    """As torch.nn.MultiheadAttention projects."""
+    flat = x.transpose(0, 1).cumsum(2).reshape(-1, x.shape[2])
+    return model.mlp(model.norm(flat)).view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+
+
+def blocked_behind_flattening(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    flat = x.transpose(0, 1).reshape(-1, x.shape[2]).cumsum(1)
+    return model.mlp(flat).view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+
+
+def heads_beside_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    """As torch.nn.MultiheadAttention multiplies; the mask is one for all."""
+    query, key = (
+        linear(x).transpose(0, 1).reshape(x.shape[1], x.shape[0] * 2, -1).transpose(0, 1)
+        for linear in (model.query, model.key)
+    )
+    mask = model.table.sum(1, keepdim=True)
+    out = torch.bmm((torch.bmm(query, key.transpose(1, 2)) + mask).softmax(-1), key)
+    return (
+        out.transpose(0, 1)
+        .reshape(x.shape[1] * x.shape[0], -1)
+        .view(x.shape[1], x.shape[0], -1)
+        .transpose(0, 1)
+    )
+
+
+def blocked_with_heads_beside_samples(model: Layers, x: Tensor, c: Tensor) -> Tensor:
+    heads = model.heads(x).flatten(0, 1).cumsum(2)
+    return model.mlp(F.gelu(heads).view(x.shape[0], 2, x.shape[1], -1).transpose(1, 2).flatten(2))
+
+
 def heads_of_flattened_tokens(model: Layers, x: Tensor, c: Tensor) -> Tensor:
     samples, tokens, channels = x.shape
     heads = x.unflatten(2, (2, -1)).permute(2, 0, 1, 3).flatten(1, 2).cumsum(2)

@@ -29,9 +29,12 @@ from tests.graph.rewrite.layers import (
     a_softmax_over_tokens,
     a_stream_written_into_a_sequence,
     a_sum_over_tokens,
+    blocked_behind_flattening,
+    blocked_with_heads_beside_samples,
     both_streams,
     build,
     halves_of_channels,
+    heads_beside_samples,
     heads_of_flattened_tokens,
     modulated,
     one_of_two_streams,
@@ -45,6 +48,7 @@ from tests.graph.rewrite.layers import (
     the_end_of_mixed_streams_but_one,
     the_other_stream,
     tokens_before_samples,
+    tokens_before_samples_flattened,
     two_slices_of_mixed_streams,
     with_positions,
     with_positions_of_one_row,
@@ -175,6 +179,28 @@ CASES: dict[Function, tuple[list[Any], Shapes]] = {
             aten.layer_norm.default: [(*K, CHANNELS)],
             aten.linear.default: [(*K, WIDE), (BATCH * FRESH, CHANNELS)],
         },
+    ),
+    tokens_before_samples_flattened: (
+        [aten.cumsum.default],
+        {aten.linear.default: [(FRESH * BATCH, WIDE), (FRESH * BATCH, CHANNELS)]},
+    ),
+    blocked_behind_flattening: (
+        [aten.cumsum.default],
+        {aten.linear.default: [(FRESH * BATCH, WIDE), (FRESH * BATCH, CHANNELS)]},
+    ),
+    heads_beside_samples: (
+        ["input", aten.sum.dim_IntList],
+        {
+            aten.linear.default: [(BATCH, TOKENS, CHANNELS), (*K, CHANNELS)],
+            aten.bmm.default: [
+                (BATCH * 2, FRESH, TOKENS),
+                (BATCH * 2, FRESH, CHANNELS // 2),
+            ],
+        },
+    ),
+    blocked_with_heads_beside_samples: (
+        [aten.cumsum.default],
+        {aten.gelu.default: [(BATCH * 2, FRESH, CHANNELS // 2), MLP[0]]},
     ),
     heads_of_flattened_tokens: (
         [aten.cumsum.default],

@@ -15,6 +15,7 @@ import toca_fx
 from tests.helpers import make_policy
 from tests.marks import slow_but
 from tests.spellings import (
+    ATTENTIONS,
     BLOCKS,
     FLOAT32,
     JOINS,
@@ -75,6 +76,13 @@ def check(
 @pytest.mark.parametrize("attention", ["compute", "partial"])
 def test_attention_spelled_as(mix: Mix, attention: str) -> None:
     check(*make(mix=mix), attention={"weight": 1.0} if attention == "partial" else attention)
+
+
+@pytest.mark.parametrize("name", slow_but(["multihead with its map"], ATTENTIONS, REASON))
+@pytest.mark.parametrize("attention", ["compute", "partial"])
+def test_attention_of(name: str, attention: str) -> None:
+    model, steps = make(attention=ATTENTIONS[name])
+    check(model, steps, attention={"weight": 1.0} if attention == "partial" else attention)
 
 
 @pytest.mark.parametrize("name", slow_but(OFTEN, MLPS, REASON))

@@ -22,6 +22,8 @@ Build = Callable[..., fx.Node]
 HERE = Tokens(2, 6)
 HEADS = Tokens(2, 6, axis=2)
 FLAT = Tokens(2, 6, batch_axis=0, axis=0)
+TOKENS_FIRST = replace(FLAT, tokens_first=True)
+GROUPED = Tokens(2, 6, groups=3)
 Case = tuple[tuple[tuple[int, ...], ...], Build, Tokens, tuple[Tokens, ...] | None]
 
 OPERANDS: dict[str, Case] = {
@@ -62,6 +64,66 @@ OPERANDS: dict[str, Case] = {
         lambda call, x: call(aten.view.default, x, [2, 6, 4]),
         HERE,
         (FLAT,),
+    ),
+    "tokens and samples flattened": (
+        ((6, 2, 4),),
+        lambda call, x: call(aten.view.default, x, [12, 4]),
+        TOKENS_FIRST,
+        (Tokens(2, 6, batch_axis=1, axis=0),),
+    ),
+    "tokens and samples apart again": (
+        ((12, 4),),
+        lambda call, x: call(aten.view.default, x, [6, 2, 4]),
+        Tokens(2, 6, batch_axis=1, axis=0),
+        (TOKENS_FIRST,),
+    ),
+    "tokens and samples, flattened as they are": (
+        ((12, 4),),
+        lambda call, x: call(aten.view.default, x, [12, 2, 2]),
+        TOKENS_FIRST,
+        (TOKENS_FIRST,),
+    ),
+    "flattened the other way round": (
+        ((12, 4),),
+        lambda call, x: call(aten.view.default, x, [2, 6, 4]),
+        Tokens(2, 6, batch_axis=1, axis=0),
+        None,
+    ),
+    "heads beside samples": (
+        ((2, 3, 6, 4),),
+        lambda call, x: call(aten.view.default, x, [6, 6, 4]),
+        GROUPED,
+        (HEADS,),
+    ),
+    "heads beside samples, apart again": (
+        ((6, 6, 4),),
+        lambda call, x: call(aten.view.default, x, [2, 3, 6, 4]),
+        HEADS,
+        (GROUPED,),
+    ),
+    "heads beside samples, behind tokens": (
+        ((6, 2, 12),),
+        lambda call, x: call(aten.view.default, x, [6, 6, 4]),
+        Tokens(2, 6, batch_axis=1, axis=0, groups=3),
+        (Tokens(2, 6, batch_axis=1, axis=0),),
+    ),
+    "samples beside heads": (
+        ((6, 6, 4),),
+        lambda call, x: call(aten.view.default, x, [3, 2, 6, 4]),
+        Tokens(2, 6, batch_axis=1, axis=2),
+        None,
+    ),
+    "a product for each head": (
+        ((6, 6, 4), (6, 4, 5)),
+        lambda call, x, y: call(aten.bmm.default, x, y),
+        GROUPED,
+        (GROUPED,),
+    ),
+    "one table for heads and samples": (
+        ((6, 6, 4), (6, 4)),
+        lambda call, x, y: call(aten.add.Tensor, x, y),
+        GROUPED,
+        (GROUPED, replace(HERE, batch_axis=None, axis=0)),
     ),
     "a linear on flattened tokens": (
         ((12, 4), (4, 5)),
@@ -181,8 +243,14 @@ def built(shapes: tuple[tuple[int, ...], ...], build: Build) -> tuple[list[fx.No
 
 def token(value: Tensor, where: Tokens, sample: int, position: int) -> Tensor:
     """A view of one token of one sample."""
+    if where.tokens_first:
+        return value.select(where.axis, position * where.batch + sample)
     if where.flat:
         return value.select(where.axis, sample * where.count + position)
+    if where.groups > 1:
+        value = value.unflatten(where.batch_axis or 0, (-1, where.groups))
+        behind = where.axis > (where.batch_axis or 0)
+        return token(value, replace(where, groups=1, axis=where.axis + behind), sample, position)
     taken = value.select(where.axis, where.offset + position)
     return (
         taken
