@@ -460,6 +460,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Blocks of a list."""
 
+    made_of: type[Block] = Block
+
     def __init__(
         self,
         mix: Mix = sdpa,
@@ -470,7 +472,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         made = attention or (lambda: Attention(mix, linear))
-        self.put([Block(made(), mlp(), join) for _ in range(BLOCKS)])
+        self.put([self.made_of(made(), mlp(), join) for _ in range(BLOCKS)])
 
     def put(self, blocks: list[Block]) -> None:
         self.blocks = nn.ModuleList(blocks)
@@ -546,6 +548,38 @@ class Nested(Model):
         return (self.trunk,)
 
 
+class ChannelsFirstBlock(Block):
+    """The stream is an image [B, C, H, W]; what is added to it is made of tokens in a row."""
+
+    def part(self, x: Tensor, norm: nn.Module, module: nn.Module) -> Tensor:
+        return module(norm(x.flatten(2).mT)).mT.unflatten(2, (SIDE, SIDE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.join(x, self.part(x, self.norm1, self.attention))
+        return self.join(x, self.part(x, self.norm2, self.mlp))
+
+
+class ChannelsFirst(Model):
+    made_of = ChannelsFirstBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT.unflatten(2, (SIDE, SIDE))).flatten(2).mT
+
+
+class ChannelsLastBlock(ChannelsFirstBlock):
+    """The same of an image [B, H, W, C]."""
+
+    def part(self, x: Tensor, norm: nn.Module, module: nn.Module) -> Tensor:
+        return module(norm(x).flatten(1, 2)).reshape(x.shape)
+
+
+class ChannelsLast(Model):
+    made_of = ChannelsLastBlock
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(1, (SIDE, SIDE))).flatten(1, 2)
+
+
 # With the paths of their blocks, in order.
 MODELS: dict[type[Model], tuple[str, str]] = {
     Model: ("blocks.0", "blocks.1"),
@@ -554,6 +588,8 @@ MODELS: dict[type[Model], tuple[str, str]] = {
     Keys: ("stages.b", "stages.a"),
     Shared: ("block@0", "block@1"),
     SharedOfList: ("blocks.0@0", "blocks.0@1"),
+    ChannelsFirst: ("blocks.0", "blocks.1"),
+    ChannelsLast: ("blocks.0", "blocks.1"),
     Nested: ("trunk.block1", "trunk.block2"),
 }
 

@@ -10,7 +10,7 @@ from torch import fx
 from toca_fx.graph.ops import is_constant
 from toca_fx.graph.stream import Flow
 from toca_fx.match.anchors import Attention
-from toca_fx.match.branches import Found, module_output, residuals_behind, site_at
+from toca_fx.match.branches import Found, in_a_row, module_output, residuals_behind, site_at
 from toca_fx.match.origins import (
     attention_kind,
     is_sequence_first,
@@ -44,7 +44,7 @@ def attention_sites(
     if not ends:
         yield NearMiss(kind, path, "its output is not added to the stream that it reads")
     for add in ends:
-        output = module_output((node,), add, flow, merges)
+        output = _in_a_row(attention, module_output((node,), add, flow, merges), flow)
         site_path = path if len(ends) == 1 else output.meta["path"]
         site = site_at(kind, site_path, (node,), output, add, flow)
         if isinstance(site, NearMiss):
@@ -52,6 +52,15 @@ def attention_sites(
         else:
             sequence_first = is_sequence_first(attention, output, site.shape, flow)
             yield Found(_with_map(site, attention, output, flow), add, sequence_first)
+
+
+def _in_a_row(attention: Attention, output: fx.Node, flow: Flow) -> fx.Node:
+    """``output``, or what it is made of [batch, tokens, channels] if it is an image."""
+    for node in in_a_row(output):
+        batch, tokens, channels = node.meta["val"].shape
+        if segment_of(attention, node, (batch, tokens, channels), flow) is not None:
+            return node
+    return output
 
 
 def _with_map(site: Site, attention: Attention, output: fx.Node, flow: Flow) -> Site:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from toca_fx.graph.axes import shape_of
 from toca_fx.graph.modules import OUTSIDE, common_path
-from toca_fx.graph.ops import activations, is_cheap
+from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, activations, is_cheap
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.match.anchors import attention_at
 from toca_fx.match.sites import NearMiss, Site
+
+_OTHER_VIEWS = RESHAPES | PERMUTES | SAME
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,21 @@ def module_output(
         if any(operand not in inside for node in step for operand in activations(node)):
             output = before
     return output
+
+
+def in_a_row(output: fx.Node) -> Iterator[fx.Node]:
+    """The nodes with three axes of which ``output``, an image, is another view, latest first.
+
+    Streams can be images, and what is added to them made of tokens in a row.
+    """
+    node, users = output, 1
+    while len(shape_of(output)) > 3 and users == 1 and node.target in _OTHER_VIEWS:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        node, users = source, len(source.users)
+        if len(shape_of(node)) == 3 and users == 1:
+            yield node
 
 
 def site_at(

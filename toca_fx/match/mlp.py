@@ -21,7 +21,7 @@ from toca_fx.graph.ops import (
 )
 from toca_fx.graph.stream import Flow
 from toca_fx.match.anchors import attention_at
-from toca_fx.match.branches import Found, module_output, residuals_behind, site_at
+from toca_fx.match.branches import Found, in_a_row, module_output, residuals_behind, site_at
 from toca_fx.match.origins import projected, unshaped
 from toca_fx.match.sites import NearMiss
 
@@ -79,6 +79,8 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
     else:
         for add in ends:  # several, if streams are concatenated for it
             output = module_output(mlp.last, add, flow)
+            # Of an image, what it is made of, if that is the linear's [batch, tokens, channels].
+            output = next((node for node in in_a_row(output) if node in mlp.last), output)
             if _is_channels_first(mlp, output):
                 shape = tuple(output.meta["val"].shape)
                 yield NearMiss(

@@ -1,0 +1,158 @@
+"""What looks like an attention or an MLP and is refused: a near miss says why, in ``explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import toca_fx
+from tests.helpers import capture, make_policy
+from tests.spellings import SCALE, SIDE, WIDTH, Attention, Mix, Mlp, make, sdpa
+from toca_fx.capture.aten import to_aten
+from toca_fx.match.matcher import match
+from toca_fx.match.sites import Matches
+
+NO_ATTENTION = "no softmax attention and no linear-activation-linear in it"
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys times queries, and the product turned."""
+    return (k * SCALE @ q.mT).mT.softmax(-1) @ v
+
+
+def one_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax with one more in the denominator."""
+    weights = (q @ k.mT * SCALE).exp()
+    return weights / (1 + weights.sum(-1, keepdim=True)) @ v
+
+
+def other_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhnd,bhmd->bnmh", q, k).softmax(2)
+    return torch.einsum("bnmh,bhmd->bhnd", weights, v)
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).softmax(-2) @ v
+
+
+def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.mT * SCALE) @ v
+
+
+def misplaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A sink behind the keys, and the weight of the first key is thrown away."""
+    scores = torch.cat([q @ k.mT * SCALE, torch.zeros_like(q[..., :1])], dim=-1)
+    return scores.softmax(-1)[..., 1:] @ v
+
+
+@pytest.mark.parametrize(
+    "mix", [turned, one_more, other_axis, over_queries, sigmoid], ids=lambda mix: mix.__name__
+)
+def test_no_attention(mix: Mix) -> None:
+    found = matches_of(*make(mix=mix))
+    assert {site.kind for site in found.sites} == {"mlp"}
+    assert [miss.kind for miss in found.misses] == ["module"] * 2
+    assert all(miss.reason.startswith(NO_ATTENTION) for miss in found.misses)
+
+
+def test_the_weights_of_other_keys() -> None:
+    found = matches_of(*make(mix=misplaced))
+    assert {site.kind for site in found.sites} == {"mlp"}
+
+
+class ImageBlock(nn.Module):
+    """Attention over tokens in a row, and an MLP over an image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels  # their axis
+        self.norm, self.attention, self.mlp = nn.LayerNorm(WIDTH), Attention(sdpa, nn.Linear), Mlp()
+        self.up, self.down = nn.Conv2d(WIDTH, 32, 1), nn.Conv2d(32, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.movedim(self.channels, -1)
+        attended = self.attention(self.norm(last).flatten(1, 2))
+        x = x + attended.view_as(last).movedim(-1, self.channels)
+        if self.channels == 1:
+            return x + self.down(F.gelu(self.up(x)))
+        return x + self.mlp(self.norm(x))
+
+
+class Trunk(nn.Module):
+    """``parts`` one after the other, by names."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.names = list(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(WIDTH), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "reason"),
+    [
+        (1, (2, WIDTH, SIDE, SIDE), "channels come before tokens"),
+        (3, (2, SIDE, SIDE, WIDTH), "not [batch, tokens, channels]"),
+    ],
+)
+def test_an_mlp_of_an_image(channels: int, shape: tuple[int, ...], reason: str) -> None:
+    blocks = nn.ModuleList([ImageBlock(channels), ImageBlock(channels)])
+    found = matches_of(nn.Sequential(*blocks), [torch.randn(shape)])
+    assert {(site.kind, site.shape) for site in found.sites} == {
+        ("self_attention", (2, SIDE * SIDE, WIDTH))
+    }
+    assert [miss.kind for miss in found.misses] == ["mlp"] * len(blocks)
+    assert all(str(shape) in miss.reason and reason in miss.reason for miss in found.misses)
+
+
+def attention() -> nn.Module:
+    return Residual(Attention(sdpa, nn.Linear))
+
+
+@pytest.mark.parametrize(
+    ("made", "kinds"),
+    [
+        (lambda: Trunk(only=attention()), ["self_attention"]),
+        (lambda: Trunk(only=Residual(Mlp())), ["mlp"]),
+        (lambda: Residual(Mlp()), ["mlp"]),
+        (lambda: Trunk(one=nn.Sequential(nn.Linear(WIDTH, WIDTH)), two=attention()), None),
+    ],
+    ids=["an attention", "an MLP", "the whole model", "beside something else"],
+)
+def test_what_stands_alone(made: Callable[[], nn.Module], kinds: list[str] | None) -> None:
+    found = matches_of(made(), [torch.randn(2, SIDE * SIDE, WIDTH)])
+    assert found.sites == ()
+    assert [miss.kind for miss in found.misses] == (kinds or ["self_attention"])
+    assert all("outside the numbered blocks" in miss.reason for miss in found.misses)
+
+
+def test_explain_says_why() -> None:
+    model, (x, *_) = make()
+    model = Trunk(blocks=model, head=Residual(Mlp())).double().eval().requires_grad_(False)
+    policy = make_policy(modules={"mlp": {"weight": 1.0}}, scores={"staleness": 1.0})
+    said = toca_fx.explain(model, policy, x)
+    assert [(skipped.kind, skipped.path) for skipped in said.skipped] == [("mlp", "head.part")]
+    assert "no module like it beside it" in str(said)
+
+
+def matches_of(model: nn.Module, steps: list[Tensor]) -> Matches:
+    captured, inputs = capture(model.eval().requires_grad_(False), steps[0])
+    return match(to_aten(captured, inputs).graph)
