@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 import toca_fx
 from tests.helpers import capture, make_policy
-from tests.spellings import SCALE, SIDE, WIDTH, Attention, Mix, Mlp, make, sdpa
+from tests.spellings.attentions import Attention, Mix, sdpa
+from tests.spellings.mlps import Mlp
+from tests.spellings.models import make
+from tests.spellings.sizes import SCALE, SIDE, WIDTH
 from toca_fx.capture.aten import to_aten
 from toca_fx.match.matcher import match
 from toca_fx.match.sites import Matches

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from tests.helpers import capture
+from toca_fx.capture.aten import to_aten
+from toca_fx.graph.tokenwise import Tokens
+from toca_fx.rewrite.restrict import Restriction
 
 # All of these sizes differ: a shape tells what an operator works on.
 BATCH, TOKENS, CHANNELS, WIDE, TEXT = 2, 7, 8, 20, 5
@@ -50,6 +58,89 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.function(self, x, c)
+
+
+Shapes = dict[Any, list[tuple[int, ...]]]
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps the shape of what each operator returned."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: Shapes = defaultdict(list)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            self.shapes[n.target].append(tuple(value.shape))
+        return value
+
+
+class Restricted:
+    """A captured model whose output is restricted to the fresh tokens, which lie ``where`` in it
+    (default: [B, N, ...]).
+
+    The outputs of operator ``needed`` count as needed whole.
+    """
+
+    def __init__(
+        self, model: nn.Module, *args: Tensor, where: Tokens | None = None, needed: Any = None
+    ) -> None:
+        self.model, self.args = model, args
+        captured, self.inputs = capture(model, *args)
+        source = to_aten(captured, self.inputs)
+        self.module = fx.GraphModule(source, copy.deepcopy(source.graph))
+        graph = self.module.graph
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            rows = graph.placeholder("rows")
+        end = graph.output_node()
+        ((whole,),) = end.args
+        self.where = where or Tokens(*whole.meta["val"].shape[:2])
+        self.restrict = Restriction(
+            graph,
+            rows,
+            {node for node in graph.nodes if node.target is needed},
+            torch.device("cpu"),
+        )
+        self.restrict.before = end
+        end.args = ((self.restrict(whole, self.where),),)
+        # As rewrite does: FX keeps attention for its optional dropout.
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        graph.lint()
+        self.module.recompile()
+
+    @property
+    def gathered(self) -> list[Any]:
+        """What rows are taken from: operators, and "input" for the model's inputs and buffers."""
+        return [
+            node.target if node.op == "call_function" else "input"
+            for node in self.restrict.gathered
+        ]
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, Shapes]:
+        """The restricted output for ``tokens`` [B, K], and the shapes in between."""
+        recorder = Recorder(self.module)
+        rows = tokens + self.where.count * torch.arange(self.where.batch)[:, None]
+        (output,) = recorder.run(*self.inputs, rows)
+        return output, recorder.shapes
+
+    def error(self, tokens: Tensor) -> float:
+        """The largest difference to the rows of the whole output; they keep the whole output's
+        layout.
+        """
+        output, _ = self.run(tokens)
+        batch_axis, axis = self.where.batch_axis or 0, self.where.axis
+        whole = self.model(*self.args).movedim((batch_axis, axis), (0, 1))
+        expected = torch.stack(
+            [
+                sample[chosen + self.where.offset]
+                for sample, chosen in zip(whole, tokens, strict=True)
+            ]
+        )
+        expected = expected.movedim((0, 1), (batch_axis, axis))
+        assert output.shape == expected.shape
+        return float((output - expected).abs().max()) if output.numel() else 0.0
 
 
 def build(

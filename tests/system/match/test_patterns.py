@@ -14,25 +14,10 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import make_policy
 from tests.marks import slow_but
-from tests.spellings import (
-    ATTENTIONS,
-    BLOCKS,
-    FLOAT32,
-    JOINS,
-    MIXES,
-    MLPS,
-    MODELS,
-    STEPS,
-    TOKENS,
-    Block,
-    LoRA,
-    Mix,
-    Model,
-    Shared,
-    make,
-    scaled_product,
-    sdpa,
-)
+from tests.spellings.attentions import ATTENTIONS, MIXES, Mix, scaled_product, sdpa
+from tests.spellings.mlps import FLOAT32, MLPS, LoRA
+from tests.spellings.models import JOINS, MODELS, Block, Model, Shared, make
+from tests.spellings.sizes import BLOCKS, STEPS, TOKENS
 from toca_fx.runtime.report import Report
 
 # Every day: the kernel and a product, a gate and adapters.

@@ -1,0 +1,1 @@
+"""One small model whose attention, MLP, residuals and blocks are spelled in many ways."""
