@@ -5,11 +5,11 @@ follows its output to the residual stream:
 
     stream + gate(timestep) * module(norm(stream))
 
-It counts as a site only if the add is there, inside a numbered block, and the stream that is added
-to is one that the module reads. So timestep embedders and caption projections are not sites. What
-is cached is the module's output before the gate, because the gate depends on the timestep (ToCa,
-section 3): behind the output projection and any norm, in front of the first operator that brings in
-something else.
+It counts as a site only if the add is there, inside a block (``graph.modules``), and the stream
+that is added to is one that the module reads. So timestep embedders and caption projections are not
+sites. What is cached is the module's output before the gate, because the gate depends on the
+timestep (ToCa, section 3): behind the output projection and any norm, in front of the first
+operator that brings in something else.
 
 Joint attention over two streams is two sites, one per stream. Where attention and MLP share their
 output projection (the parallel blocks of FLUX), the MLP's output is that of the projection, and the
