@@ -239,14 +239,16 @@ def axis_rule(node: fx.Node) -> Rule | None:
 def linear_input(node: fx.Node) -> fx.Node | None:
     """What a linear layer reads; None if ``node`` is no linear layer.
 
-    A product is one if one of its two operands is a weight.
+    A product is one if one of its two operands is a weight, and it is no outer product, as of
+    positions and frequencies.
     """
     source: Any = None
     if node.target in LINEARS:
         source = node.args[1 if node.target is aten.addmm.default else 0]
     elif node.target in MMS | PRODUCTS:
         left, right = node.args[-2:]
-        if is_constant(left) != is_constant(right):
+        is_outer = isinstance(left, fx.Node) and axes.shape_of(left)[-1] == 1
+        if is_constant(left) != is_constant(right) and not is_outer:
             source = right if is_constant(left) else left
     elif node.target in CONVOLUTIONS and is_constant(node.args[1]):
         weight = node.args[1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from toca_fx.graph import tokenwise
 from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
@@ -20,6 +21,7 @@ from toca_fx.graph.ops import (
     operands,
 )
 from toca_fx.graph.stream import Flow
+from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.anchors import attention_at
 from toca_fx.match.branches import Found, in_a_row, module_output, residuals_behind, site_at
 from toca_fx.match.origins import projected, unshaped
@@ -70,14 +72,17 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
     if not flow.reads_a_stream(mlp.first[0]):
         return
     ends = residuals_behind(mlp.last[0], flow)
-    if not ends and flow.block_of(linears) == OUTSIDE:
+    gated = len({projected(linear) for linear in mlp.first}) != 1
+    if flow.block_of(linears) == OUTSIDE and (gated or not ends):
         return
     if not ends:
         yield NearMiss("mlp", path, "its output is not added to the stream that it reads")
-    elif len({projected(linear) for linear in mlp.first}) != 1:
+    elif gated:
         yield NearMiss("mlp", path, "the gated branches read different inputs")
     else:
         for add in ends:  # several, if streams are concatenated for it
+            if any(attention_at(node) for node in flow.between(mlp.last[0], add)):
+                continue  # it makes the queries of an attention, whose output is added
             output = module_output(mlp.last, add, flow)
             # Of an image, what it is made of, if that is the linear's [batch, tokens, channels].
             output = next((node for node in in_a_row(output) if node in mlp.last), output)
@@ -87,8 +92,36 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
                     "mlp", path, f"its output has shape {shape}: channels come before tokens"
                 )
                 continue
+            mixing = _mixing(mlp, output, flow)
+            if mixing is not None:
+                yield NearMiss("mlp", path, f"{mixing.target} in it may mix tokens")
+                continue
             site = site_at("mlp", path, linears, output, add, flow)
             yield site if isinstance(site, NearMiss) else Found(site, add)
+
+
+def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:
+    """A norm between the linears that may not be one of each token; None if there is none."""
+    shape = tuple(getattr(output.meta["val"], "shape", ()))
+    if len(shape) != 3:
+        return None
+    inside = {
+        node
+        for first in mlp.first
+        if flow.reaches(first, output)
+        for node in flow.between(first, output)
+    }
+    pending, seen = [(output, Tokens(shape[0], shape[1]))], set()
+    while pending:
+        node, where = pending.pop()
+        if (node, where) not in seen and node in inside:
+            seen.add((node, where))
+            pending += (tokenwise.followed(node, where) or {}).items()
+    per_token = {node for node, where in seen if tokenwise.followed(node, where) is not None}
+    mixing = [
+        node for node in inside if node.target in NORMS | REDUCTIONS and node not in per_token
+    ]
+    return min(mixing, key=flow.position.__getitem__, default=None)
 
 
 def _is_channels_first(mlp: Mlp, output: fx.Node) -> bool:

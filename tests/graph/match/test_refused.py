@@ -67,6 +67,41 @@ def test_the_weights_of_other_keys() -> None:
     assert {site.kind for site in found.sites} == {"mlp"}
 
 
+class TokensNormed(Mlp):
+    """A norm over all tokens (GRN of ConvNeXt v2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        spread = h.norm(dim=1, keepdim=True)
+        return self.down(h * spread / (spread.mean(-1, keepdim=True) + 1e-6))
+
+
+def test_an_mlp_with_a_norm_over_tokens() -> None:
+    found = matches_of(*make(mlp=TokensNormed))
+    assert {site.kind for site in found.sites} == {"self_attention"}
+    assert [(miss.kind, miss.path) for miss in found.misses] == [
+        ("mlp", f"blocks.{i}.mlp") for i in range(2)
+    ]
+    assert all("may mix tokens" in miss.reason for miss in found.misses)
+
+
+class Deep(Attention):
+    """Queries, keys and values of linear - activation - linear."""
+
+    def __init__(self) -> None:
+        super().__init__(sdpa, nn.Linear)
+        self.first = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.silu(self.first(x)))
+
+
+def test_the_mlp_in_front_of_an_attention_is_part_of_it() -> None:
+    found = matches_of(*make(attention=Deep))
+    assert [site.kind for site in found.sites] == ["self_attention", "mlp"] * 2
+    assert not found.misses
+
+
 class ImageBlock(nn.Module):
     """Attention over tokens in a row, and an MLP over an image."""
 
