@@ -105,12 +105,15 @@ def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:
     shape = tuple(getattr(output.meta["val"], "shape", ()))
     if len(shape) != 3:
         return None
-    inside = {
-        node
-        for first in mlp.first
-        if flow.reaches(first, output)
-        for node in flow.between(first, output)
-    }
+    inside: set[fx.Node] = set()
+    above = [output]
+    while above:
+        node = above.pop()
+        # An attention beside the MLP has norms of its own.
+        if node not in inside and attention_at(node) is None:
+            inside.add(node)
+            if node not in mlp.first:
+                above += [other for other in activations(node) if flow.reads_a_stream(other)]
     pending, seen = [(output, Tokens(shape[0], shape[1]))], set()
     while pending:
         node, where = pending.pop()

@@ -94,6 +94,21 @@ class Joint(nn.Module):
         return x + self.out(merge_heads(F.scaled_dot_product_attention(query, key, value)))
 
 
+class Parallel(nn.Module):
+    """One projection in, with norms of queries and keys beside an MLP, and one out (FLUX.2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.norm = nn.RMSNorm(WIDTH // HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *heads, hidden = self.first(x).chunk(4, dim=-1)
+        query, key, value = map(split_heads, heads)
+        attended = F.scaled_dot_product_attention(self.norm(query), self.norm(key), value)
+        return self.out(torch.cat([merge_heads(attended), F.gelu(hidden)], dim=-1))
+
+
 class Plain(nn.Sequential):
     """linear - GELU - linear."""
 
@@ -194,6 +209,14 @@ def test_attention_without_projections() -> None:
     assert [(miss.kind, miss.path, miss.reason) for miss in found.misses] == [
         ("attention", "layers.0.part", reason)
     ]
+
+
+def test_an_mlp_beside_an_attention_with_norms() -> None:
+    found = matches_of(Blocks(Residual(Parallel()), Residual(Parallel())))
+    assert [(site.kind, site.layer) for site in found.sites] == [
+        (kind, layer) for layer in range(2) for kind in ("self_attention", "mlp")
+    ]
+    assert not found.misses
 
 
 def test_kinds_of_attention() -> None:
