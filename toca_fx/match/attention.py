@@ -58,7 +58,7 @@ def _in_a_row(attention: Attention, output: fx.Node, flow: Flow) -> fx.Node:
     """``output``, or what it is made of [batch, tokens, channels] if it is an image."""
     for node in in_a_row(output):
         batch, tokens, channels = node.meta["val"].shape
-        if segment_of(attention, node, (batch, tokens, channels), flow) is not None:
+        if rows_of(attention, node, (batch, tokens, channels), flow) is not None:
             return node
     return output
 

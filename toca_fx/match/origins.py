@@ -96,7 +96,7 @@ def rows_of(
     has_map = attention.weights is not None
     if tokens.flat:
         readable = has_map or attention.output.target is aten.scaled_dot_product_attention.default
-        alone = heads[0] == 1 if len(heads) == 4 else has_map
+        alone = heads[0] == 1 if len(heads) == 4 else len(heads) == 3 and has_map
         whole = heads[queries] == batch * count and not tokens.tokens_first
         return Rows(0, packed=True) if readable and alone and whole else None
     if len(heads) == 4:
