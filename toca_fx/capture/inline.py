@@ -20,6 +20,7 @@ from toca_fx.graph.roles import model_name
 from toca_fx.torch_private import HigherOrderOperator
 
 Arguments = tuple[Any, ...]
+Modules = Mapping[str, Sequence[Any]]  # a stack as Dynamo has it: key -> (name, class)
 
 # The arguments of the code, out of those of the operator that is given it first.
 _WRAPPERS: dict[str, Callable[[Arguments], Sequence[Any]]] = {
@@ -42,9 +43,12 @@ def inlined(captured: fx.GraphModule) -> fx.GraphModule:
 def _inlined(captured: fx.GraphModule, model: str) -> fx.GraphModule:
     module = fx.GraphModule(captured, copy.deepcopy(captured.graph))
     module.meta = captured.meta
+    first: dict[object, Modules] = {}
     for node in list(module.graph.nodes):
         if _is_wrapper(node):
-            _put_in_place(node, module, model)
+            around = node.meta.get("nn_module_stack", {})
+            code: Any = node.args[0]
+            _put_in_place(node, module, model, first.setdefault(code.target, around))
     for node in module.graph.find_nodes(op="get_attr"):
         if not node.users:
             module.graph.erase_node(node)
@@ -72,8 +76,11 @@ def _is_wrapper(node: fx.Node) -> bool:
     return given_code(node) and str(node.target) in _WRAPPERS
 
 
-def _put_in_place(call: fx.Node, owner: fx.GraphModule, model: str) -> None:
-    """Put a copy of the code that ``call`` is given in its place."""
+def _put_in_place(call: fx.Node, owner: fx.GraphModule, model: str, first: Modules) -> None:
+    """Put a copy of the code that ``call`` is given in its place.
+
+    ``first`` are the modules around the call that the code was captured from.
+    """
     reference: Any = call.args[0]
     code: Any = owner.get_submodule(reference.target)
     body = _inlined(code, model)
@@ -86,11 +93,14 @@ def _put_in_place(call: fx.Node, owner: fx.GraphModule, model: str) -> None:
         returned: Any = call.graph.graph_copy(body.graph, values)
     for node, put in values.items():
         if node.op != "placeholder" and isinstance(put, fx.Node):
-            # The code's own stack begins where the code does.
-            stack = {**outer, **node.meta.get("nn_module_stack", {})}
-            put.meta["nn_module_stack"] = {
+            own = {
                 key: (_rename(path, renamed, model), *others)
-                for key, (path, *others) in stack.items()
+                for key, (path, *others) in node.meta.get("nn_module_stack", {}).items()
+            }
+            put.meta["nn_module_stack"] = {
+                **outer,
+                # Another call of the code is another call of the modules in it.
+                **{f"{key}@{call.name}": own[key] for key in _inside(own, outer, first)},
             }
     if isinstance(returned, fx.Node):
         call.replace_all_uses_with(returned)
@@ -100,6 +110,21 @@ def _put_in_place(call: fx.Node, owner: fx.GraphModule, model: str) -> None:
         user.replace_all_uses_with(returned[user.args[1]])
         call.graph.erase_node(user)
     call.graph.erase_node(call)
+
+
+def _inside(own: Modules, outer: Modules, first: Modules) -> list[str]:
+    """The modules that are called in the code, by key; ``own`` may begin with those around it.
+
+    Those are the ones around the ``first`` call, or what they have become: ``outer``.
+    """
+    depth = 0
+    for (key, (path, *_)), (around, (other, *_)), known in zip(
+        own.items(), outer.items(), first, strict=False
+    ):
+        if key not in (around, known) and path != other:
+            break
+        depth += 1
+    return list(own)[depth:]
 
 
 def _renamed(parameters: Sequence[fx.Node], given: Sequence[Any]) -> dict[str, str]:

@@ -37,13 +37,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, block: Run, inner: Run) -> None:
+    """Two blocks, one after the other, ``times`` times."""
+
+    def __init__(self, block: Run, inner: Run, times: int = 1) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block(inner) for _ in range(2)])
-        self.run = block
+        self.run, self.times = block, times
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in list(self.blocks) * self.times:
             x = self.run(block, x, t)
         return x
 
@@ -73,6 +75,8 @@ WRAPPED: dict[str, tuple[Run, Run]] = {
     "selective": (partial(checkpoint, use_reentrant=False, context_fn=some), plain),
     "several outputs": (in_two, in_two),
     "compiled once": (region, plain),
+    "what is in blocks compiled once": (plain, region),
+    "compiled once in a checkpoint": (once, region),
 }
 
 
@@ -82,16 +86,17 @@ def found(graph: fx.GraphModule) -> list[tuple[str, str, int | None]]:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrapped_code_is_as_if_it_were_not_wrapped(name: str) -> None:
-    model = randomize(Model(*WRAPPED[name]), seed=0).double()
-    twin = Model(plain, plain).double().eval()
+def test_wrapped_code_is_as_if_it_were_not_wrapped(name: str, times: int) -> None:
+    model = randomize(Model(*WRAPPED[name], times), seed=0).double()
+    twin = Model(plain, plain, times).double().eval()
     twin.load_state_dict(model.state_dict())
     given = torch.randn(2, 8, 16, dtype=torch.float64), torch.rand(2, 1, 1, dtype=torch.float64)
     captured, inputs = capture(model, *given)
     graph = to_aten(captured, inputs)
     assert found(graph) == found(to_aten(*capture(twin, *given)))
-    assert len(found(graph)) == 4
+    assert len(found(graph)) == len({path for _, path, _ in found(graph)}) == 4 * times
     (output,) = graph(*inputs)
     assert torch.equal(output, model(*given))
 
