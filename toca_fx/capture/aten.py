@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from toca_fx.capture import modules
 from toca_fx.capture.casts import bake
-from toca_fx.capture.decompositions import DECOMPOSITIONS
+from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
@@ -67,6 +67,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     with OFF.again():
         _clean(graph_module, buffers)
         bake(graph_module.graph)
+        take_apart(graph_module.graph)
     outputs, after = returned.args[0]
     returned.args = (outputs,)
     roles.mark(graph_module.graph, sources, inputs)

@@ -97,21 +97,7 @@ def _cast(node: fx.Node, state: Autocast, fragments: Fragments) -> None:
     if found is None or not _matters(node, state, fragments):
         return
     kernel, rest = found
-    before, graph = node.prev, node.graph
-    with graph.inserting_before(node):
-        results = fragments.inline(kernel, node.args, node.kwargs)
-    parts = []
-    while before.next is not node:
-        before = before.next
-        before.meta = {**node.meta, "val": before.meta["val"]}
-        parts.append(before)
-    if isinstance(results, fx.Node):
-        node.replace_all_uses_with(results)
-    for item in list(node.users):  # of an operator that returns several tensors
-        item.replace_all_uses_with(results[item.args[1]])
-        graph.erase_node(item)
-    graph.erase_node(node)
-    for part in parts:
+    for part in fragments.replace(node, kernel):
         _cast(part, rest, fragments)
 
 

@@ -4,18 +4,24 @@ They are other spellings, ``movedim`` of ``permute``, ``tensor_split`` of ``slic
 ``bmm``: whoever looks at a graph meets the operators of ``graph.ops`` only, and no rule is written
 twice. Those that torch makes of others, and for which there is a rule of their own (``linear``,
 ``chunk``), stay.
+
+Autocast casts the operands of some (``prelu``, ``vecdot``), and not those of what they are made of:
+where it is on, these wait until its casts are in the graph.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from toca_fx.capture.inline import codes_of
+from toca_fx.graph.fragments import Fragments
 from toca_fx.graph.ops import overloads_of
-from toca_fx.torch_private import OpOverload, is_mutable
+from toca_fx.torch_private import OpOverload, has_kernel, is_mutable, tree_leaves
 
 aten = torch.ops.aten
 
@@ -95,9 +101,37 @@ def _batched(
     )
 
 
-DECOMPOSITIONS: Mapping[OpOverload, Callable[..., Any]] = {
+def take_apart(graph: fx.Graph) -> None:
+    """Take apart what was left because autocast was on; the casts are in ``graph`` by now."""
+    fragments = Fragments(graph, DECOMPOSITIONS)
+    for node in list(graph.nodes):
+        if node.target in DECOMPOSITIONS:
+            fragments.replace(node, functools.partial(_call, node.target))
+        for code in codes_of(node):
+            take_apart(code.graph)
+            code.recompile()
+
+
+def _call(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+def _unless_cast(op: OpOverload, parts: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``op`` is made of; NotImplemented, which leaves it, if autocast has a kernel for it."""
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    for device in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(device) and has_kernel(op, f"Autocast{device.upper()}"):
+            return NotImplemented
+    return parts(*args, **kwargs)
+
+
+_PARTS: Mapping[OpOverload, Callable[..., Any]] = {
     overload: overload.decompose
     for spelling in _SPELLINGS
     for overload in overloads_of(spelling)
     if not is_mutable(overload)
 } | {aten.einsum.default: _einsum}
+
+DECOMPOSITIONS: Mapping[OpOverload, Callable[..., Any]] = {
+    overload: functools.partial(_unless_cast, overload, parts) for overload, parts in _PARTS.items()
+}

@@ -22,12 +22,12 @@ from toca_fx.capture.inline import codes_of, given_code
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.autocast import Autocast
+from toca_fx.graph.fragments import Decompositions
 from toca_fx.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    OpOverload,
     detect_fake_mode,
     enter_autocast,
     is_mutable,
@@ -38,8 +38,6 @@ from toca_fx.torch_private import (
 )
 
 log = logging.getLogger(__name__)
-
-Decompositions = Mapping[OpOverload, Callable[..., Any]]
 
 # What a traced node has from the node that it was traced for.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")

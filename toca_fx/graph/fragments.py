@@ -9,18 +9,20 @@ from typing import Any
 from torch import Tensor, fx
 
 from toca_fx.graph.autocast import OFF
-from toca_fx.torch_private import trace
+from toca_fx.torch_private import OpOverload, trace
+
+Decompositions = Mapping[OpOverload, Callable[..., Any]]
 
 
 class Fragments:
     """Puts what functions compute into ``graph``, in pre-dispatch ATen.
 
     Every block has its scores computed by the same functions on operands of the same layout, and a
-    trace costs a hundred times what a copy does.
+    trace costs a hundred times what a copy does. Operators of ``decompositions`` are taken apart.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: fx.Graph, decompositions: Decompositions | None = None) -> None:
+        self._graph, self._decompositions = graph, decompositions
         self._traced: dict[tuple[object, str], fx.Graph] = {}
 
     def inline(
@@ -39,6 +41,28 @@ class Fragments:
         inputs, nodes = traced.find_nodes(op="placeholder"), _nodes_in((args, kwargs or {}))
         return self._graph.graph_copy(traced, dict(zip(inputs, nodes, strict=True)))
 
+    def replace(self, node: fx.Node, function: Callable[..., Any]) -> list[fx.Node]:
+        """Put what ``function`` makes of the operands of ``node`` in its place.
+
+        Returns the new nodes, in order; they say what ``node`` said of where it comes from.
+        """
+        before = node.prev
+        with self._graph.inserting_before(node):
+            results = self.inline(function, node.args, node.kwargs)
+        parts = []
+        while before.next is not node:
+            before = before.next
+            before.meta = {**node.meta, "val": before.meta["val"]}
+            parts.append(before)
+        if isinstance(results, fx.Node):
+            node.replace_all_uses_with(results)
+        for item in list(node.users):  # of an operator that returns several tensors
+            at: Any = item.args[1]
+            item.replace_all_uses_with(results[at])
+            self._graph.erase_node(item)
+        self._graph.erase_node(node)
+        return parts
+
     def traced(
         self,
         function: Callable[..., Any],
@@ -50,7 +74,7 @@ class Fragments:
         nodes = _nodes_in(given)
         key = (_identity(function), repr(fx.node.map_arg(given, _namer(nodes))))
         if key not in self._traced:
-            self._traced[key] = _trace(function, given, nodes)
+            self._traced[key] = _trace(function, given, nodes, self._decompositions)
         return self._traced[key]
 
 
@@ -62,7 +86,10 @@ def _nodes_in(given: Any) -> list[fx.Node]:
 
 
 def _trace(
-    function: Callable[..., Any], given: tuple[Any, Any], nodes: Sequence[fx.Node]
+    function: Callable[..., Any],
+    given: tuple[Any, Any],
+    nodes: Sequence[fx.Node],
+    decompositions: Decompositions | None,
 ) -> fx.Graph:
     """The graph of ``function`` over the fake values of ``nodes``, which occur in ``given``."""
 
@@ -74,7 +101,7 @@ def _trace(
     # The tracer knows tensors by identity, and nodes may share one fake value.
     values = [node.meta["val"].detach() for node in nodes]
     with OFF.again():
-        return trace(on_values, values).graph
+        return trace(on_values, values, decompositions).graph
 
 
 def _identity(function: object) -> object:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toca_fx.capture.decompositions import DECOMPOSITIONS
+from tests.helpers import capture
+from toca_fx.capture.aten import to_aten
+from toca_fx.capture.casts import bake, note
+from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.graph import ops
+from toca_fx.graph.autocast import OFF, Autocast
 from toca_fx.graph.ops import is_pointwise
-from toca_fx.torch_private import make_fx
+from toca_fx.torch_private import FakeTensorMode, make_fx, trace
 
 aten = torch.ops.aten
 
@@ -143,6 +147,64 @@ def test_what_is_left_has_rules(name: str) -> None:
     ]
     assert set(left) <= CONSTANTS
     assert (traced(x) - SPELLINGS[name](x)).abs().max() <= 1e-14
+
+
+class Model(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+# By the names above: autocast has a kernel for them on the CPU, if not for their parts.
+IN_REGIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prelu": lambda x: F.prelu(x, x[0, 0, :1]),
+    "vecdot": SPELLINGS["vecdot"],
+    "einsum": lambda x: torch.einsum("bnc,bmc->bnm", x, x),
+    "tensordot": lambda x: torch.tensordot(x, x, ([2], [2])),
+}
+
+
+@pytest.mark.parametrize("name", IN_REGIONS)
+def test_autocast_casts_what_is_taken_apart(name: str) -> None:
+    model = Model(IN_REGIONS[name])
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        captured, inputs = capture(model, x)
+        graph = to_aten(captured, inputs)
+    (actual,) = graph(*inputs)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
+    assert not {node.target for node in graph.graph.nodes} & DECOMPOSITIONS.keys()
+
+
+OF_CUDA: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+    "einsum": (IN_REGIONS["einsum"], torch.float16),
+    "prelu": (lambda x: F.prelu(x, x.flatten().narrow(0, 0, 1)), torch.float16),
+    "multi_dot": (lambda x: torch.linalg.multi_dot([*x.unbind(), x.select(0, 0)]), torch.float16),
+    "tensordot": (IN_REGIONS["tensordot"], torch.float32),  # the widest of its operands
+}
+
+
+@pytest.mark.parametrize("name", OF_CUDA)
+def test_devices_cast_what_they_have_kernels_for(name: str) -> None:
+    function, expected = OF_CUDA[name]
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 4, device="cuda")
+    state = Autocast((("cuda", torch.float16),))
+    with state.again():
+        graph = trace(function, [x], DECOMPOSITIONS).graph
+    for node in graph.nodes:
+        note(node, state)
+    with OFF.again():
+        bake(graph)
+        take_apart(graph)
+    assert not {node.target for node in graph.nodes} & DECOMPOSITIONS.keys()
+    (result,) = graph.output_node().all_input_nodes
+    assert result.meta["val"].dtype == expected
 
 
 def test_the_table_is_covered() -> None:
