@@ -107,8 +107,9 @@ def rows_of(
             samples = _followed(attention, output, first, flow)
         is_first = samples is not None and samples.axis == 0 and heads[0] == batch
         return Rows(tokens.offset) if is_first else None
+    readable = len(heads) == 3 and has_map
     is_first = tokens.batch_axis == 0 and tokens.samples == heads[0]
-    return Rows(tokens.offset) if has_map and is_first else None
+    return Rows(tokens.offset) if readable and is_first else None
 
 
 def _queries(attention: Attention) -> int:
