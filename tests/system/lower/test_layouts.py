@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import toca_fx
-from tests.helpers import make_policy, programs
+from tests.helpers import make_policy, newest, programs
 from tests.marks import slow_but
+
+pytestmark = pytest.mark.usefixtures("keep_memories")
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 12, 16, 2
 PARTIAL = {
@@ -168,8 +170,7 @@ def run(
         for call in given:
             outputs.append(fast(**call).clone())
             (program,) = programs(session)
-            (generation,) = session.generations
-            buffers = generation.storage.buffers
+            buffers = newest(session)[1].buffers
             sites = program.analysis.matches.sites
             picked.append(
                 {

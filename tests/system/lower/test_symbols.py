@@ -63,7 +63,8 @@ def test_what_a_compiler_asks_for_is_compiled_for_those_numbers_alone(
     decide: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, inputs = tiny("diffusers", layers=2), make_inputs()
-    expected = run_all(toca_fx.compile(model, make_policy(**PINNED), inner="eager"), inputs)
+    with toca_fx.session():
+        expected = run_all(toca_fx.compile(model, make_policy(**PINNED), inner="eager"), inputs)
     torch._dynamo.reset()
     inner = Asking(decide)
     with toca_fx.session() as run:

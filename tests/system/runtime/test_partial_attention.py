@@ -55,11 +55,12 @@ def generation(name: str) -> Generation:
         ]
     if name == "STDiT3":
         model = tiny_stdit3().double()
+        captions = doubled(tiny_inputs(model))
         calls = [
             doubled(tiny_inputs(model, seed=step, timestep=torch.full((2,), 900.0 - 150 * step)))
             for step in range(STEPS)
         ]
-        return model, calls
+        return model, [{**call, "y": captions["y"]} for call in calls]
     example = examples()[name]
     built, inputs = build(example, dtype=torch.float64)
     return built, [vary(example, inputs, step, STEPS) for step in range(STEPS)]
