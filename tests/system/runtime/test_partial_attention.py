@@ -55,12 +55,14 @@ def generation(name: str) -> Generation:
         ]
     if name == "STDiT3":
         model = tiny_stdit3().double()
-        captions = doubled(tiny_inputs(model))
-        calls = [
-            doubled(tiny_inputs(model, seed=step, timestep=torch.full((2,), 900.0 - 150 * step)))
+        steps = [
+            tiny_inputs(model, seed=step, timestep=torch.full((2,), 900.0 - 150 * step))
             for step in range(STEPS)
         ]
-        return model, [{**call, "y": captions["y"]} for call in calls]
+        first = doubled(steps[0])
+        return model, [
+            {**first, **doubled({name: step[name] for name in ("x", "timestep")})} for step in steps
+        ]
     example = examples()[name]
     built, inputs = build(example, dtype=torch.float64)
     return built, [vary(example, inputs, step, STEPS) for step in range(STEPS)]
