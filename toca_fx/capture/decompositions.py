@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.capture.inline import codes_of
+from toca_fx.graph.autocast import Autocast
 from toca_fx.graph.fragments import Fragments
 from toca_fx.graph.ops import overloads_of
 from toca_fx.torch_private import OpOverload, has_kernel, is_mutable, tree_leaves
@@ -29,8 +30,8 @@ _SPELLINGS = (
     # Axes in another order.
     *(aten.movedim, aten.moveaxis, aten.swapaxes, aten.swapdims),
     *(aten.mT, aten.mH, aten.matrix_H, aten.adjoint, aten.numpy_T),
-    # Other axes, more positions.
-    *(aten.view_as, aten.reshape_as, aten.ravel),
+    # Other axes, more positions, another dtype: no value of a second operand is read.
+    *(aten.view_as, aten.reshape_as, aten.type_as, aten.ravel),
     *(aten.expand_as, aten.broadcast_to, aten.tile),
     # Parts, and parts side by side.
     *(aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_chunk),
@@ -118,9 +119,10 @@ def _call(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 def _unless_cast(op: OpOverload, parts: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What ``op`` is made of; NotImplemented, which leaves it, if autocast has a kernel for it."""
+    on = {device for device, _ in Autocast.now().dtypes}
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    for device in {tensor.device.type for tensor in tensors}:
-        if torch.is_autocast_enabled(device) and has_kernel(op, f"Autocast{device.upper()}"):
+    for device in on & {tensor.device.type for tensor in tensors}:
+        if has_kernel(op, f"Autocast{device.upper()}"):
             return NotImplemented
     return parts(*args, **kwargs)
 

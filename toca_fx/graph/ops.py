@@ -98,7 +98,6 @@ OPS: Mapping[Any, Op] = {
     aten.to.dtype_layout: _SAME,
     aten.to.device: _SAME,
     aten._to_copy.default: _SAME,
-    aten.type_as.default: _SAME,
     aten.dropout.default: _SAME,
     aten.slice.Tensor: Op(axes.along_dim(1, 0), Family.PART),
     aten.narrow.default: Op(axes.along_dim(1, 0), Family.PART),

@@ -75,6 +75,7 @@ SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "flipud": lambda x: x.flipud(),
     "real": lambda x: torch.complex(x, x).real,
     "imag": lambda x: torch.complex(x, x).imag,
+    "type_as": lambda x: x.bool().type_as(x),
     "multiply": lambda x: x.multiply(x),
     "multiply by a number": lambda x: aten.multiply.Scalar(x, 3),
     "subtract": lambda x: x.subtract(x),

@@ -16,7 +16,10 @@ from tests.spellings.mlps import Mlp
 from tests.spellings.models import make
 from tests.spellings.sizes import SCALE, SIDE, WIDTH
 from toca_fx.capture.aten import to_aten
+from toca_fx.graph.stream import Flow
+from toca_fx.match.anchors import attention_at
 from toca_fx.match.matcher import match
+from toca_fx.match.origins import Rows, rows_of
 from toca_fx.match.sites import Matches
 
 NO_ATTENTION = "no softmax attention and no linear-activation-linear in it"
@@ -50,6 +53,46 @@ def misplaced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A sink behind the keys, and the weight of the first key is thrown away."""
     scores = torch.cat([q @ k.mT * SCALE, torch.zeros_like(q[..., :1])], dim=-1)
     return scores.softmax(-1)[..., 1:] @ v
+
+
+def rows_of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All samples in one row, token by token: the map has no rows of a sample that lie together."""
+    batch, heads, tokens, _ = q.shape
+    q, k, v = (operand.permute(1, 2, 0, 3).flatten(1, 2)[None] for operand in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.view(heads, tokens, batch, -1).permute(2, 0, 1, 3)
+
+
+def rows_of_samples(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    q, k, v = (operand.transpose(0, 1).flatten(1, 2)[None] for operand in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return mixed.view(heads, batch, tokens, -1).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"), [(rows_of_samples, Rows(0, packed=True)), (rows_of_tokens, None)]
+)
+def test_one_row_of_all_samples_is_read_sample_by_sample(mix: Mix, expected: Rows | None) -> None:
+    model, steps = make(mix=mix)
+    graph = to_aten(*capture(model.eval().requires_grad_(False), steps[0])).graph
+    site = match(graph).sites[0]
+    nodes = {node.name: node for node in graph.nodes}
+    attention = attention_at(nodes[site.anchor])
+    assert attention is not None
+    assert rows_of(attention, nodes[site.output], site.shape, Flow(graph)) == expected
+    assert (site.packed, site.segment) == ((True, 0) if expected else (False, None))
+
+
+def typed_like_the_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of the query, only its dtype goes around the attention."""
+    normed = F.rms_norm(F.silu(q), (q.shape[-1],))
+    return F.scaled_dot_product_attention(normed, k, v).type_as(normed)
+
+
+def test_the_dtype_of_a_query_is_no_mlp() -> None:
+    found = matches_of(*make(mix=typed_like_the_query))
+    assert not found.misses
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,6 @@ CASES = [
     Case("to, a layout", X, op(aten.to.dtype_layout, dtype=torch.float64), (0, 1, 2)),
     Case("to, a device", X, op(aten.to.device, torch.device("cpu"), torch.float64), (0, 1, 2)),
     Case("_to_copy", X, op(aten._to_copy.default), (0, 1, 2)),
-    Case("type_as", ((2, 6, 4), (1,)), op(aten.type_as.default), (0, 1, 2)),
     Case("alias", X, op(aten.alias.default), (0, 1, 2)),
     Case("detach", X, op(aten.detach.default), (0, 1, 2)),
     Case("select_scatter", ((2, 6, 4), (2, 4)), op(aten.select_scatter.default, 1, 2), (0, 2)),
