@@ -210,7 +210,7 @@ class Dispatcher:
             if lead is None or session is None:
                 output = current_session().call(model, runner, inputs, path, told, call)
             else:
-                output = session.follow(lead, runner, inputs)
+                output = session.follow(lead, model, runner, inputs)
             updates.apply(inputs)
         return output
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from toca_fx.diagnostics import MOST_STEPS
 from toca_fx.runtime import words
 from toca_fx.runtime.schedules import Schedule, Timestep, fits, longest
 
@@ -54,7 +55,8 @@ class Progress:
         if decision.again:
             trail = self.trail
         elif decision.place == "on" and not decision.restarts:
-            unbroken = timestep is not None and (self.trail or not self.calls)
+            begun = 0 < len(self.trail) < MOST_STEPS or not self.calls
+            unbroken = timestep is not None and begun
             trail = (*self.trail, *trail) if unbroken else ()
         direction = self.direction
         if timestep is not None and self.timestep is not None and not direction:
@@ -185,7 +187,7 @@ def _may_be_next(call: Situation, told: Told, current: Progress) -> bool:
     if told.position is not None:
         return told.position == current.position
     if call.timestep is None:
-        return True
+        return False
     if told.timesteps is not None:
         places = _places(call, told.timesteps, call.timestep)
         return current.position in places or not places
@@ -198,8 +200,8 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     if not current.calls:  # its first call failed
         return Decision("on", expected, current.num_steps)
     if told.position is not None:
-        if told.position == 0 and expected > 1:
-            return Decision("generation", 0, told.num_steps)
+        if (told.position == 0 and expected > 1) or told.num_steps != current.num_steps:
+            return Decision("generation", told.position, told.num_steps)
         again = told.position == expected - 1
         return _on(current, told.position, again, (words.SAME_STEP,) if again else ())
     if t is None:
@@ -314,11 +316,11 @@ def _recognised(call: Situation) -> Decision:
     if current.turns_back(t):
         return _starts(call, t)
     trail = current.trail if again else (*current.trail, t)
-    known = longest(call.seen, trail)
-    position = len(trail) - 1
+    known = longest(call.seen, trail) if trail else None
+    position = max(len(trail) - 1, 0)
     warnings = (words.SAME_TIMESTEP,) if again else ()
     if known is None:
-        warnings = warnings or (words.unseen(trail[0]),)
+        warnings = warnings or (words.unseen(trail[0] if trail else t),)
         return Decision("on", position, None, again=again, warnings=warnings)
     trusted = not current.lost and current.calls == 1 and current.num_steps == len(known)
     return Decision("on", position, len(known), again or not trusted, again, warnings=warnings)

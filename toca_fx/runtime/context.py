@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,12 +37,10 @@ class _Entry:
     session: Session
     frame: int
     generator: bool
-    number: int
     left: bool = False
     stepwise: bool = False
 
 
-_numbers = itertools.count()
 _entered: ContextVar[tuple[_Entry, ...]] = ContextVar("toca_fx_sessions", default=())
 # A generator's frame is found wherever it goes on, also in another thread or context.
 _generators: dict[int, list[_Entry]] = {}
@@ -81,7 +78,7 @@ def _generator_on_stack(entered: Sequence[_Entry]) -> _Entry | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         found = _generators.get(id(frame))
-        if found:
+        if found and not found[-1].session.closed:
             return found[-1]
         if id(frame) in frames:
             return None
@@ -91,7 +88,7 @@ def _generator_on_stack(entered: Sequence[_Entry]) -> _Entry | None:
 
 def _enter(session: Session, caller: FrameType) -> _Entry:
     is_generator = bool(caller.f_code.co_flags & _GENERATORS) and not _for_others(caller)
-    entry = _Entry(session, id(caller), is_generator, next(_numbers))
+    entry = _Entry(session, id(caller), is_generator)
     if is_generator:
         _generators.setdefault(entry.frame, []).append(entry)
     _entered.set((*(each for each in _entered.get() if not each.left), entry))
@@ -186,6 +183,8 @@ class Handle(Run):
 
     def __del__(self) -> None:
         session: Session | None = getattr(self, "session", None)
+        for entry in getattr(self, "_entries", ()):  # an interrupt may have come in between
+            _leave(entry)
         if session is None or session.closed:
             return
         if self._entered and not self._failed and not sys.is_finalizing():

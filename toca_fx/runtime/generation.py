@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +61,8 @@ class Generation:
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
         self.said: set[str] = set()
         self.latest = decision
-        self.parts: dict[Runner, Generation] = {}
+        self.parts: dict[Hashable, Generation] = {}
+        self._forgotten = False
         self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
@@ -72,16 +73,19 @@ class Generation:
         """The branch, for reports."""
         return "/".join(self.path)
 
-    def join(self, other: Generation, timestep: Timestep | None, newest: Timestep | None) -> None:
-        """Be a branch of the run of ``other``, whose newest call was at the timestep ``newest``."""
+    def join(self, other: Generation, timestep: Timestep | None) -> None:
+        """Be a branch of the run of ``other``, from a call at ``timestep`` on."""
         self.run = other.run
         alike = other.path == self.path and other.runner is self.runner
-        if alike and not other.repeated and timestep != newest:
+        if alike and not other.repeated and timestep != other.progress.timestep:
             self.renewed = other.renewed + 1
 
     def replan(self, plan: Plan, decision: Decision) -> None:
         """Go on by another plan, of the number of steps that is known by now."""
         self.close()
+        for part in self.parts.values():
+            part.close()
+        self.parts.clear()
         self.plan = plan
         self.progress = replace(self.progress, num_steps=decision.num_steps or 0)
         self._keeps = decision.num_steps is not None
@@ -108,12 +112,13 @@ class Generation:
         self.conditioning = self.storage = None
         if conditioning is not None:
             conditioning.close()
-        if storage is not None:
+        if storage is not None and not self.running:  # a step under way has it still
             self.runner.release(storage)
 
     def forget(self) -> None:
         """Read nothing that was computed so far: the next step is full, on values made anew."""
         self.progress = replace(self.progress, lost=True)
+        self._forgotten = True
         if self.conditioning is not None:
             self.conditioning.forget()
         for part in self.parts.values():
@@ -130,7 +135,7 @@ class Generation:
         before, position = self.progress, decision.position
         full = decision.full or before.lost or decision.position >= len(self.plan.steps)
         self.latest = replace(decision, full=full)
-        self.progress = replace(before, lost=True)
+        self.progress, self._forgotten = replace(before, lost=True), False
         step = self.plan.full_step(position) if full else self.plan.steps[position]
         compiled = self.runner.program.step(self.plan, step.modes)
         storage, conditioning = self._memories()
@@ -150,8 +155,9 @@ class Generation:
             hoisted_flops,
             launch,
         )
-        self.progress = before.advance(decision, timestep)
+        self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
         if not self._keeps or self.progress.finished:
+            self.running = False
             self.close()
         return outputs, record
 

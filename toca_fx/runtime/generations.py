@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from toca_fx.runtime.clock import Progress, Told
+from toca_fx.runtime.clock import Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.identity import Agreement, agreement
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.schedules import Timestep
 
 _MANY_STEPS = 8
 
@@ -32,16 +33,27 @@ class Generations:
     ``told`` is what was said of the run, None outside of any session. ``calls`` is how many the
     model has had here; ``moves`` says that a generation went from one thread or task to another,
     ``waits`` that reading a timestep waited for the device, ``crowded`` that a generation had to go
-    in its middle.
+    in its middle, and ``said`` is what the user was told of the image under way.
     """
 
     def __init__(self, model: ModelKey, told: Told | None, most: int) -> None:
-        self.model, self.told = model, told
+        self._model, self.told = weakref.ref(model), told
         self.calls = 0
         self.moves = self.waits = self.crowded = False
         self.lock = threading.RLock()
+        self.said: set[str] = set()
+        self._last: Timestep | None = None
+        self._way = 0.0
         self.all: list[Generation] = []
         self._most = most
+
+    @property
+    def model(self) -> ModelKey:
+        """The model, which holds what is known of it outside of any session."""
+        model = self._model()
+        if model is None:
+            raise AssertionError("its call holds it")
+        return model
 
     def find(
         self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
@@ -90,13 +102,23 @@ class Generations:
         ]
         return newest if len(abreast) == 1 else None
 
-    def head(self, current: Generation | None) -> Progress | None:
-        """The progress of the generation called last, of the same run; None: there was no call."""
+    def head(self, current: Generation | None) -> Generation | None:
+        """The generation called last, of the same run; None: there was no call."""
         for each in reversed(self.all):
             same_run = current is None or each.run is current.run
             if same_run and each.progress.calls:
-                return each.progress
+                return each
         return None
+
+    def moved(self, timestep: Timestep | None) -> None:
+        """Note the timestep of a call; where it turns back another image has begun."""
+        last, self._last = self._last, timestep
+        if last is None or timestep is None:
+            return
+        moved = sum(timestep) / len(timestep) - sum(last) / len(last)
+        if moved * self._way < 0:
+            self.said.clear()
+        self._way = self._way or moved
 
     def add(self, begun: Generation, instead_of: Generation | None) -> None:
         """Put a new generation in, in the place of an old one."""
@@ -114,7 +136,9 @@ class Generations:
         """Forget a generation; its memories go."""
         if old in self.all:
             self.all.remove(old)
-        self.model.schedules.end(old.progress.trail)
+        model = self._model()
+        if model is not None:
+            model.schedules.end(old.progress.trail)
         old.close()
         for part in old.parts.values():
             part.close()

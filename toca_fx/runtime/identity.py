@@ -27,13 +27,14 @@ class Mark:
     not seen.
     """
 
-    __slots__ = ("_layout", "_storage", "_value", "version")
+    __slots__ = ("_layout", "_storage", "_value", "came_again", "version")
 
     def __init__(self, value: Tensor) -> None:
         self._value = weakref.ref(value)
         self._storage = _storage(value)
         self._layout = _layout(value)
         self.version = version(value)
+        self.came_again = False
 
     def same(self, value: Tensor) -> bool:
         """Whether ``value`` is that memory, as it was."""
@@ -85,13 +86,15 @@ def marks_of(values: Sequence[Tensor]) -> tuple[Mark, ...]:
 def agreement(marks: Sequence[Mark], values: Sequence[Tensor]) -> Agreement:
     """Whether a call has the conditions that ``marks`` were taken of.
 
-    "equal": all of them, at least one. An input whose former memory is gone was rebuilt, and tells
-    nothing: the conditions are the "same" if others are, and if none is they were "rebuilt".
+    "equal": all of them, at least one. An input that never came again, and whose memory is gone,
+    was rebuilt, and tells nothing: the conditions are the "same" if others are, and if none is they
+    were "rebuilt".
     """
     found = [mark.same(value) for mark, value in zip(marks, values, strict=True)]
     if all(found):
         return "equal" if found else "rebuilt"
-    if not all(same or mark.gone for same, mark in zip(found, marks, strict=True)):
+    rebuilt = (mark.gone and not mark.came_again for mark in marks)
+    if not all(same or gone for same, gone in zip(found, rebuilt, strict=True)):
         return "other"
     return "same" if any(found) else "rebuilt"
 

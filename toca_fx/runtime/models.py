@@ -77,7 +77,7 @@ class Models:
         wanted = frozenset(identity)
         alike = {
             key: watched
-            for known, (key, watched) in self._keys.items()
+            for known, (key, watched) in list(self._keys.items())
             if wanted and known and (wanted.issuperset(known) or wanted.issubset(known))
         }
         return next(iter(alike.items())) if len(alike) == 1 else None

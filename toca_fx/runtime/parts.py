@@ -10,7 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +41,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Lead:
-    """What the first part of a call has done: a step of ``generation``, in ``session``."""
+    """What the first part of a call has done: a step of ``generation``, in ``session``.
+
+    ``visits`` counts how often each other part has come since: layers may share their code.
+    """
 
     call: Call
     session: weakref.ref[Session]
     generation: weakref.ref[Generation]
     timestep: Timestep | None
+    visits: Counter[Hashable] = field(default_factory=Counter)
 
 
 class _Last(threading.local):

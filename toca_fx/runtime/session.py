@@ -21,7 +21,7 @@ from toca_fx.runtime import clock, parts, watch, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import Generations, owned_by_caller
-from toca_fx.runtime.identity import Agreement, marks_of
+from toca_fx.runtime.identity import Agreement, Mark, marks_of
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.parts import Call, Lead
 from toca_fx.runtime.report import Report, StepRecord, make_report
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 # Generations of one model in one session, and outside of any. The one that was called least
 # recently goes: those that were left in their middle keep their memories until then.
 _MOST, _MOST_UNTOLD = 256, 8
-_UNMATCHED = 4  # calls in a row, each with conditions that were never seen
 
 
 class Session:
@@ -110,25 +109,31 @@ class Session:
         except BaseException:  # whatever was done, the caller has no output
             if generation is not None and before is not None:
                 generation.progress = replace(before, lost=True)
+                if not before.calls:
+                    known.drop(generation)
             raise
         finally:
             if generation is not None:
                 generation.running = False
 
-    def follow(self, lead: Lead, runner: Runner, inputs: Sequence[Any]) -> Any:
+    def follow(self, lead: Lead, model: ModelKey, runner: Runner, inputs: Sequence[Any]) -> Any:
         """Run another part of the call that ``lead`` began; returns its outputs."""
         whole = lead.generation()
         if whole is None:
             raise AssertionError("the first part of the call has just run")
-        decision = whole.latest
-        self._say(whole, (words.BROKEN,), False)
-        part = whole.parts.get(runner)
+        self._say(whole.said, (words.BROKEN,))
+        decision, which = whole.latest, (model, runner)
+        lead.visits[which] += 1
+        key = (*which, lead.visits[which])
+        part = whole.parts.get(key)
         if part is None:
             plan = runner.program.analysis.plan(decision.num_steps)
             begins = replace(decision, place="generation")
-            part = whole.parts[runner] = Generation(
+            part = whole.parts[key] = Generation(
                 runner, plan, begins, (), whole.path, whole.run, whole.owner, None, self.warn
             )
+        missed = part.progress.position != decision.position
+        decision = replace(decision, full=decision.full or missed)
         outputs, record = part.run_step(decision, lead.timestep, inputs)
         if not self._implicit:
             self._calls.append((runner.program, record))
@@ -167,10 +172,12 @@ class Session:
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else rounding_of(inputs[at])
-        head = known.head(current)
+        newest = known.head(current)
+        head = None if newest is None else newest.progress
         if head is None and known.told is not None and not known.calls:
+            whole = Told(self.num_steps or found.settings.steps, self._timesteps)
             known.told, warning = clock.start(
-                known.told, timestep, rounding, self._others(known), self.num_steps
+                whole, timestep, rounding, self._others(known), self.num_steps
             )
             self.warn(warning)
         decision = clock.decide(
@@ -189,9 +196,9 @@ class Session:
         )
         if current is None or decision.place != "on":
             begun = self._begin(known, runner, decision, conditions, path)
-            if decision.place == "branch" and head is not None and known.told is not None:
-                begun.join(known.all[-1] if current is None else current, timestep, head.timestep)
-                known.model.several |= timestep is not None and timestep == head.timestep
+            if decision.place == "branch" and newest is not None and known.told is not None:
+                begun.join(newest, timestep)
+                known.model.several |= timestep is not None and timestep == newest.progress.timestep
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             if known.crowded:
@@ -200,7 +207,8 @@ class Session:
             current = begun
         else:
             self._go_on(known, current, runner, decision, conditions, timestep, agrees, foreign)
-        self._say(current, decision.warnings, decision.place != "on" or decision.restarts)
+        known.moved(timestep)
+        self._say(known.said, decision.warnings)
         return current, decision
 
     def _begin(
@@ -262,8 +270,11 @@ class Session:
         if agrees == "equal":
             if current.progress.timestep != timestep and current.progress.calls:
                 current.repeated, known.model.renews = True, False
+            for mark in current.marks:
+                mark.came_again = True
         else:
-            current.marks = marks_of(conditions)
+            pairs = zip(current.marks, conditions, strict=True)
+            current.marks = [mark if mark.same(each) else Mark(each) for mark, each in pairs]
         steps = decision.num_steps or 0
         if current.runner is not runner:
             current.move(runner, self._plan(known, runner, decision.num_steps))
@@ -273,7 +284,7 @@ class Session:
     def _others(self, known: Generations) -> tuple[Progress, ...]:
         """How far the other models of the session have come."""
         heads = (each.head(None) for each in self._all if each is not known)
-        return tuple(head for head in heads if head is not None)
+        return tuple(head.progress for head in heads if head is not None)
 
     def _note(
         self,
@@ -290,9 +301,11 @@ class Session:
         if trail and not decision.again:
             known.model.schedules.note(trail, settings.steps)
         if generation.progress.finished and decision.num_steps is not None:
-            known.model.read = True
-            if trail and not self._implicit and not decision.again:
+            known.model.read |= bool(trail)
+            if trail and known.told is not None and not decision.again:
                 known.model.schedules.told(trail)
+                if known.told.timesteps is not None:  # as they were told, not as they were rounded
+                    known.model.schedules.told(known.told.timesteps)
         if not self._implicit:
             self._calls.append((runner.program, record))
             if decision.place != "on":
@@ -329,15 +342,13 @@ class Session:
                 log.warning("toca_fx: %s", words.WAITS)
         return reading(given)
 
-    def _say(self, generation: Generation, warnings: Sequence[str], anew: bool) -> None:
-        """Give warnings: once in a session, outside of any once in a run, which begins ``anew``."""
-        if anew:
-            generation.said.clear()
+    def _say(self, said: set[str], warnings: Sequence[str]) -> None:
+        """Give warnings that were not ``said``: in a session, or of an image outside of any."""
         for warning in warnings:
             if not self._implicit:
                 self.warn(warning)
-            elif warning not in generation.said:
-                generation.said.add(warning)
+            elif warning not in said:
+                said.add(warning)
                 log.warning("toca_fx: %s", warning)
 
     def warn(self, message: str | None) -> None:
@@ -361,7 +372,7 @@ class Session:
         if not self._calls:
             self.warn(words.NO_CALL)
         heads = [known.head(None) for known in self._all]
-        came = [head for head in heads if head is not None]
+        came = [head.progress for head in heads if head is not None]
         steps = sum(head.position for head in came)
         for head in came:
             # Experts that share the steps of one run have a part of them each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class TimedValues:
     def __init__(self, seen: Seen | None = None, most_bytes: int = 0) -> None:
         self._seen, self._most_bytes = seen, most_bytes
         self._rows: OrderedDict[Timestep, tuple[Tensor, ...]] = OrderedDict()
-        self._bytes = 0
+        self._bytes, self._lock = 0, threading.Lock()
 
     def __contains__(self, timestep: Timestep | None) -> bool:
         return timestep in self._rows
@@ -41,7 +42,13 @@ class TimedValues:
         size = sum(row.nbytes for row in rows)
         if size > self._most_bytes:
             return
+        kept = tuple(row.clone() for row in rows)
+        with self._lock:
+            self._make_room(size)
+            if timestep not in self._rows:
+                self._bytes += size
+            self._rows[timestep] = kept
+
+    def _make_room(self, size: int) -> None:
         while self._rows and self._bytes + size > self._most_bytes:
             self._bytes -= sum(row.nbytes for row in self._rows.popitem(last=False)[1])
-        self._bytes += size
-        self._rows[timestep] = tuple(row.clone() for row in rows)

@@ -29,7 +29,7 @@ def cache_context(twin: Any, name: str, **told: Any) -> Iterator[None]:
 def _numbers(step_index: Any = None, num_inference_steps: Any = None, **_: Any) -> Told | None:
     try:
         step, steps = step_index.__index__(), num_inference_steps.__index__()
-    except AttributeError:
+    except (AttributeError, TypeError):
         return None
     return Told(steps, position=step) if 0 <= step < steps else None
 

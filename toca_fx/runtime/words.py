@@ -8,7 +8,7 @@ _SESSION = "`with toca_fx.session(timesteps=...)` around the sampling run"
 
 NO_TIMESTEP = (
     "no argument of the model is recognised as the timestep, so that nothing tells its steps apart "
-    f"and every one of them is full; put {_SESSION}"
+    "and every one of them is full; put `with toca_fx.session(num_steps=...)` around the run"
 )
 NO_CONDITIONS = (
     "the model has no condition (caption, label, mask) that stays the same from call to call, so "
