@@ -155,7 +155,7 @@ def run_all(model: nn.Module, inputs: Iterable[Call]) -> list[Tensor]:
 
 def programs(run: Run) -> list[Program]:
     """The programs that a session has run, in order of appearance."""
-    return list(run.session.programs)
+    return list(dict.fromkeys(program for program, _ in run.session.calls))
 
 
 def chosen_rows(given: Mapping[Buffer, Tensor]) -> dict[int, Tensor]:

@@ -169,7 +169,7 @@ def test_memories_lie_where_they_belong_while_another_thread_traces() -> None:
     """Meanwhile fake tensors say that they are on the device "meta"."""
     with toca_fx.session() as run:
         run_all(twin("eager"), make_inputs(1, dtype=torch.float64))
-    (program,) = run.session.programs
+    (program,) = programs(run)
     nodes = program.analysis.aten.graph.nodes
     mode = detect_fake_mode([node.meta.get("val") for node in nodes])
     assert mode is not None

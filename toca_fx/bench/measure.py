@@ -20,6 +20,7 @@ from toca_fx.bench.limits import Limits
 from toca_fx.bench.result import BenchResult, Measured, Memory, Work, summarize
 from toca_fx.policy import Policy
 from toca_fx.runtime.context import Run
+from toca_fx.runtime.report import least_bytes
 
 if TYPE_CHECKING:
     from toca_fx.examples import Example
@@ -192,7 +193,7 @@ def _launches(
 
 
 def _work(run: Run) -> Work:
-    uncached, steps = run.session.least_bytes()
+    uncached, steps = least_bytes(run.session.calls)
     return Work(uncached[0], steps)
 
 

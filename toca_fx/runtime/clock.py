@@ -280,7 +280,8 @@ def _begins(call: Situation, told: Told, head: Progress) -> Decision:
         place = "generation" if told.position == 0 and last > 0 else "branch"
         return Decision(place, told.position, told.num_steps)
     if t is None:
-        position = last if call.several else head.position
+        position = last if call.several or not call.has_timestep else head.position
+        warnings = () if call.has_timestep else (words.UNNAMED,)
     elif told.timesteps is not None:
         places = _places(call, told.timesteps, t)
         near = [at for at in places if at in (last, head.position)]

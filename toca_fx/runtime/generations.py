@@ -56,7 +56,11 @@ class Generations:
         return model
 
     def find(
-        self, conditions: Sequence[Tensor], path: tuple[str, ...], runner: Runner
+        self,
+        conditions: Sequence[Tensor],
+        path: tuple[str, ...],
+        runner: Runner,
+        timestep: Timestep | None,
     ) -> tuple[Generation | None, Agreement, bool]:
         """The generation with these conditions and branch, and whether it is somebody else's.
 
@@ -77,9 +81,14 @@ class Generations:
         alone = self._alone(mine)
         if alone is None or alone.running:
             return None, "other", False
+        # Without a timestep two calls of one step look like two steps.
+        timed = runner.program.analysis.inputs.timestep is not None
+        unread = timed and timestep is None
         if found[alone] == "rebuilt":
-            return alone, "rebuilt", False
-        if not alone.repeated and (alone.renewed or self.model.renews):
+            one_call = not conditions or (timed and not (unread and self.model.several))
+            return (alone, "rebuilt", False) if one_call else (None, "other", False)
+        moves_on = timestep is not None and timestep != alone.progress.timestep
+        if moves_on and not alone.repeated and (alone.renewed or self.model.renews):
             self.model.renews = True
             return alone, "other", False
         return None, "other", False

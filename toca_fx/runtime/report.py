@@ -187,6 +187,17 @@ def make_report(
     )
 
 
+def least_bytes(
+    calls: Sequence[tuple[Program, StepRecord]],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The bytes that each call has to move at least: of the uncached model, and of our step.
+
+    They are those of weights, inputs and caches.
+    """
+    uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
+    return uncached, tuple(program.step_bytes(record.of, record.plan) for program, record in calls)
+
+
 def _site_table(sites: Sequence[SiteRecord]) -> list[str]:
     """One line per kind of site: how many, and which share of their tokens was computed."""
     if not sites:

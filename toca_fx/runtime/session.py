@@ -61,9 +61,9 @@ class Session:
         self._cache_bytes = self._hoisted_bytes = 0
 
     @property
-    def programs(self) -> tuple[Program, ...]:
-        """The programs that the calls so far have run, in order; none of an implicit session."""
-        return tuple(dict.fromkeys(program for program, _ in self._calls))
+    def calls(self) -> tuple[tuple[Program, StepRecord], ...]:
+        """The calls so far, each with the program that ran it; none of an implicit session."""
+        return tuple(self._calls)
 
     @property
     def generations(self) -> tuple[Generation, ...]:
@@ -168,7 +168,7 @@ class Session:
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
         told = known.told or told  # a session is the caller's own word
-        current, agrees, foreign = known.find(conditions, path, runner)
+        current, agrees, foreign = known.find(conditions, path, runner, timestep)
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else rounding_of(inputs[at])
@@ -248,7 +248,7 @@ class Session:
         try:
             return found.plan(num_steps)
         except PolicyError as error:
-            if not known.calls:
+            if not known.calls and not self._calls:
                 raise
             self.warn(words.misfit(str(error)))
             return found.uncached
@@ -398,13 +398,3 @@ class Session:
         return make_report(
             self._calls, self._cache_bytes, self._hoisted_bytes, tuple(self._warnings)
         )
-
-    def least_bytes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The bytes that each call has to move at least: of the uncached model, and of our step.
-
-        They are those of weights, inputs and caches.
-        """
-        calls = self._calls
-        uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
-        ours = tuple(program.step_bytes(record.of, record.plan) for program, record in calls)
-        return uncached, ours

@@ -132,3 +132,10 @@ def crowded(most: int) -> str:
         "called least recently was forgotten: its next step is full. Put each run into a "
         "toca_fx.session(...) of its own, and name as many branches as come again"
     )
+
+
+UNNAMED = (
+    "the model has no timestep argument, and was called with conditions that the session has not "
+    "seen, so that this step is full. If calls are guidance branches, wrap each kind of call in "
+    "toca_fx.branch(name); make captions and masks once, before the loop"
+)

@@ -115,10 +115,11 @@ def test_a_partial_step_adds_what_the_last_full_one_added() -> None:
 def test_gates_that_do_not_change_make_it_equal_to_caches_of_modules(kind: str) -> None:
     model, inputs = tiny(kind, layers=2).double(), text_inputs()
     inputs = [(x, inputs[0][1], text) for x, _, text in inputs]
+    told = [float(t[0]) for _, t, _ in inputs]
     outputs = {}
     for grain in ("module", "block"):
         policy = make_policy(**{**TOGETHER, "cache": {"grain": grain}})
-        with toca_fx.session() as run:
+        with toca_fx.session(timesteps=told) as run:
             outputs[grain] = run_all(toca_fx.compile(model, policy, inner="eager"), inputs)
             (program,) = programs(run)
     assert bool(program.analysis.plan(None).runs)
