@@ -15,7 +15,7 @@ from torch._dynamo.convert_frame import compile_lock
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 import toca_fx
-from tests.helpers import make_inputs, make_policy, run_all, tiny
+from tests.helpers import make_inputs, make_policy, programs, run_all, tiny
 from tests.marks import slow_but
 from toca_fx.lower.flops import FlopCounter
 from toca_fx.torch_private import compiling, detect_fake_mode

@@ -93,8 +93,7 @@ class Session:
         """
         if self.closed:
             raise RuntimeError(words.CLOSED)
-        known = self._known(model, runner)
-        generation = before = None
+        known, generation, before = self._known(model, runner), None, None
         try:
             with known.lock:
                 timestep = self._read(known, runner, inputs, told)
