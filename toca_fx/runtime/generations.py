@@ -157,9 +157,8 @@ class Generations:
 
         Branches that have not come for many steps give their memories back.
         """
-        if generation in self.all:
-            self.all.remove(generation)
-            self.all.append(generation)
+        if generation in self.all:  # at once: an interrupt may come in between
+            self.all = [*(each for each in self.all if each is not generation), generation]
         self.calls += 1
         for each in self.all:
             behind = generation.progress.position - each.progress.position
