@@ -47,16 +47,20 @@ _generators: dict[int, list[_Entry]] = {}
 _implicit = Session(implicit=True)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Branch:
-    """Names of branches, from the outside in, and what was told with them."""
+    """A branch that was entered, and what was told with it.
 
-    path: tuple[str, ...] = ()
-    told: Told | None = None
+    If a generator has entered it, it is for that generator's own calls: ``frame`` is its number.
+    """
+
+    name: str
+    told: Told | None
+    frame: int | None
 
 
-_NO_BRANCH = _Branch()
-_branch: ContextVar[_Branch | None] = ContextVar("toca_fx_branch", default=None)
+# From the outside in.
+_branches: ContextVar[tuple[_Branch, ...]] = ContextVar("toca_fx_branches", default=())
 
 
 def current_session() -> Session:
@@ -268,24 +272,30 @@ def branch(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f'branch({name!r}): expected a non-empty name, such as "uncond"')
-    with told_branch(name, None):
+    with told_branch(name, None, sys._getframe(2)):
         yield
 
 
 @contextmanager
-def told_branch(name: str, told: Told | None) -> Iterator[None]:
-    """As ``branch``, with what was told of the calls inside."""
-    before = _branch.get() or _NO_BRANCH
-    inside = _Branch((*before.path, name), told or before.told)
-    _branch.set(inside)
+def told_branch(name: str, told: Told | None, caller: FrameType | None) -> Iterator[None]:
+    """As ``branch``, with what was told of the calls inside; the frame ``caller`` enters it."""
+    own = caller is not None and caller.f_code.co_flags & _GENERATORS and not _for_others(caller)
+    entered = _Branch(name, told, id(caller) if own else None)
+    _branches.set((*_branches.get(), entered))
     try:
         yield
     finally:
-        if _branch.get() is inside:  # a generator may end in another context
-            _branch.set(before)
+        _branches.set(tuple(each for each in _branches.get() if each is not entered))
 
 
 def current_branch() -> tuple[tuple[str, ...], Told | None]:
     """The names of the branch of a call, and what was told with them."""
-    found = _branch.get() or _NO_BRANCH
-    return found.path, found.told
+    entered = _branches.get()
+    if any(each.frame is not None for each in entered):
+        running, frame = set(), sys._getframe(1)
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back  # type: ignore[assignment]
+        entered = tuple(each for each in entered if each.frame is None or each.frame in running)
+    told = [each.told for each in entered if each.told is not None]
+    return tuple(each.name for each in entered), told[-1] if told else None

@@ -20,7 +20,7 @@ def cache_context(twin: Any, name: str, **told: Any) -> Iterator[None]:
     """
     own = getattr(twin._toca_model, "cache_context", None)
     with ExitStack() as stack:
-        stack.enter_context(told_branch(name, _numbers(**told)))
+        stack.enter_context(told_branch(name, _numbers(**told), None))
         if own is not None:
             stack.enter_context(own(name, **told))
         yield

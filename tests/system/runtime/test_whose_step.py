@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import Call, call, make_inputs, run_all
 from tests.system.runtime.generations import fast_twin, in_session, same, uncached
+from toca_fx.runtime.context import current_branch
 
 STEPS = 6
 KINDS = ["full", "partial", "partial"] * 2
@@ -317,6 +318,23 @@ def test_branches_nest(model: nn.Module) -> None:
         "tile 1",
         "tile 1/uncond",
     }
+
+
+def test_a_branch_in_a_generator_is_for_its_own_calls(alone: Any) -> None:
+    many = requests(2, one_prompt=True)
+    expected = alone(many)
+
+    @torch.no_grad()
+    def image(name: str, calls: list[Call]) -> Iterator[Tensor]:
+        with toca_fx.branch(name):
+            for step in calls:
+                yield call(alone.fast, *step).clone()
+
+    with toca_fx.session(STEPS) as run:
+        found = in_turns([image(name, calls) for name, calls in zip("ab", many, strict=True)])
+    assert all(map(same, found, expected))
+    assert {step.branch for step in run.report().steps} == {"a", "b"}
+    assert current_branch() == ((), None)
 
 
 def test_branches_that_never_come_again_go(model: nn.Module) -> None:
