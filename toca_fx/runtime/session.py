@@ -31,8 +31,7 @@ from toca_fx.runtime.timesteps import reading, rounding_of
 
 log = logging.getLogger(__name__)
 
-# Generations of one model in one session, and outside of any. The one that was called least
-# recently goes: those that were left in their middle keep their memories until then.
+# Generations of a model in a session, and outside: those left in their middle keep memories.
 _MOST, _MOST_UNTOLD = 256, 8
 
 
@@ -198,6 +197,8 @@ class Session:
             if decision.place == "branch" and newest is not None and known.told is not None:
                 begun.join(newest, timestep)
                 known.model.several |= timestep is not None and timestep == newest.progress.timestep
+            way = 0 if head is None or known.told is None else head.direction
+            begun.progress = replace(begun.progress, direction=way)
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             if known.crowded:
@@ -333,8 +334,7 @@ class Session:
                 return None
             if known.told is not None:
                 listed = known.told.timesteps
-                whole = known.model.schedules.whole
-                if known.model.read if listed is None else listed in whole:
+                if known.model.read if listed is None else listed in known.model.schedules.whole:
                     return None
             elif not known.waits:
                 known.waits = True
