@@ -31,11 +31,11 @@ from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
-from toca_fx.runtime.context import current_branch, current_session
+from toca_fx.runtime.context import current_place
 from toca_fx.runtime.models import models_of
 from toca_fx.runtime.parts import call_of
 from toca_fx.runtime.runner import Runner
-from toca_fx.runtime.told import CACHES, METHODS, two_caches
+from toca_fx.runtime.told import METHODS, refuse_two_caches
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +89,8 @@ def compile(  # noqa: A001 - as torch.compile
             "expected a torch.nn.Module or a diffusers pipeline with a transformer, got "
             f"{type(model).__name__}"
         )
-    _refuse_two_caches(model)
+    refuse_two_caches(model)
     return twin_of(model, backend, METHODS)
-
-
-def _refuse_two_caches(model: object) -> None:
-    config = getattr(model, "_cache_config", None)
-    if getattr(model, CACHES, False) is True:
-        raise ValueError(two_caches(type(config).__name__))
 
 
 def toca(
@@ -149,7 +143,7 @@ class Backend:
                 "have no gradient. Sample under torch.no_grad() or torch.inference_mode()"
             )
             return self.inner(captured, list(inputs))
-        _refuse_two_caches(captured_model())
+        refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
         same = identity(captured, inputs)
@@ -203,12 +197,12 @@ class Dispatcher:
         key = (shapes, self._numbers.read(inputs))
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
-        path, told = current_branch()
         call, lead = (None, None) if self._whole else call_of(self, 1)
         with OFF.again():  # its casts are in the graphs
             session = None if lead is None else lead.session()
             if lead is None or session is None:
-                output = current_session().call(model, runner, inputs, path, told, call)
+                at = current_place()
+                output = at.session.call(model, runner, inputs, at.path, at.told, call)
             else:
                 output = session.follow(lead, model, runner, inputs)
             updates.apply(inputs)
@@ -223,7 +217,7 @@ class Dispatcher:
                 "or nothing is ever cached",
                 _MANY_SHAPES,
             )
-        aten = to_aten(self._captured, inputs)
+        aten = to_aten(self._captured, inputs, self._numbers)
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
         matches = match(aten.graph)

@@ -4,7 +4,7 @@
 
 Runs in one process on a CPU, with tiny models and ``inner="eager"``. Of what has to be flat it
 prints, and draws: the resident memory of the process, the bytes of all tensors that Python knows,
-and how many models and generations toca_fx knows.
+and how many models and generations toca_fx knows. The steps by kind show that memories were read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +37,11 @@ POLICY = {
 }
 
 
-def generation(fast: nn.Module, model: nn.Module, draw: random.Random) -> None:
-    """One run: told or not, of one branch or two, stopped early or not."""
+def generation(fast: nn.Module, model: nn.Module, draw: random.Random) -> list[str]:
+    """One run: told or not, of one branch or two, stopped early or not.
+
+    Returns the kinds of its steps, if it was told.
+    """
     batch, side = draw.choice((1, 2, 3)), draw.choice((8, 16))
     labels = [torch.randint(0, 10, (batch,)) for _ in range(draw.choice((1, 1, 2)))]
     told = draw.random()
@@ -58,6 +62,7 @@ def generation(fast: nn.Module, model: nn.Module, draw: random.Random) -> None:
     if draw.random() < 0.1:
         linear = model.transformer_blocks[0].ff.net[2]  # type: ignore[union-attr,index]
         linear.weight = nn.Parameter(linear.weight.clone(), requires_grad=False)
+    return [] if run is None else [record.kind for _, record in run.session.calls]
 
 
 def measured() -> dict[str, float]:
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    draw, held = random.Random(0), []
+    draw, held, kinds = random.Random(0), [], Counter[str]()
     example = examples()["DiTTransformer2DModel"]
     model = build(example)[0]
     fast = toca_fx.compile(model, POLICY, inner="eager")
@@ -97,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if number % 50 == 49:  # another model of the same class
                 model = build(example, seed=number)[0]
                 fast = toca_fx.compile(model, POLICY, inner="eager")
-            generation(fast, model, draw)
+            kinds.update(generation(fast, model, draw))
             if number % arguments.every == arguments.every - 1:
                 held.append({"generation": number + 1, **measured()})
-                print(json.dumps(held[-1]), flush=True)
+                print(json.dumps({**held[-1], **kinds}), flush=True)
     if arguments.picture is not None:
         picture(held, arguments.picture)
     return 0

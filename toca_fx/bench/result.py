@@ -290,8 +290,8 @@ def kinds_of(
 
 def _fresh(report: Report, at: int) -> float:
     """The mean number of tokens that the selecting sites of a step compute."""
-    plan = report.steps[at].plan
-    sites = zip(plan.fresh, plan.modes, strict=True)
+    step = report.steps[at].step
+    sites = zip(step.fresh, step.modes, strict=True)
     counts = [count for count, mode in sites if mode == "partial"]
     return statistics.fmean(counts) if counts else 0.0
 

@@ -31,7 +31,9 @@ from toca_fx.torch_private import FakeTensorMode, is_mutable, is_switch, side_ef
 aten = torch.ops.aten
 
 
-def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def to_aten(
+    captured: fx.GraphModule, inputs: Sequence[Any], numbers: Numbers | None = None
+) -> fx.GraphModule:
     """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``.
 
     The inputs are not modified. Placeholders keep their order. Every node carries ``meta["val"]``
@@ -41,7 +43,8 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     to its buffers is in ``meta["updates"]``. Regions of autocast, those of the caller too, have
     become casts: the graph is right with autocast off, and without gradients.
 
-    Numbers that the model reads out of tensors are those of ``inputs``; see ``numbers.Numbers``.
+    Numbers that the model reads out of tensors are those of ``inputs``; ``numbers`` are where it
+    reads them, if that is known.
 
     Raises:
         UnsupportedModelError: the model writes to its inputs or parameters in place, a number
@@ -53,7 +56,7 @@ def to_aten(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
         for value in inputs
     ]
-    numbers = Numbers(captured)
+    numbers = numbers or Numbers(captured)
     fixed = numbers.fixed(numbers.read(inputs))
     _refuse_effects(fixed.graph)
     graph_module = retrace(fixed, fakes, DECOMPOSITIONS)

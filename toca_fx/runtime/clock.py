@@ -54,7 +54,7 @@ class Progress:
         trail: Schedule = () if timestep is None else (timestep,)
         if decision.again:
             trail = self.trail
-        elif decision.place == "on" and not decision.restarts:
+        elif decision.place == "on":
             begun = 0 < len(self.trail) < MOST_STEPS or not self.calls
             unbroken = timestep is not None and begun
             trail = (*self.trail, *trail) if unbroken else ()
@@ -120,8 +120,8 @@ class Decision:
     It goes "on" with the current generation, or begins one: a "branch" of the run of the head, or
     the "generation" of a new run, of ``num_steps`` (None: nobody knows, and no later step reads
     what this one writes). ``full`` says that the step has to be full whatever the plan says,
-    ``again`` that it is another call of the last position, ``restarts`` that its timesteps begin
-    anew. ``warnings`` are what the user has to know, in order.
+    ``again`` that it is another call of the last position. ``warnings`` are what the user has to
+    know, in order.
     """
 
     place: Place
@@ -129,7 +129,6 @@ class Decision:
     num_steps: int | None
     full: bool = True
     again: bool = False
-    restarts: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -197,8 +196,6 @@ def _may_be_next(call: Situation, told: Told, current: Progress) -> bool:
 def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     """The next step of a generation whose conditions are known."""
     expected, t = current.position, call.timestep
-    if not current.calls:  # its first call failed
-        return Decision("on", expected, current.num_steps)
     if told.position is not None:
         if (told.position == 0 and expected > 1) or told.num_steps != current.num_steps:
             return Decision("generation", told.position, told.num_steps)
@@ -267,7 +264,7 @@ def _on(
     if beyond:
         warnings = (words.beyond(current.num_steps), *warnings)
     missed = position != current.position and not again
-    full = current.lost or current.calls > 1 or again or missed or beyond
+    full = current.lost or current.calls != 1 or again or missed or beyond
     return Decision("on", position, current.num_steps, full, again, warnings=warnings)
 
 
@@ -311,8 +308,6 @@ def _recognised(call: Situation) -> Decision:
         return Decision("generation", 0, None, warnings=(unknown,))
     if current is None or (call.apart and not _follows(call, current, t)):
         return _starts(call, t)
-    if not current.calls:
-        return replace(_starts(call, t), place="on", restarts=True)
     again = t == current.timestep
     if current.turns_back(t):
         return _starts(call, t)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,71 +28,94 @@ _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 @dataclass(eq=False)
 class _Entry:
-    """A session that was entered, by the frame of that number.
+    """A session, or a branch by its ``name``, that was entered by the frame of that number.
 
-    A generator that enters one is ``stepwise`` if it calls the model itself, and not whoever waits
-    for it (``contextlib.contextmanager``, a fixture): then its session is for its own calls only.
+    ``told`` is what came with a branch. What a generator has entered is for its own calls, but for
+    a session in which it makes none: that stands for the calls of whoever waits for it.
     """
 
-    session: Session
     frame: int
     generator: bool
+    session: Session | None = None
+    name: str = ""
+    told: Told | None = None
     left: bool = False
     stepwise: bool = False
 
 
-_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("toca_fx_sessions", default=())
+# From the outside in.
+_entered: ContextVar[tuple[_Entry, ...]] = ContextVar("toca_fx_entered", default=())
 # A generator's frame is found wherever it goes on, also in another thread or context.
 _generators: dict[int, list[_Entry]] = {}
 _implicit = Session(implicit=True)
 
 
-@dataclass(eq=False)
-class _Branch:
-    """A branch that was entered, and what was told with it.
+@dataclass(frozen=True)
+class Place:
+    """Where a call is made: in a ``session``, and in branches, ``path``, from the outside in.
 
-    If a generator has entered it, it is for that generator's own calls: ``frame`` is its number.
+    ``told`` is what came with the branches.
     """
 
-    name: str
-    told: Told | None
-    frame: int | None
+    session: Session
+    path: tuple[str, ...] = ()
+    told: Told | None = None
 
 
-# From the outside in.
-_branches: ContextVar[tuple[_Branch, ...]] = ContextVar("toca_fx_branches", default=())
+def current_place() -> Place:
+    """The innermost session that was entered and not left, and the branches; of this call.
+
+    Calls in no session have one for all of them.
+    """
+    entered = [entry for entry in _entered.get() if not entry.left]
+    if not entered and not _generators:
+        return Place(_implicit)
+    innermost, running = _on_stack({entry.frame for entry in entered if _is_plain(entry)})
+    if innermost is not None:
+        innermost.stepwise = True
+    sessions = [entry for entry in entered if entry.session is not None and not entry.stepwise]
+    entry = innermost or (sessions[-1] if sessions else None)
+    plain = (entry for entry in entered if not entry.generator)
+    branches = [entry for entry in (*reversed(running), *plain) if entry.name]
+    told = [entry.told for entry in branches if entry.told is not None]
+    session = entry.session if entry is not None and entry.session is not None else _implicit
+    return Place(session, tuple(each.name for each in branches), told[-1] if told else None)
 
 
 def current_session() -> Session:
-    """The innermost session that was entered and not left, else the one for all other calls."""
-    entered = [entry for entry in _entered.get() if not entry.left]
-    if not entered and not _generators:
-        return _implicit
-    on_stack = _generator_on_stack(entered)
-    if on_stack is not None:
-        on_stack.stepwise = True
-        return on_stack.session
-    others = [entry for entry in entered if not entry.stepwise]
-    return others[-1].session if others else _implicit
+    """The session that a call is made in (see ``current_place``)."""
+    return current_place().session
 
 
-def _generator_on_stack(entered: Sequence[_Entry]) -> _Entry | None:
-    """The session of a generator that runs now, unless another was entered further in."""
-    frames = {entry.frame: entry for entry in entered if not entry.generator}
+def _is_plain(entry: _Entry) -> bool:
+    return entry.session is not None and not entry.generator
+
+
+def _on_stack(plain: Collection[int]) -> tuple[_Entry | None, list[_Entry]]:
+    """What the generators that run now have entered, from the inside out.
+
+    And the innermost session among it, unless a frame in ``plain`` entered one further in.
+    """
+    innermost: _Entry | None = None
+    running: list[_Entry] = []
+    decided = False
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        found = _generators.get(id(frame))
-        if found and not found[-1].session.closed:
-            return found[-1]
-        if id(frame) in frames:
-            return None
+        own = [entry for entry in reversed(_generators.get(id(frame), ())) if not entry.left]
+        running += own
+        if not decided:
+            opened = (entry for entry in own if entry.session and not entry.session.closed)
+            innermost = next(opened, None)
+            decided = innermost is not None or id(frame) in plain
         frame = frame.f_back
-    return None
+    return innermost, running
 
 
-def _enter(session: Session, caller: FrameType) -> _Entry:
-    is_generator = bool(caller.f_code.co_flags & _GENERATORS) and not _for_others(caller)
-    entry = _Entry(session, id(caller), is_generator)
+def _enter(caller: FrameType | None, **what: Any) -> _Entry:
+    """Enter a session or branch; ``caller`` is the frame that does so, if it may be a generator."""
+    flags = 0 if caller is None else caller.f_code.co_flags
+    is_generator = caller is not None and bool(flags & _GENERATORS) and not _for_others(caller)
+    entry = _Entry(id(caller), is_generator, **what)
     if is_generator:
         _generators.setdefault(entry.frame, []).append(entry)
     _entered.set((*(each for each in _entered.get() if not each.left), entry))
@@ -100,10 +123,10 @@ def _enter(session: Session, caller: FrameType) -> _Entry:
 
 
 def _for_others(generator: FrameType) -> bool:
-    """Whether a generator runs for the body of a ``with`` statement, or is a fixture."""
+    """Whether a generator runs for the body of a ``with`` statement, or is a fixture of pytest."""
     waits = generator.f_back
     file = "" if waits is None else waits.f_code.co_filename
-    return file == contextlib.__file__ or file.endswith("fixtures.py")
+    return file == contextlib.__file__ or ("_pytest" in file and file.endswith("fixtures.py"))
 
 
 def _leave(entry: _Entry) -> None:
@@ -129,7 +152,7 @@ class Run:
         self._entries: list[_Entry] = []
 
     def __enter__(self) -> Run:
-        self._entries.append(_enter(self.session, sys._getframe(1)))
+        self._entries.append(_enter(sys._getframe(1), session=self.session))
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -177,7 +200,7 @@ class Handle(Run):
         self._entered = self._failed = False
 
     def __enter__(self) -> Run:
-        self._entries.append(_enter(self.session, sys._getframe(1)))
+        self._entries.append(_enter(sys._getframe(1), session=self.session))
         self._entered = True
         return Run(self.session)
 
@@ -272,30 +295,20 @@ def branch(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f'branch({name!r}): expected a non-empty name, such as "uncond"')
-    with told_branch(name, None, sys._getframe(2)):
+    with told_branch(name, caller=sys._getframe(2)):
         yield
 
 
 @contextmanager
-def told_branch(name: str, told: Told | None, caller: FrameType | None) -> Iterator[None]:
-    """As ``branch``, with what was told of the calls inside; the frame ``caller`` enters it."""
-    own = caller is not None and caller.f_code.co_flags & _GENERATORS and not _for_others(caller)
-    entered = _Branch(name, told, id(caller) if own else None)
-    _branches.set((*_branches.get(), entered))
+def told_branch(
+    name: str, told: Told | None = None, caller: FrameType | None = None
+) -> Iterator[None]:
+    """As ``branch``, with what was ``told`` of the calls inside.
+
+    If ``caller``, which enters it, is a generator, it is for that generator's own calls.
+    """
+    entry = _enter(caller, name=name, told=told)
     try:
         yield
     finally:
-        _branches.set(tuple(each for each in _branches.get() if each is not entered))
-
-
-def current_branch() -> tuple[tuple[str, ...], Told | None]:
-    """The names of the branch of a call, and what was told with them."""
-    entered = _branches.get()
-    if any(each.frame is not None for each in entered):
-        running, frame = set(), sys._getframe(1)
-        while frame is not None:
-            running.add(id(frame))
-            frame = frame.f_back  # type: ignore[assignment]
-        entered = tuple(each for each in entered if each.frame is None or each.frame in running)
-    told = [each.told for each in entered if each.told is not None]
-    return tuple(each.name for each in entered), told[-1] if told else None
+        _leave(entry)

@@ -59,7 +59,6 @@ class Generation:
         self.progress = Progress(decision.num_steps or 0, decision.position)
         self.running = self.repeated = False
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
-        self.said: set[str] = set()
         self.latest = decision
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from toca_fx.lower.once import Recent
 from toca_fx.runtime.schedules import Schedules
 
 _MOST = 256  # models of one code; those with other weights are others
@@ -38,7 +38,7 @@ class Models:
     """
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[tuple[int, ...], tuple[ModelKey, list[Any]]] = OrderedDict()
+        self._keys: Recent[tuple[int, ...], tuple[ModelKey, list[Any]]] = Recent(_MOST)
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -65,8 +65,6 @@ class Models:
                 tensors = [*state, *(tensor for other in others if (tensor := other()) is not None)]
                 watched = [weakref.ref(tensor, forget) for tensor in tensors]
                 found = self._keys[identity] = key, watched
-                while len(self._keys) > _MOST:
-                    self._keys.popitem(last=False)
             return found[0]
 
     def _alike(self, identity: tuple[int, ...]) -> tuple[ModelKey, list[Any]] | None:

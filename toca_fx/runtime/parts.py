@@ -43,13 +43,15 @@ class Call:
 class Lead:
     """What the first part of a call has done: a step of ``generation``, in ``session``.
 
-    ``visits`` counts how often each other part has come since: layers may share their code.
+    ``said`` is what the user was told of the image. ``visits`` counts how often each other part has
+    come since: layers may share their code.
     """
 
     call: Call
     session: weakref.ref[Session]
     generation: weakref.ref[Generation]
     timestep: Timestep | None
+    said: set[str]
     visits: Counter[Hashable] = field(default_factory=Counter)
 
 
@@ -80,6 +82,12 @@ def call_of(part: object, depth: int) -> tuple[Call, Lead | None]:
     return call, None
 
 
-def leads(call: Call, session: Session, generation: Generation, timestep: Timestep | None) -> None:
-    """Note what the first part of a call has done."""
-    _last.lead = Lead(call, weakref.ref(session), weakref.ref(generation), timestep)
+def leads(
+    call: Call,
+    session: Session,
+    generation: Generation,
+    timestep: Timestep | None,
+    said: set[str],
+) -> None:
+    """Note what the first part of a call has done (see ``Lead``)."""
+    _last.lead = Lead(call, weakref.ref(session), weakref.ref(generation), timestep, said)

@@ -24,12 +24,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One model call. ``index`` is s of the policy, ``plan`` what the call did.
+    """One model call. ``index`` is s of the policy, ``step`` what the call did.
 
-    ``of`` is the plan of its generation. ``seconds`` is the whole call on the host's
-    clock, ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of
-    the recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that
-    do not depend on the latents.
+    ``plan`` is that of its generation. ``seconds`` is the whole call on the host's clock,
+    ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
+    recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that do
+    not depend on the latents.
     """
 
     index: int
@@ -37,8 +37,8 @@ class StepRecord:
     branch: str
     seconds: float
     selection_seconds: float
-    plan: StepPlan
-    of: Plan
+    step: StepPlan
+    plan: Plan
     hoisted_flops: int
     launch: Launch = Launch("queued", "")
 
@@ -170,7 +170,7 @@ def make_report(
                 site.layer,
                 site.tokens,
                 tuple(
-                    record.plan.fresh[i] if record.of.sites else site.tokens
+                    record.step.fresh[i] if record.plan.sites else site.tokens
                     for other, record in calls
                     if other is program
                 ),
@@ -178,7 +178,7 @@ def make_report(
             for program in programs
             for i, site in enumerate(program.analysis.matches.sites)
         ),
-        step_flops=tuple(program.step_flops(record.of, record.plan) for program, record in calls),
+        step_flops=tuple(program.step_flops(record.plan, record.step) for program, record in calls),
         flops_uncached=sum(program.analysis.uncached_flops for program, _ in calls),
         cache_bytes=cache_bytes,
         hoisted_bytes=hoisted_bytes,
@@ -195,7 +195,9 @@ def least_bytes(
     They are those of weights, inputs and caches.
     """
     uncached = tuple(program.analysis.uncached_bytes for program, _ in calls)
-    return uncached, tuple(program.step_bytes(record.of, record.plan) for program, record in calls)
+    return uncached, tuple(
+        program.step_bytes(record.plan, record.step) for program, record in calls
+    )
 
 
 def _site_table(sites: Sequence[SiteRecord]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toca_fx.diagnostics import MOST_STEPS
+
 Timestep = tuple[float, ...]
 """The value of a model's timestep argument: one number, or one per row and frame."""
 
@@ -11,7 +13,6 @@ Schedule = tuple[Timestep, ...]
 """The timesteps of a run, call by call."""
 
 _MOST = 32  # schedules of one model; samplers make a handful
-_LONGEST = 10_000
 _NEAR_THE_END = 0.1
 
 
@@ -40,14 +41,14 @@ def is_whole(trail: Schedule, num_steps: int) -> bool:
     """
     if len(trail) == num_steps:
         return True
-    if len(trail) < 2 or any(len(each) != 1 for each in trail):
+    times = [each[0] for each in trail[-3:] if len(each) == 1]
+    if len(times) < min(3, max(2, len(trail))):
         return False
-    times = [each[0] for each in trail]
     last = times[-1] - times[-2]
     before = times[-2] - times[-3] if len(times) > 2 else last
     following = times[-1] + (last * last / before if before else last)
     if last < 0:
-        return following <= _NEAR_THE_END * times[0]
+        return following <= _NEAR_THE_END * trail[0][0]
     return following >= (1 - _NEAR_THE_END) * (1 if times[-1] <= 1 else 1000)
 
 
@@ -70,21 +71,18 @@ class Schedules:
         """
         self._whole = tuple(each for each in self._whole if each != trail[:-1])
         if is_whole(trail, num_steps):
-            self._add(trail)
-
-    def told(self, trail: Schedule) -> None:
-        """Take note of a run that was told to be over."""
-        self._add(trail)
+            self.add(trail)
 
     def end(self, trail: Schedule) -> None:
         """Take note that a run ended; two that ended alike were whole."""
         if len(trail) < 2 or trail in self._whole:
             return
         if trail in self._ended:
-            self._add(trail)
+            self.add(trail)
         self._ended = (*self._ended, trail)[-_MOST:]
 
-    def _add(self, trail: Schedule) -> None:
-        if 1 < len(trail) <= _LONGEST:
+    def add(self, trail: Schedule) -> None:
+        """Take note of a whole schedule; of a single step nothing is cached."""
+        if 1 < len(trail) <= MOST_STEPS:
             others = tuple(each for each in self._whole if each != trail)
             self._whole = (*others, trail)[-_MOST:]

@@ -50,6 +50,7 @@ class Session:
         implicit: bool = False,
     ) -> None:
         self.num_steps, self._timesteps, self._implicit = num_steps, timesteps, implicit
+        self._most = _MOST_UNTOLD if implicit else _MOST
         self.closed = False
         self._models: dict[ModelKey, Generations] = {}
         # Outside of any session what is known of a model goes with it: the model has it.
@@ -102,7 +103,7 @@ class Session:
             with known.lock:
                 self._note(known, generation, decision, runner, record)
             if call is not None:
-                parts.leads(call, self, generation, timestep)
+                parts.leads(call, self, generation, timestep, known.said)
             return outputs
         except BaseException:  # whatever was done, the caller has no output
             if generation is not None and before is not None:
@@ -119,7 +120,7 @@ class Session:
         whole = lead.generation()
         if whole is None:
             raise AssertionError("the first part of the call has just run")
-        self._say(whole.said, (words.BROKEN,))
+        self._say(lead.said, (words.BROKEN,))
         decision, which = whole.latest, (model, runner)
         lead.visits[which] += 1
         key = (*which, lead.visits[which])
@@ -142,16 +143,17 @@ class Session:
         with self._lock:
             found = model.untold if self._implicit else self._models.get(model)
             if found is None:
-                settings = runner.program.analysis.settings
-                told = Told(self.num_steps or settings.steps, self._timesteps)
-                most = _MOST_UNTOLD if self._implicit else _MOST
-                found = Generations(model, None if self._implicit else told, most)
                 if self._implicit:
-                    model.untold = found
+                    found = model.untold = Generations(model, None, self._most)
                     self._untold.add(model)
                 else:
+                    found = Generations(model, self._told(runner), self._most)
                     self._models[model] = found
             return found
+
+    def _told(self, runner: Runner) -> Told:
+        """What was said of the run."""
+        return Told(self.num_steps or runner.program.analysis.settings.steps, self._timesteps)
 
     def _place(
         self,
@@ -165,7 +167,6 @@ class Session:
         """The generation of a call, and which of its steps it is."""
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
-        told = known.told or told  # a session is the caller's own word
         current, agrees, foreign = known.find(conditions, path, runner, timestep)
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
@@ -173,14 +174,13 @@ class Session:
         newest = known.head(current)
         head = None if newest is None else newest.progress
         if head is None and known.told is not None and not known.calls:
-            whole = Told(self.num_steps or found.settings.steps, self._timesteps)
             known.told, warning = clock.start(
-                whole, timestep, rounding, self._others(known), self.num_steps
+                self._told(runner), timestep, rounding, self._others(known), self.num_steps
             )
             self.warn(warning)
         decision = clock.decide(
             Situation(
-                told=known.told or told,
+                told=known.told or told,  # a session is the caller's own word
                 timestep=timestep,
                 has_timestep=at is not None,
                 rounding=rounding,
@@ -203,7 +203,7 @@ class Session:
             known.add(begun, current if replaces else None)
             if known.crowded:
                 known.crowded = False
-                self.warn(words.crowded(_MOST_UNTOLD if self._implicit else _MOST))
+                self.warn(words.crowded(self._most))
             current = begun
         else:
             self._go_on(known, current, runner, decision, conditions, timestep, agrees, foreign)
@@ -275,10 +275,9 @@ class Session:
         else:
             pairs = zip(current.marks, conditions, strict=True)
             current.marks = [mark if mark.same(each) else Mark(each) for mark, each in pairs]
-        steps = decision.num_steps or 0
         if current.runner is not runner:
             current.move(runner, self._plan(known, runner, decision.num_steps))
-        if self._implicit and steps != current.progress.num_steps:
+        if self._implicit and (decision.num_steps or 0) != current.progress.num_steps:
             current.replan(self._plan(known, current.runner, decision.num_steps), decision)
 
     def _others(self, known: Generations) -> tuple[Progress, ...]:
@@ -303,9 +302,9 @@ class Session:
         if generation.progress.finished and decision.num_steps is not None:
             known.model.read |= bool(trail)
             if trail and known.told is not None and not decision.again:
-                known.model.schedules.told(trail)
+                known.model.schedules.add(trail)
                 if known.told.timesteps is not None:  # as they were told, not as they were rounded
-                    known.model.schedules.told(known.told.timesteps)
+                    known.model.schedules.add(known.told.timesteps)
         if not self._implicit:
             self._calls.append((runner.program, record))
             if decision.place != "on":

@@ -47,10 +47,9 @@ class Storage:
         """Go on with what ``other`` holds, hoisted values aside; False if it holds other things."""
         ours = [*self.buffers.values(), *self.selector.counters]
         theirs = [*other.buffers.values(), *other.selector.counters]
-        alike = [(one.shape, one.dtype) for one in ours] == [
-            (one.shape, one.dtype) for one in theirs
-        ]
-        if self.buffers.keys() != other.buffers.keys() or not alike:
+        pairs = zip(ours, theirs, strict=False)
+        alike = all((one.shape, one.dtype) == (two.shape, two.dtype) for one, two in pairs)
+        if not alike or self.buffers.keys() != other.buffers.keys() or len(ours) != len(theirs):
             return False
         with torch.inference_mode(False), torch.no_grad():
             for own, given in zip(ours, theirs, strict=True):

@@ -9,8 +9,6 @@ from typing import Any
 from toca_fx.runtime.clock import Told
 from toca_fx.runtime.context import told_branch
 
-CACHES = "is_cache_enabled"
-
 
 @contextmanager
 def cache_context(twin: Any, name: str, **told: Any) -> Iterator[None]:
@@ -20,7 +18,7 @@ def cache_context(twin: Any, name: str, **told: Any) -> Iterator[None]:
     """
     own = getattr(twin._toca_model, "cache_context", None)
     with ExitStack() as stack:
-        stack.enter_context(told_branch(name, _numbers(**told), None))
+        stack.enter_context(told_branch(name, _numbers(**told)))
         if own is not None:
             stack.enter_context(own(name, **told))
         yield
@@ -40,16 +38,21 @@ def enable_cache(twin: Any, config: Any) -> None:
     Raises:
         ValueError: always.
     """
-    raise ValueError(two_caches(type(config).__name__))
-
-
-def two_caches(which: str) -> str:
-    """Why a model with a cache of diffusers is refused."""
-    return (
-        f"diffusers' enable_cache({which}) and toca_fx would both leave out the model's work, and "
-        "neither would know of the other; call disable_cache() first, or do not compile the model "
-        "with toca_fx"
+    raise ValueError(
+        f"diffusers' enable_cache({type(config).__name__}) and toca_fx would both leave out the "
+        "model's work, and neither would know of the other; call disable_cache() first, or do not "
+        "compile the model with toca_fx"
     )
+
+
+def refuse_two_caches(model: Any) -> None:
+    """Refuse a model that has a cache of diffusers already.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if getattr(model, "is_cache_enabled", False) is True:
+        enable_cache(model, model._cache_config)
 
 
 METHODS = {"cache_context": cache_context, "enable_cache": enable_cache}

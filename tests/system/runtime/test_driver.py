@@ -17,6 +17,7 @@ from tests.system.runtime.driver.events import Sequence, sequences
 from tests.system.runtime.driver.oracle import WrongImageError
 from tests.system.runtime.driver.world import World
 from toca_fx.runtime.clock import Progress
+from toca_fx.runtime.context import Place, current_session
 from toca_fx.runtime.generations import Generations
 from toca_fx.runtime.identity import Seen
 
@@ -90,7 +91,7 @@ PLANTED = {
     "weights never change": lambda: patch.object(Seen, "differ", _false),
     "a pause is no gap": lambda: patch.object(Generations, "called", _nothing),
     "branches have no names": lambda: patch.object(
-        toca_fx.backend, "current_branch", lambda: ((), None)
+        toca_fx.backend, "current_place", lambda: Place(current_session())
     ),
     "threads are nobody's": lambda: patch.object(
         toca_fx.runtime.generations, "_is_foreign", _false

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import Call, call, make_inputs, run_all
 from tests.system.runtime.generations import fast_twin, in_session, same, uncached
-from toca_fx.runtime.context import current_branch
+from toca_fx.runtime.context import current_place
 
 STEPS = 6
 KINDS = ["full", "partial", "partial"] * 2
@@ -334,7 +334,29 @@ def test_a_branch_in_a_generator_is_for_its_own_calls(alone: Any) -> None:
         found = in_turns([image(name, calls) for name, calls in zip("ab", many, strict=True)])
     assert all(map(same, found, expected))
     assert {step.branch for step in run.report().steps} == {"a", "b"}
-    assert current_branch() == ((), None)
+    assert current_place().path == ()
+
+
+def test_a_branch_goes_with_its_generator_to_another_thread(alone: Any) -> None:
+    many = requests(2, one_prompt=True)
+    expected = alone(many)
+    run = toca_fx.session(STEPS)
+
+    def image(name: str, calls: list[Call]) -> Iterator[Tensor]:
+        with toca_fx.branch(name):
+            for step in calls:
+                with run, torch.no_grad():
+                    output = call(alone.fast, *step).clone()
+                yield output
+
+    steps = [image(name, calls) for name, calls in zip("ab", many, strict=True)]
+    found: list[list[Tensor]] = [[], []]
+    for _ in range(STEPS):
+        for at, each in enumerate(steps):
+            with ThreadPoolExecutor(1) as pool:
+                found[at].append(pool.submit(next, each).result())
+    assert all(map(same, found, expected))
+    assert [step.branch for step in run.report().steps] == ["a", "b"] * STEPS
 
 
 def test_branches_that_never_come_again_go(model: nn.Module) -> None:

@@ -467,7 +467,7 @@ def test_progress_is_what_the_decisions_were() -> None:
     unread = progress.advance(Decision("on", 3, 5), None)
     assert (unread.timestep, unread.trail) == ((8.0,), ()), "what was not read is not known"
     assert unread.advance(Decision("on", 4, 5), (1.0,)).trail == ()
-    anew = progress.advance(Decision("on", 0, 5, restarts=True), (9.0,))
+    anew = progress.advance(Decision("generation", 0, 5), (9.0,))
     assert anew.trail == at(9.0)
 
 

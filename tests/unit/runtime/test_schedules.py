@@ -58,10 +58,10 @@ def test_two_runs_that_end_alike_were_whole() -> None:
 def test_schedules_are_bounded() -> None:
     seen = Schedules()
     for number in range(100):
-        seen.told(at(1000.0 + number, 500.0, 1.0))
+        seen.add(at(1000.0 + number, 500.0, 1.0))
     assert len(seen.whole) == 32
     assert seen.whole[-1][0] == (1099.0,)
-    seen.told(at(5.0))
+    seen.add(at(5.0))
     assert len(seen.whole) == 32, "of one step nothing is cached"
 
 
