@@ -34,7 +34,7 @@ UNLISTED = (
     "step is full; give the values of the model's timestep argument, call by call"
 )
 UNITS = (
-    "the model is first called at a timestep that session(timesteps=...) does not list, so that "
+    "the model is first called at another timestep than any in session(timesteps=...), so that "
     "their number counts only and modulations are computed in the calls; give the values of the "
     "model's timestep argument, call by call"
 )
