@@ -146,7 +146,13 @@ def _kinds(rule: Rule) -> tuple[str, ...]:
 
 def _before_rules(policy: Policy, kind: str) -> SitePolicy:
     return SitePolicy(
-        policy.N, policy.R, dict(policy.modules)[kind], policy.scores, policy.spatial, policy.cache
+        policy.N,
+        policy.R,
+        dict(policy.modules)[kind],
+        policy.scores,
+        policy.spatial,
+        policy.cache,
+        policy.forecast,
     )
 
 

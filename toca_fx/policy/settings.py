@@ -81,14 +81,16 @@ class Cache:
             examples=("bfloat16",),
         ),
     )
-    grain: Literal["module", "block"] = field(
+    grain: Literal["module", "block", "model"] = field(
         default="module",
         metadata=key(
             "What has a cache of its own. `module`: every module; its gate is applied anew on "
             "every step. `block`: modules that follow each other in a block, and are always reused "
             "together, share one cache, of all that they add to the stream, as it was gated on the "
             "last full step. Where whole blocks are reused, it takes a half or a third of the "
-            "memory; where MLPs select tokens, which no cache can be shared with, nothing changes.",
+            "memory; where MLPs select tokens, which no cache can be shared with, nothing changes. "
+            "`model`: the state in front of the output layers alone; between full steps no block "
+            "runs.",
             examples=("block",),
         ),
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from toca_fx.policy.forecast import Forecast
 from toca_fx.policy.interval import Interval
 from toca_fx.policy.keys import Key, Override, key, stand_ins
 from toca_fx.policy.modules import ACTION_TITLE, MODULE_TYPES, Action, Modules
@@ -31,6 +32,7 @@ class SitePolicy:
     scores: Scores
     spatial: Spatial | None
     cache: Cache = field(default=Cache())
+    forecast: Forecast = field(default=Forecast())
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,23 @@ class Policy:
             override=Override("Overrides single keys of `cache`.", modes=_ONLY_CACHED),
         ),
     )
+    skip: Literal["none", "all", "alternate"] = field(
+        default="none",
+        metadata=key(
+            "Which steps between the full ones run no block: the state in front of the output "
+            "layers is made of what it was on earlier steps. `none`; `all`; `alternate`: every "
+            "second one, so that the step before a full one is partial (DuCa).",
+            examples=("alternate",),
+        ),
+    )
+    forecast: Forecast = field(
+        default=Forecast(),
+        metadata=key(
+            "How what is not computed is made of the values at the last full steps.",
+            title="a mapping such as {basis: newton, order: 2}",
+            override=Override("Overrides single keys of `forecast`.", modes=_ONLY_CACHED),
+        ),
+    )
     hoisting: Hoisting = field(
         default=Hoisting(),
         metadata=key(
@@ -264,7 +283,13 @@ class Policy:
         Raises KeyError for a `kind` that is not one of MODULE_TYPES.
         """
         site = SitePolicy(
-            self.N, self.R, dict(self.modules)[kind], self.scores, self.spatial, self.cache
+            self.N,
+            self.R,
+            dict(self.modules)[kind],
+            self.scores,
+            self.spatial,
+            self.cache,
+            self.forecast,
         )
         for rule in self.rules:
             if rule.applies(kind, path, layer):
