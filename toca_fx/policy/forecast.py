@@ -105,3 +105,7 @@ class Forecast:
             "ln of the signal-to-noise ratio, which `sampler.noise` makes of it.",
         ),
     )
+    weights: tuple[tuple[float, ...], ...] | None = None
+    """For `table`: a list per step since the last full one, the last list for all later steps; in
+    it the weights of the values kept, newest first.
+    """
