@@ -17,7 +17,7 @@ from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import Recent, once, traced_once
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
-from toca_fx.plan.buffers import FEATURES, Buffer
+from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
@@ -78,7 +78,7 @@ class Program:
         """The tensors that a generation of ``plan`` keeps."""
         _, like = once(self._kept, id(plan), lambda: (plan, self._examples(plan)))
         return {
-            buffer: (torch.empty if buffer.role in FEATURES else torch.zeros)(
+            buffer: (torch.empty if buffer.written_first else torch.zeros)(
                 value.shape, dtype=value.dtype, device=value.device
             )
             for buffer, value in like.items()

@@ -29,6 +29,7 @@ from toca_fx.match.branches import Found, unexplained
 from toca_fx.match.judge import related
 from toca_fx.match.mlp import mlp_sites, mlps_of
 from toca_fx.match.sites import Matches, NearMiss, Site
+from toca_fx.match.states import outputs_of, states_of
 
 
 def match(graph: fx.Graph) -> Matches:
@@ -39,7 +40,9 @@ def match(graph: fx.Graph) -> Matches:
     misses = [one for one in candidates if isinstance(one, NearMiss)]
     misses += unexplained(flow, found, misses)
     found, refused = _without_sequence_first(found)
-    return Matches(tuple(related(found, flow)), (*misses, *refused))
+    sites = tuple(related(found, flow))
+    states, uncut = states_of(graph, sites)
+    return Matches(sites, (*misses, *refused), outputs_of(graph), states, uncut)
 
 
 def _candidates(graph: fx.Graph, flow: Flow) -> Iterator[Found | NearMiss]:

@@ -57,7 +57,14 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Matches:
-    """All sites of a graph in execution order, and what came close."""
+    """All sites of a graph in execution order, and what came close.
+
+    ``outputs`` are what the model returns, and ``states`` what it is in front of the output layers,
+    as sites of these kinds; if there are no states, ``uncut`` says why.
+    """
 
     sites: tuple[Site, ...]
     misses: tuple[NearMiss, ...]
+    outputs: tuple[Site, ...] = ()
+    states: tuple[Site, ...] = ()
+    uncut: str = ""

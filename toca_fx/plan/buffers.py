@@ -2,7 +2,10 @@
 
     role      part    holds                                                     shape
     cache             output of a site, before its gate                         [B, N, C]    kept
-                      (of a run: what all of it adds to the stream)
+                      (of a run: what all of it adds to the stream; of the model: its state in
+                      front of the output layers, or its output)
+    cache     h       the same at the last full step but h, where there is a history
+    weights           those of the values of a history, the newest first        [H]          given
     keys      k       k-th projection of keys or values of an attention         [B, N, W]    kept
     score             base score of the tokens of a site                        [B, N]       kept
     entropy           entropy of a cross-attention                              [B, N]       kept
@@ -14,7 +17,8 @@
     read              whether a later step reads the scores of this one         [] bool, CPU given
 
 A buffer that is kept stays over a generation and is updated in place, in the dtype of the policy
-for cache and keys; one that is given is for one step. ``read`` is given on a GPU, to steps that
+for cache and keys; one that is given is for one step. The tensors of a history are handed out anew
+before each full step: it writes the oldest, which is the newest from then on. ``read`` is given on a GPU, to steps that
 score an attention.
 """
 
@@ -23,11 +27,21 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Role = Literal[
-    "cache", "keys", "score", "entropy", "picked", "order", "known", "ranks", "hoisted", "read"
+    "cache",
+    "weights",
+    "keys",
+    "score",
+    "entropy",
+    "picked",
+    "order",
+    "known",
+    "ranks",
+    "hoisted",
+    "read",
 ]
 
 FEATURES: tuple[Role, ...] = ("cache", "keys")
-"""The roles kept in the dtype that the policy says; full steps write them before any is read."""
+"""The roles kept in the dtype that the policy says."""
 
 
 class Buffer(NamedTuple):
@@ -41,6 +55,14 @@ class Buffer(NamedTuple):
     part: int | str = ""
 
     @property
+    def written_first(self) -> bool:
+        """Whether a full step writes it before any step reads it; not so the values of a history.
+
+        They may be read with a weight of 0, which takes no NaN away.
+        """
+        return self.role == "keys" or (self.role == "cache" and self.part == "")
+
+    @property
     def name(self) -> str:
         """The name of its placeholder."""
         belongs = "" if self.site < 0 else f"_{self.site}"
@@ -48,6 +70,13 @@ class Buffer(NamedTuple):
 
 
 READ = Buffer("read")
+
+
+def memory(site: int, history: int) -> tuple[Buffer, ...]:
+    """The buffers of the last ``history`` values of a site, the newest first."""
+    if history == 1:
+        return (Buffer("cache", site),)
+    return tuple(Buffer("cache", site, part) for part in range(history))
 
 
 def hoisted(name: str) -> Buffer:

@@ -5,6 +5,7 @@ A site's *mode* on a step is one of
     full      computed for all tokens; its output is written to the cache
     partial   computed for K fresh tokens; the others come from the cache
     reuse     taken from the cache whole
+    skip      not needed: no block runs, the state in front of the output layers is in its memory
     compute   computed for all tokens and never cached (the policy says so, or no later step would
               read the cache)
 """
@@ -17,11 +18,16 @@ from functools import cached_property
 
 from toca_fx.match.sites import Site
 from toca_fx.plan import scores
-from toca_fx.plan.buffers import Buffer
+from toca_fx.plan.buffers import Buffer, memory
+from toca_fx.plan.forecast import history
 from toca_fx.plan.grids import SpatialBonus
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import AttentionScore, Selection, StepSpec
+from toca_fx.plan.times import Noise
 from toca_fx.policy import SitePolicy
+
+
+_RUNS = ("full", "partial", "compute")
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,11 @@ class StepPlan:
 def kind_of(modes: Modes) -> str:
     """The kind of a step whose sites are in ``modes``.
 
-    It is ``full`` if no site reads its cache, ``partial`` if no cached site is computed whole, else
-    ``mixed``.
+    It is ``skip`` if no block runs, ``full`` if no site reads its cache, ``partial`` if no cached
+    site is computed whole, else ``mixed``.
     """
+    if "skip" in modes:
+        return "skip"
     cached = {mode for mode in modes if mode != "compute"}
     if cached <= {"full"}:
         return "full"
@@ -61,7 +69,8 @@ class Settings:
     """What a policy says of whole generations.
 
     ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
+    one selection of tokens (in those of a plan: and that it has two halves), ``noise`` how timesteps
+    are levels of noise, ``separate`` that
     guidance branches are called one after the other.
     """
 
@@ -69,6 +78,7 @@ class Settings:
     steps: int
     seed: int
     shared: bool
+    noise: Noise | None
     separate: bool
     hoisting_bytes: int
     recording_bytes: int
@@ -78,8 +88,9 @@ class Settings:
 class Plan:
     """What each site does on each step.
 
-    ``policies[i]`` is the policy of ``sites[i]``; ``steps`` are in the order of the calls;
-    ``spatial[i]`` is the bonus of a site that selects tokens.
+    ``policies[i]`` is the policy of ``sites[i]``, among which are the states of the model where
+    steps are skipped; ``steps`` are in the order of the calls; ``spatial[i]`` is the bonus of a
+    site that selects tokens.
     """
 
     sites: tuple[Site, ...]
@@ -181,16 +192,45 @@ class Plan:
         together = all(
             step.modes[one] == step.modes[other] in ("full", "reuse") for step in self.steps
         )
-        cache = self.policies[one].cache
-        same = cache == self.policies[other].cache
+        cache, forecast = self.policies[one].cache, self.policies[one].forecast
+        same = (cache, forecast) == (self.policies[other].cache, self.policies[other].forecast)
         return together and same and cache.grain == "block" and one in self.cached
+
+    @cached_property
+    def histories(self) -> tuple[int, ...]:
+        """By site, how many of its values it keeps; 0 for one without a cache."""
+        return tuple(
+            history(self.policies[i].forecast, sum(step.modes[i] == "full" for step in self.steps))
+            if i in self.cached
+            else 0
+            for i in range(len(self.sites))
+        )
+
+    @cached_property
+    def timelines(self) -> tuple[tuple[int, ...], ...]:
+        """Sites with histories, together where these are written on the same steps and read alike.
+
+        Of sites that share a cache it is the first.
+        """
+        shared = {i for run in self.runs for i in run[1:]}
+        found: dict[object, list[int]] = {}
+        for i, kept in enumerate(self.histories):
+            if kept > 1 and i not in shared:
+                written = tuple(step.modes[i] == "full" for step in self.steps)
+                found.setdefault((self.policies[i].forecast, written), []).append(i)
+        return tuple(map(tuple, found.values()))
 
     @cached_property
     def kept(self) -> tuple[Buffer, ...]:
         """The buffers that a generation keeps from step to step."""
         shared = {i for run in self.runs for i in run[1:]}
         return (
-            *(Buffer("cache", i) for i in self.cached if i not in shared),
+            *(
+                buffer
+                for i in self.cached
+                if i not in shared
+                for buffer in memory(i, self.histories[i])
+            ),
             *(
                 Buffer("keys", i, part)
                 for i in self.remembering
@@ -210,7 +250,7 @@ class Plan:
         for i in self.scored:
             source = self.entropy_sources[i]
             if modes[i] == "partial" and source is not None and source < i:
-                chosen += [i] if modes[source] != "reuse" else []
+                chosen += [i] if modes[source] in _RUNS else []
         return tuple(chosen)
 
     def renews_score(self, site: int, modes: Modes) -> bool:
@@ -248,9 +288,10 @@ class Plan:
             modes=modes,
             hoisted=tuple(hoisted),
             dtypes=self.dtypes,
+            histories=self.histories,
             runs=self.runs,
             keys=tuple(i for i in self.remembering if self._uses_keys(i, modes)),
-            entropies=tuple(i for i in self.entropies if modes[i] != "reuse"),
+            entropies=tuple(i for i in self.entropies if modes[i] in _RUNS),
             scores=tuple(self._attention_score(i) for i in renewed),
             selections=tuple(self._selection(i) for i in self.inside(modes)),
             shared=self.settings.shared,
@@ -260,7 +301,7 @@ class Plan:
         """Whether keys and values of an attention are computed, or read for fresh queries."""
         anchor = self.sites[site].anchor
         streams = [i for i in self.remembering if self.sites[i].anchor == anchor]
-        return modes[site] != "reuse" or any(modes[i] == "partial" for i in streams)
+        return modes[site] in _RUNS or any(modes[i] == "partial" for i in streams)
 
     def _attention_score(self, site: int) -> AttentionScore:
         source = self.sites[site].influence

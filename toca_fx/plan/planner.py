@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,8 +12,17 @@ from toca_fx.plan import scores
 from toca_fx.plan.check import check_explicit_steps, check_rules, without_halves
 from toca_fx.plan.grids import spatial_bonus
 from toca_fx.plan.plan import Plan, Settings, StepPlan
-from toca_fx.plan.schedule import fresh_tokens, full_steps, layer_spans, site_column
-from toca_fx.policy import Policy
+from toca_fx.plan.schedule import (
+    Modes,
+    fresh_tokens,
+    full_steps,
+    layer_spans,
+    site_column,
+    skipped_steps,
+    state_column,
+)
+from toca_fx.plan.units import WHOLE, units
+from toca_fx.policy import Policy, SitePolicy
 
 _MOST_PLANS = 32
 
@@ -62,6 +71,7 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
+        noise=None,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
         recording_bytes=policy.recording.memory_bytes,
@@ -83,17 +93,13 @@ def make_plan(
     """
     total = policy.sampler.steps if num_steps is None else num_steps
     check_rules(policy, matches)
-    sites = matches.sites
-    policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in sites)
-    check_explicit_steps(policy, policies, total)
     ascending = policy.sampler.order == "ascending"
     indices = tuple(range(total) if ascending else range(total - 1, -1, -1))
-    spans = layer_spans(sites)
-    columns = []
-    for site, own in zip(sites, policies, strict=True):
-        full, span = full_steps(own.N, indices, total), spans[site.block]
-        fresh = tuple(fresh_tokens(own, s, total, site.layer, span, site.tokens) for s in indices)
-        columns.append(site_column(site, own, indices, full, fresh))
+    sites, policies, uncut = units(policy, matches)
+    check_explicit_steps(policy, policies, total)
+    skips = any(site.kind in WHOLE for site in sites)
+    skipped = skipped_steps(policy, indices, total) if skips else frozenset()
+    columns = _columns(sites, policies, indices, skipped)
     steps = tuple(
         StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))
         for at, s in enumerate(indices)
@@ -107,7 +113,26 @@ def make_plan(
     )
     read = tuple(replace(step, read=plan.is_read(at)) for at, step in enumerate(steps))
     warnings = (*_warnings(plan), *([] if odd is None else [_each_by_itself(odd)]))
+    warnings = (*warnings, *filter(None, [uncut]))
     return replace(plan, steps=read, spatial=spatial, warnings=warnings)
+
+
+def _columns(
+    sites: Sequence[Site],
+    policies: Sequence[SitePolicy],
+    indices: Sequence[int],
+    skipped: frozenset[int],
+) -> list[tuple[Modes, tuple[int, ...]]]:
+    """The modes of each site and its numbers of computed tokens, over all steps."""
+    spans, total, columns = layer_spans(sites), len(indices), []
+    for site, own in zip(sites, policies, strict=True):
+        if site.kind in WHOLE:
+            columns.append(state_column(site, indices, skipped))
+            continue
+        full, span = full_steps(own.N, indices, total), spans[site.block]
+        fresh = tuple(fresh_tokens(own, s, total, site.layer, span, site.tokens) for s in indices)
+        columns.append(site_column(site, own, indices, full, fresh, skipped))
+    return columns
 
 
 def _each_by_itself(odd: Site) -> str:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from toca_fx.match.sites import Site
-from toca_fx.policy import Interval, Ratio, SitePolicy
+from toca_fx.policy import Interval, Policy, Ratio, SitePolicy
 
 Modes = tuple[str, ...]
 
@@ -20,12 +20,19 @@ def site_column(
     indices: Sequence[int],
     full: frozenset[int],
     fresh: tuple[int, ...],
+    skipped: frozenset[int] = frozenset(),
 ) -> tuple[Modes, tuple[int, ...]]:
-    """The modes and the numbers of computed tokens of one site, over all steps."""
+    """The modes and the numbers of computed tokens of one site, over all steps.
+
+    On the steps ``skipped`` no block runs; what is full there nevertheless is computed for its
+    memory.
+    """
     mode = policy.action.mode
-    if mode == "compute" or all(s in full for s in indices):
-        return ("compute",) * len(indices), (site.tokens,) * len(indices)
-    wanted = [count for s, count in zip(indices, fresh, strict=True) if s not in full]
+    others = [(s, k) for s, k in zip(indices, fresh, strict=True) if s not in full | skipped]
+    if mode == "compute" or not others:
+        modes = tuple("skip" if s in skipped else "compute" for s in indices)
+        return modes, tuple(0 if each == "skip" else site.tokens for each in modes)
+    wanted = [count for _, count in others]
     if mode == "reuse" or not any(wanted):
         partial, fresh = "reuse", (0,) * len(indices)
     else:
@@ -33,11 +40,23 @@ def site_column(
     # An attention of no queries is none: the kernels fail on it. An MLP of no tokens runs through
     # the graph of any other number.
     none = "reuse" if site.kind != "mlp" else partial
-    modes, computed = [], []
+    columns = []
     for s, count in zip(indices, fresh, strict=True):
-        modes.append("full" if s in full else partial if count else none)
-        computed.append(site.tokens if s in full else count)
-    return tuple(modes), tuple(computed)
+        if s in full:
+            columns.append(("full", site.tokens))
+        elif s in skipped:
+            columns.append(("skip", 0))
+        else:
+            columns.append((partial if count else none, count))
+    return tuple(mode for mode, _ in columns), tuple(count for _, count in columns)
+
+
+def state_column(
+    state: Site, indices: Sequence[int], skipped: frozenset[int]
+) -> tuple[Modes, tuple[int, ...]]:
+    """The modes of the model's state: every step that computes it writes its memory."""
+    modes = tuple("reuse" if s in skipped else "full" for s in indices)
+    return modes, tuple(0 if mode == "reuse" else state.tokens for mode in modes)
 
 
 def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:
@@ -130,3 +149,9 @@ def layer_spans(sites: Sequence[Site]) -> dict[str, int]:
     for site in sites:
         spans[site.block] = max(spans.get(site.block, 0), site.layer)
     return spans
+
+
+def skipped_steps(policy: Policy, indices: Sequence[int], total: int) -> frozenset[int]:
+    """The step indices on which no block runs."""
+    full = full_steps(policy.N, indices, total)
+    return frozenset(s for s in indices if s not in full)

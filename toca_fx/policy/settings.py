@@ -81,7 +81,7 @@ class Cache:
             examples=("bfloat16",),
         ),
     )
-    grain: Literal["module", "block", "model"] = field(
+    grain: Literal["module", "block", "model", "output"] = field(
         default="module",
         metadata=key(
             "What has a cache of its own. `module`: every module; its gate is applied anew on "
@@ -90,7 +90,8 @@ class Cache:
             "last full step. Where whole blocks are reused, it takes a half or a third of the "
             "memory; where MLPs select tokens, which no cache can be shared with, nothing changes. "
             "`model`: the state in front of the output layers alone; between full steps no block "
-            "runs.",
+            "runs. `output`: what the model returns, which is smaller yet; between full steps "
+            "nothing runs.",
             examples=("block",),
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx
 
 from toca_fx.graph.fragments import Fragments
 from toca_fx.graph.ops import aten
-from toca_fx.plan.buffers import FEATURES, Buffer
+from toca_fx.kernels.forecast import weighted_sum, weights_dtype
+from toca_fx.plan.buffers import FEATURES, Buffer, memory
 from toca_fx.plan.step import StepSpec
 
 
@@ -69,6 +71,23 @@ class Draft:
                 node.meta["val"] = value.to(kept_dtype(self.spec.dtypes, buffer, value.dtype))
             found = self.buffers[buffer] = self._last_input = node
         return found
+
+    def forecast(self, site: int, like: fx.Node) -> fx.Node:
+        """What the memory of a site makes of its values for this step, in the dtype of ``like``.
+
+        It stands in front of ``like``.
+        """
+        kept = [self.buffer(part, like) for part in memory(site, self.spec.histories[site])]
+        if len(kept) == 1:
+            return self.cast(kept[0], like, after=like)
+        value: Tensor = like.meta["val"]
+        weights = self.buffer(Buffer("weights", site))
+        if "val" not in weights.meta:
+            dtype = weights_dtype(value.dtype)
+            weights.meta["val"] = value.new_empty(len(kept), dtype=dtype)
+        summed = functools.partial(weighted_sum, dtype=value.dtype)
+        with self.graph.inserting_before(like):
+            return self.fragments.inline(summed, (weights, *kept))  # type: ignore[no-any-return]
 
     def write(self, buffer: Buffer, value: fx.Node) -> None:
         """Update a buffer by a copy at the end, of which inductor makes a write in place."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.kernels.columns import score_dtype
+from toca_fx.kernels.forecast import weights_dtype
 from toca_fx.plan.buffers import FEATURES, Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.draft import kept_dtype
@@ -25,10 +26,15 @@ class Tensors:
     def new(self, buffer: Buffer) -> Tensor:
         """A tensor for a buffer that is kept, or an example of one that is given.
 
-        Features are uninitialised (a full step comes first), everything else is zero.
+        Features are uninitialised where a full step comes first; the values of a history and
+        everything else are zero, as a weight of 0 takes no NaN away.
         """
         if buffer.role == "read":
             return torch.ones((), dtype=torch.bool)
+        if buffer.role == "weights":
+            value = self._value(self._plan.sites[buffer.site].output)
+            count, dtype = self._plan.histories[buffer.site], weights_dtype(value.dtype)
+            return torch.zeros(count, dtype=dtype, device=value.device)
         if buffer.role == "hoisted":
             value = self._value(str(buffer.part))
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)

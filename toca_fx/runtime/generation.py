@@ -18,6 +18,7 @@ from toca_fx.plan.buffers import READ
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
+from toca_fx.runtime.histories import Moment
 from toca_fx.runtime.identity import Mark
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
@@ -138,10 +139,15 @@ class Generation:
         step = self.plan.full_step(position) if full else self.plan.steps[position]
         compiled = self.runner.program.step(self.plan, step.modes)
         storage, conditioning = self._memories()
+        if before.lost:
+            storage.histories.clear()
+        now = self._moment(position, timestep)
+        storage.histories.prepare(step, now)
         hoisted_flops = conditioning.prepare(inputs, position, timestep)
         outputs, launch, selection_seconds = self._launch(
             compiled, step, inputs, position, storage, conditioning
         )
+        storage.histories.note(step, now)
         seconds = time.perf_counter() - began
         record = StepRecord(
             step.index,
@@ -159,6 +165,14 @@ class Generation:
             self.running = False
             self.close()
         return outputs, record
+
+    def _moment(self, position: int, timestep: Timestep | None) -> Moment:
+        """The step at ``position``, for forecasts; one of several timesteps counts as unknown."""
+        if timestep is None and self.timesteps is not None and position < len(self.timesteps):
+            timestep = self.timesteps[position]
+        if timestep is None or len(set(timestep)) > 1:
+            return Moment(position, None)
+        return Moment(position, timestep[0])
 
     def _memories(self) -> tuple[Storage, Conditioning]:
         if self.storage is None or self.conditioning is None:
@@ -185,19 +199,21 @@ class Generation:
         Returns the model's outputs, how the step was launched, and the seconds that selecting
         tokens took.
         """
-        selection_seconds = 0.0
+        selection_seconds, histories = 0.0, storage.histories.tensors
 
         def body(inputs: Sequence[Any]) -> Any:
             """All that the device does in a step; steps of one ``key`` differ in tensors only."""
             nonlocal selection_seconds
             selector, selects = storage.selector, time.perf_counter()
-            given = selector.select(step) if step.kind != "full" else {}
+            given = selector.select(step) if step.kind in ("partial", "mixed") else {}
             selection_seconds = time.perf_counter() - selects
             conditioning.bring(inputs, position)
             read = {READ: _SCORES_READ[step.read]}
-            outputs = compiled(inputs, {**storage.tensors, **given, **read})
+            outputs = compiled(inputs, {**storage.tensors, **histories, **given, **read})
             if step.kind == "full":
                 selector.full()
+            elif step.kind == "skip":
+                selector.skip(step)
             else:
                 selector.advance()
             return outputs
@@ -206,6 +222,6 @@ class Generation:
         if recordings is None:
             outputs = body(inputs)
             return outputs, Launch("queued", reason), selection_seconds
-        kind = (step.modes, step.read, conditioning.listed)
+        kind = (step.modes, step.read, conditioning.listed, storage.histories.turns)
         outputs, reason = recordings.run(kind, (*kind, step.fresh), body, inputs)
         return outputs, Launch("queued" if reason else "recorded", reason), selection_seconds

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toca_fx.lower.cuda_graphs import Recordings, recorder_for
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
+from toca_fx.runtime.histories import Histories
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.selector import Selector
 from toca_fx.runtime.storage import Storage
@@ -62,7 +63,8 @@ class Runner:
     def _new(self, plan: Plan, steps: int) -> Storage:
         kept = self.program.new_buffers(plan)
         hoisted, selector = self.program.new_hoisted(steps), Selector(plan, kept)
-        storage = Storage((id(plan), steps), kept, hoisted, selector)
+        histories = Histories(plan, kept)
+        storage = Storage((id(plan), steps), kept, hoisted, selector, histories)
         if self._recorder is not None:
             with self._lock:
                 storage.reason = self._queued_because(storage)

@@ -135,6 +135,13 @@ class Selector:
         for group in self._groups:
             group.stale.zero_()
 
+    def skip(self, step: StepPlan) -> None:
+        """Note that a step has run no block, but for those sites that are full on it."""
+        for group in self._groups:
+            for at, site in enumerate(group.sites):
+                if step.modes[site] == "full":
+                    group.stale[at].zero_()
+
     def select(self, step: StepPlan) -> dict[Buffer, Tensor]:
         """The inputs of a step: order and ranks of each partial site, or ``known`` and ranks."""
         inside = self._inside.get(step.modes)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from toca_fx.lower.cuda_graphs import Recordings
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.plan.buffers import FEATURES, Buffer
+from toca_fx.plan.buffers import Buffer
+from toca_fx.runtime.histories import Histories
 from toca_fx.runtime.selector import Selector
 
 
@@ -28,6 +29,7 @@ class Storage:
     buffers: Mapping[Buffer, Tensor]
     hoisted: HoistedValues
     selector: Selector
+    histories: Histories
     recordings: Recordings | None = None
     reason: str = ""
     mark: Any = None
@@ -36,10 +38,11 @@ class Storage:
         self.tensors = {**self.buffers, **self.hoisted.tensors}
 
     def clear(self) -> None:
-        """Begin a generation; features stay, because a full step comes first and writes them."""
+        """Begin a generation; what a full step writes before it is read stays."""
         for buffer, tensor in self.buffers.items():
-            if buffer.role not in FEATURES:
+            if not buffer.written_first:
                 tensor.zero_()
+        self.histories.clear()
         self.hoisted.clear()
         self.selector.clear()
 
@@ -54,6 +57,7 @@ class Storage:
         with torch.inference_mode(False), torch.no_grad():
             for own, given in zip(ours, theirs, strict=True):
                 own.copy_(given)
+        self.histories.take_over(other.histories)
         return True
 
     @property

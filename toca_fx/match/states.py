@@ -1,0 +1,88 @@
+"""What is left of a model once all blocks have run: its state, and what it returns.
+
+    stream -> block -> ... -> block -> state -> output layers (norm, modulation, projection) -> output
+
+Where one of them is known, a step can do without any block. The state is found from the outputs
+upstream: the nearest adds of the residual streams that sites end in. Behind them, views and slices
+of the state that nothing else reads make it smaller (the image's tokens, without those of the
+text).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+
+from toca_fx.graph.ops import RELAYOUTS
+from toca_fx.match.sites import Site
+
+
+def states_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[tuple[Site, ...], str]:
+    """The states that the output layers read, as sites; or none, and why.
+
+    Several streams can end in the outputs: each has its state.
+    """
+    if not sites:
+        return (), "no attention and no MLP was found"
+    nodes = {node.name: node for node in graph.nodes}
+    ends = {nodes[site.residual] for site in sites if site.residual}
+    inside = {nodes[name]: site for site in sites for name in (site.anchor, site.output)}
+    (output,) = graph.find_nodes(op="output")
+    found: dict[fx.Node, None] = {}
+    seen, pending = {output}, [output]
+    while pending:
+        node = pending.pop()
+        if node in ends:
+            found[node] = None
+            continue
+        if node in inside:
+            site = inside[node]
+            return (), f"the outputs read `{site.path}` ({site.kind}) beside the residual stream"
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                pending.append(operand)
+    if not found:
+        return (), "the outputs read no residual stream that attention or an MLP is added to"
+    position = {node: at for at, node in enumerate(graph.nodes)}
+    states = sorted({_narrowed(node, seen) for node in found}, key=position.__getitem__)
+    return tuple(_site("state", node) for node in states), ""
+
+
+def outputs_of(graph: fx.Graph) -> tuple[Site, ...]:
+    """The tensors that the model returns and makes of its latents, as sites."""
+    (output,) = graph.find_nodes(op="output")
+    varying = set[fx.Node]()
+    for node in graph.nodes:
+        is_latents = node.op == "placeholder" and node.meta.get("role") == "latents"
+        if is_latents or not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+    returned = dict.fromkeys(output.all_input_nodes)
+    return tuple(_site("output", node) for node in returned if _is_made(node, varying))
+
+
+def _is_made(node: fx.Node, varying: set[fx.Node]) -> bool:
+    return node in varying and node.op != "placeholder" and isinstance(node.meta["val"], Tensor)
+
+
+def _narrowed(state: fx.Node, read: set[fx.Node]) -> fx.Node:
+    """The last part or view of ``state`` that all of its readers among ``read`` read it by."""
+    while True:
+        users = [user for user in state.users if user in read]
+        only = users[0] if len(users) == 1 else None
+        value = None if only is None else only.meta.get("val")
+        if only is None or only.target not in RELAYOUTS or not isinstance(value, Tensor):
+            return state
+        kept = state.meta["val"]
+        # What is kept has the precision of the stream.
+        if value.dtype != kept.dtype or value.numel() > kept.numel():
+            return state
+        state = only
+
+
+def _site(kind: str, node: fx.Node) -> Site:
+    batch, *tokens, channels = (1, 1, *node.meta["val"].shape)[-max(2, node.meta["val"].dim()) :]
+    shape = (batch, math.prod(tokens), channels)
+    return Site(kind, "", 0, "", node.name, node.name, shape)

@@ -1,0 +1,131 @@
+"""The histories of a generation: which tensor holds the newest value, and what it was computed at.
+
+Full steps write the tensor that holds the oldest value, which is the newest from then on. Steps that
+read a history get its weights as a tensor [H]; unknown values, of a generation that has just begun
+or lost its memories, weigh nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toca_fx.kernels.forecast import weights_dtype
+from toca_fx.plan.buffers import Buffer, memory
+from toca_fx.plan.forecast import weights
+from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.times import time_of
+
+
+class Moment(NamedTuple):
+    """A step of a generation by its position among the calls, and its timestep, if it is known."""
+
+    position: int
+    timestep: float | None
+
+
+class _Timeline:
+    """The sites ``sites`` of a plan, whose histories are written on the same steps."""
+
+    def __init__(
+        self, plan: Plan, sites: tuple[int, ...], buffers: Mapping[Buffer, Tensor]
+    ) -> None:
+        self.site = sites[0]
+        self.forecast = plan.policies[self.site].forecast
+        self._noise = plan.settings.noise
+        kept = plan.histories[self.site]
+        self._of = [memory(site, kept) for site in sites]
+        self._values = [[buffers[part] for part in parts] for parts in self._of]
+        newest = self._values[0][0]
+        self._weights = torch.zeros(kept, dtype=weights_dtype(newest.dtype), device=newest.device)
+        self.tensors = {Buffer("weights", site): self._weights for site in sites}
+        self.moments: list[Moment] = []
+        self.turn = 0
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Say which tensor is which: the newest value is that of the ``turn``."""
+        for parts, values in zip(self._of, self._values, strict=True):
+            turned = values[-self.turn :] + values[: -self.turn]
+            self.tensors.update(zip(parts, turned, strict=True))
+
+    def turn_over(self) -> None:
+        """Make the oldest value the newest: the step that comes writes it."""
+        self.turn = (self.turn + 1) % len(self._weights)
+        self._hand_out()
+
+    def weigh(self, now: Moment) -> None:
+        """Put the weights of a step that reads the history."""
+        *times, at = self._times([*self.moments[-len(self._weights) :], now])
+        distance = now.position - self.moments[-1].position
+        found = weights(self.forecast, tuple(times), at, distance, len(self.moments))
+        padded = [*found, *[0.0] * (len(self._weights) - len(found))]
+        on_gpu = self._weights.device.type == "cuda"
+        # From memory that is not pinned the copy would wait for the device.
+        given = torch.tensor(padded, dtype=self._weights.dtype, pin_memory=on_gpu)
+        self._weights.copy_(given, non_blocking=True)
+
+    def _times(self, moments: Sequence[Moment]) -> list[float]:
+        """Moments on the axis of the policy; by position where a timestep is not known."""
+        timesteps = [moment.timestep for moment in moments if moment.timestep is not None]
+        if self.forecast.time in (None, "step") or len(timesteps) < len(moments):
+            return [float(moment.position) for moment in moments]
+        kind, noise = self.forecast.time, self._noise
+        return [time_of(kind, 0, timestep, noise) for timestep in timesteps]
+
+
+class Histories:
+    """All histories of one generation of ``plan``, whose tensors are among ``buffers``.
+
+    ``tensors`` are what a step is given of them.
+    """
+
+    def __init__(self, plan: Plan, buffers: Mapping[Buffer, Tensor]) -> None:
+        self._lines = [_Timeline(plan, sites, buffers) for sites in plan.timelines]
+        self.tensors: dict[Buffer, Tensor] = {}
+        self._collect()
+
+    def _collect(self) -> None:
+        for line in self._lines:
+            self.tensors.update(line.tensors)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """What tells recordings apart: which tensors a step reads and writes."""
+        return tuple(line.turn for line in self._lines)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(8 * len(line.tensors) for line in self._lines)
+
+    def clear(self) -> None:
+        """Forget all values."""
+        for line in self._lines:
+            line.moments.clear()
+
+    def prepare(self, step: StepPlan, now: Moment) -> None:
+        """Hand out the tensors and weights of a step that comes."""
+        for line in self._lines:
+            mode = step.modes[line.site]
+            if mode == "full":
+                line.turn_over()
+            elif mode in ("reuse", "partial"):
+                line.weigh(now)
+        self._collect()
+
+    def note(self, step: StepPlan, now: Moment) -> None:
+        """Note that a step has run."""
+        for line in self._lines:
+            if step.modes[line.site] == "full":
+                line.moments.append(now)
+
+    def take_over(self, other: Histories) -> None:
+        """Go on with what ``other`` knows; the tensors hold the same values already."""
+        for own, given in zip(self._lines, other._lines, strict=True):
+            own.moments, own.turn = list(given.moments), given.turn
+            own._hand_out()
+        self._collect()
