@@ -13,6 +13,7 @@ from typing import TypeAlias
 from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
 from toca_fx.policy.check import check
 from toca_fx.policy.document import Document, from_mapping
+from toca_fx.policy.forecast import Forecast
 from toca_fx.policy.interval import Interval, Window
 from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
@@ -24,6 +25,7 @@ __all__ = [
     "MODULE_TYPES",
     "Action",
     "Cache",
+    "Forecast",
     "Guidance",
     "Hoisting",
     "Interval",

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from toca_fx.policy.keys import (
+    NUMBER,
     Declared,
+    forms_of,
     is_mapping,
     item_type,
     keys_of,
@@ -48,10 +50,10 @@ def _read_keys(declaring: type, data: Data) -> dict[str, Any]:
 
 
 def _read(declared: Declared, value: Any) -> Any:
+    if value is None and declared.key.nullable:
+        return declared.default
     if declared.key.form:
         return tuple(vars(_read_whole(declared.key.form, value)).items())
-    if item_type(declared):
-        return _read_list(item_type(declared), value)
     return _read_value(declared.type, value)
 
 
@@ -67,10 +69,24 @@ def _read_value(kind: Any, value: Any) -> Any:
     """A value in the form of its field's type."""
     if kind is Action:
         return _action(value)
+    kind = _form_of(kind, value)
+    if item_type(kind):
+        return _read_list(item_type(kind), value)
     if is_mapping(kind):
         return _read_whole(kind, value)
     # JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
+    if kind == NUMBER:
+        return int(value) if value == int(value) else value
     return kind(value) if kind in (int, float) else value
+
+
+def _form_of(kind: Any, value: Any) -> Any:
+    """The type, of a union's, that has the form of a value: a list, a mapping or a scalar."""
+    forms = forms_of(kind)
+    if len(forms) == 1:
+        return kind
+    form = (isinstance(value, list), isinstance(value, Mapping))
+    return next(each for each in forms if (bool(item_type(each)), is_mapping(each)) == form)
 
 
 def _read_whole(declaring: type[Any], data: Data) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from toca_fx.diagnostics import Problem
 from toca_fx.policy.build import build
+from toca_fx.policy.check_forecast import check_forecasts
 from toca_fx.policy.document import Document, Path
 from toca_fx.policy.interval import STEP_INDEX, Interval, Window
 from toca_fx.policy.keys import keys_of, rule_keys
@@ -31,7 +32,8 @@ def check(document: Document, kind: type[P]) -> tuple[P, list[Problem]]:
         *_check_served(policy, data),
         *_check_choices(policy, data),
     ]
-    notes += check_rules(policy, _faulty_rules(faulty))
+    unclear = _faulty_rules(faulty)
+    notes += [*check_forecasts(policy, data, unclear), *check_rules(policy, unclear)]
     problems += [
         document.problem(note.path, note.message, note.severity, key=note.key) for note in notes
     ]

@@ -233,7 +233,8 @@ class Policy:
     forecast: Forecast = field(
         default=Forecast(),
         metadata=key(
-            "How what is not computed is made of the values at the last full steps.",
+            "How what is not computed is made of the values at the last full steps. `null` stands "
+            "for the default of a key, in rules too.",
             title="a mapping such as {basis: newton, order: 2}",
             override=Override("Overrides single keys of `forecast`.", modes=_ONLY_CACHED),
         ),

@@ -16,6 +16,7 @@ from toca_fx.diagnostics import PolicyError, Problem, UnreadablePolicyError
 from toca_fx.policy import (
     MODULE_TYPES,
     Action,
+    Forecast,
     Guidance,
     Interval,
     Ratio,
@@ -27,6 +28,7 @@ from toca_fx.policy import (
     shipped_policies,
     validate_file,
 )
+from toca_fx.policy.keys import keys_of
 from toca_fx.policy.schema import policy_schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,6 +97,37 @@ def test_every_type_of_module_can_be_reused_computed_or_select_tokens(kind: str)
     for rule in ({"match": kind}, {"path": "*.attn"}, {"layers": 3}):
         policy = load_policy({**SMALLEST, "rules": [{**rule, "module": {"weight": 0.6}}]})
         assert policy.for_site(kind, "blocks.3.attn", 3).action == actions["partial"]
+
+
+FORECAST_KEYS = tuple(declared.name for declared in keys_of(Forecast))
+
+
+def test_null_is_the_default_of_each_key_of_a_forecast() -> None:
+    nothing = dict.fromkeys(FORECAST_KEYS)
+    assert load_policy({**SMALLEST, "forecast": nothing}).forecast == Forecast()
+    given = {"basis": "newton", "order": 2, "blend": 0.5}
+    rules = [{"layers": "0-1", "forecast": nothing}, {"layers": 1, "forecast": {"blend": None}}]
+    policy = load_policy({**SMALLEST, "forecast": given, "rules": rules[:1]})
+    assert policy.for_site("mlp", "blocks.0.ff", 0).forecast == Forecast()
+    policy = load_policy({**SMALLEST, "forecast": given, "rules": rules[1:]})
+    assert policy.for_site("mlp", "blocks.1.ff", 1).forecast == Forecast("newton", 2)
+    assert policy.for_site("mlp", "blocks.2.ff", 2).forecast == Forecast("newton", 2, blend=0.5)
+
+
+@pytest.mark.parametrize(("section", "key"), [("N", "base"), ("R", "base"), ("cache", "dtype")])
+def test_elsewhere_null_is_no_value(section: str, key: str) -> None:
+    with pytest.raises(PolicyError, match=rf"{section}\.{key}: expected .*, got nothing"):
+        load_policy({**SMALLEST, section: {key: None}})
+
+
+def test_weights_of_a_table_are_numbers_in_tuples() -> None:
+    forecast = {"basis": "table", "weights": [[2, -1], [3, -2.0, 0.5]]}
+    assert load_policy({**SMALLEST, "forecast": forecast}).forecast == Forecast(
+        "table", weights=((2.0, -1.0), (3.0, -2.0, 0.5))
+    )
+    assert load_policy(SMALLEST).sampler.noise is None
+    sampler = {"steps": 20, "noise": "cosine"}
+    assert load_policy({**SMALLEST, "sampler": sampler}).sampler == Sampler(20, noise="cosine")
 
 
 def test_whole_numbers_become_the_declared_types() -> None:
