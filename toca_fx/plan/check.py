@@ -63,11 +63,10 @@ def check_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: 
         PolicyError: it is another.
     """
     planned = policy.sampler.steps
-    listed = any(own.N.full_steps is not None or own.N.extra_full_steps for own in policies)
-    if total != planned and listed:
+    if total != planned and any(own.N.by_index for own in policies):
         message = (
             f"policy `{policy.name}` lists full steps by index, which hold for its {planned} steps "
-            f"only; this session has {total}. Use base, drift and windows instead, or run "
-            f"{planned} steps"
+            f"only; this session has {total}. Use base, drift and windows, or full_steps: "
+            f"{{of: {planned}, at: [...]}}, instead, or run {planned} steps"
         )
         raise PolicyError([Problem.at(policy.source, message)])

@@ -14,7 +14,7 @@ from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
 from toca_fx.policy.check import check
 from toca_fx.policy.document import Document, from_mapping
 from toca_fx.policy.forecast import Forecast
-from toca_fx.policy.interval import Interval, Window
+from toca_fx.policy.interval import Interval, Placement, Window
 from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
 from toca_fx.policy.selection import Ratio, Scores, Spatial, scores_of
@@ -29,6 +29,7 @@ __all__ = [
     "Guidance",
     "Hoisting",
     "Interval",
+    "Placement",
     "Policy",
     "PolicySource",
     "Ratio",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from toca_fx.policy.interval import Placement
 from toca_fx.policy.keys import (
     NUMBER,
     Declared,
@@ -29,15 +30,19 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str], policy: 
     """
     rules = data.get("rules", ())
     given = {**stand_ins(policy), **_read_keys(policy, {**data, "rules": ()})}
-    listed = given["N"].full_steps
-    if listed and "base" not in data["N"]:
+    if given["N"].full_steps and "base" not in data["N"]:
         # The mean interval is the base that the staleness score divides by.
-        mean = max(1, round(given["sampler"].steps / len(listed)))
+        mean = _mean_interval(given["N"].full_steps, given["sampler"].steps)
         given["N"] = replace(given["N"], base=mean)
     given["rules"] = tuple(
         _rule(rule, place_of_rule(index), policy) for index, rule in enumerate(rules)
     )
     return policy(**given, source=source)
+
+
+def _mean_interval(listed: tuple[float, ...] | Placement, steps: int) -> int:
+    of, at = (listed.of, listed.at) if isinstance(listed, Placement) else (steps, listed)
+    return max(1, round(of / max(1, len(at))))
 
 
 def _read_keys(declaring: type, data: Data) -> dict[str, Any]:

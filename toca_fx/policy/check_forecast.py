@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from toca_fx.diagnostics import any_of
 from toca_fx.policy.document import Path
 from toca_fx.policy.forecast import Forecast
 from toca_fx.policy.keys import keys_of
-from toca_fx.policy.rules import Note, covers, may_overlap
+from toca_fx.policy.rules import Note, covers, may_overlap, own, settled
 from toca_fx.policy.types import Policy, Rule
 
 _SECTION = "forecast"
@@ -24,46 +23,28 @@ def check_forecasts(policy: Policy, data: Mapping[str, Any], faulty: set[int]) -
     """
     noise = policy.sampler.noise is not None
     rules = {index: rule for index, rule in enumerate(policy.rules) if index not in faulty}
-    of_rules = {name: _own(rule) for name, rule in rules.items()}
-    bases = {policy.forecast.basis, *(own["basis"] for own in of_rules.values() if "basis" in own)}
-    given = data.get(_SECTION, {})
+    given, of_rules = data.get(_SECTION, {}), [own(rule, _SECTION) for rule in rules.values()]
+    bases: set[str] = {policy.forecast.basis}
+    bases.update(said["basis"] for said in of_rules if "basis" in said)
     yield from _without_effect((_SECTION,), given, bases)
     yield from _contradictions((_SECTION,), given, policy.forecast, noise)
-    for index, own in of_rules.items():
-        path: Path = ("rules", index, _SECTION)
-        yield from _without_effect(path, own, _bases(policy, rules[index], rules.values()))
-        forecast = _settled(policy, rules[index], rules.values())
+    for index, rule in rules.items():
+        path, said = ("rules", index, _SECTION), own(rule, _SECTION)
+        yield from _without_effect(path, said, _bases(policy, rule, rules.values()))
+        forecast: Forecast | None = settled(policy, rule, _SECTION)
         if forecast is not None:
-            in_force = {key: value for key, value in own.items() if getattr(forecast, key) == value}
+            in_force = {key: said[key] for key in said if getattr(forecast, key) == said[key]}
             yield from _contradictions(path, in_force, forecast, noise)
-
-
-def _own(rule: Rule) -> dict[str, Any]:
-    """What a rule says of the forecast, by key."""
-    dotted = ((*key.partition("."), value) for key, value in rule.overrides)
-    return {leaf: value for section, _, leaf, value in dotted if section == _SECTION}
 
 
 def _bases(policy: Policy, rule: Rule, rules: Iterable[Rule]) -> set[str]:
     """The bases that modules may have which a rule matches, all rules applied."""
     possible: set[str] = {policy.forecast.basis}
     for other in rules:
-        basis = _own(other).get("basis")
+        basis = own(other, _SECTION).get("basis")
         if basis is not None and may_overlap(other, rule):
             possible = {basis} if covers(other, rule) else possible | {basis}
     return possible
-
-
-def _settled(policy: Policy, rule: Rule, rules: Iterable[Rule]) -> Forecast | None:
-    """The forecast of all modules that a rule matches; None if others change that of some."""
-    forecast = policy.forecast
-    for other in rules:
-        own = _own(other)
-        if own and may_overlap(other, rule):
-            if not covers(other, rule):
-                return None
-            forecast = replace(forecast, **own)
-    return forecast
 
 
 def _without_effect(path: Path, given: Mapping[str, Any], bases: set[str]) -> Iterator[Note]:
@@ -87,11 +68,8 @@ def _contradictions(
     path: Path, given: Mapping[str, Any], forecast: Forecast, noise: bool
 ) -> Iterator[Note]:
     """What is wrong with a forecast on account of keys that are ``given`` at a path."""
-    for keys, message in (
-        *_of_weights(forecast),
-        *_of_history(forecast),
-        *_of_time(forecast, noise),
-    ):
+    found = [*_of_weights(forecast), *_of_history(forecast), *_of_time(forecast, noise)]
+    for keys, message in found:
         at = next((key for key in keys if key in given), None)
         if at is not None:
             yield Note((*path, at), message)
@@ -119,15 +97,15 @@ def _least_history(forecast: Forecast) -> tuple[int, str, str]:
         return 1, "basis", "`reuse` needs"
     if forecast.basis == "table":
         longest = max(map(len, forecast.weights or ((),)))
-        own = (longest, "weights", "the longest list of `weights` is for")
+        least = (longest, "weights", "the longest list of `weights` is for")
     elif forecast.basis == "chebyshev":
-        own = (2, "basis", "a fit needs at least")
+        least = (2, "basis", "a fit needs at least")
     else:
         order = 1 if forecast.order is None else forecast.order
-        own = (order + 1, "order", f"order {order} needs")
+        least = (order + 1, "order", f"order {order} needs")
     if forecast.blend in (None, 1.0):
-        return own
-    return max(own, (2, "blend", "the line of `blend` needs"), key=itemgetter(0))
+        return least
+    return max(least, (2, "blend", "the line of `blend` needs"), key=itemgetter(0))
 
 
 def _of_time(forecast: Forecast, noise: bool) -> Iterator[_Contradiction]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toca_fx.diagnostics import Severity
 from toca_fx.policy.document import Path
@@ -129,6 +129,26 @@ def may_overlap(one: Rule, other: Rule) -> bool:
         return False
     literal = not set("*?[") & {*(one.path or "*"), *(other.path or "*")}
     return not literal or one.path == other.path
+
+
+def own(rule: Rule, section: str) -> dict[str, Any]:
+    """What a rule says of a section, by field."""
+    dotted = ((*key.partition("."), value) for key, value in rule.overrides)
+    return {leaf: value for name, _, leaf, value in dotted if name == section}
+
+
+def settled(policy: Policy, rule: Rule, section: str) -> Any:
+    """A section as it is for all modules that a rule matches; None if other rules change it for
+    some of them.
+    """
+    found = getattr(policy, section)
+    for other in policy.rules:
+        changes = own(other, section)
+        if changes and may_overlap(other, rule):
+            if not covers(other, rule):
+                return None
+            found = replace(found, **changes)
+    return found
 
 
 def _changes_nothing(policy: Policy, rule: Rule, earlier: list[Rule], keys: RuleKeys) -> bool:

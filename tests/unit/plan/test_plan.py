@@ -81,6 +81,42 @@ def full_indices(plan: Plan) -> list[int]:
             "ascending",
             [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27],
         ),
+        # Spectrum's windows of 2, 2, 2.75, 3.5 ... steps, the first full steps aside.
+        (
+            Interval(2, growth=0.75, first=5),
+            50,
+            "ascending",
+            [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46],
+        ),
+        (
+            Interval(2, growth=3, first=5),
+            50,
+            "descending",
+            [49, 48, 47, 46, 45, 43, 38, 30, 19, 5],
+        ),
+        # 2 + 0.1 * 10 is 3; in binary ten times 0.1 is less.
+        (Interval(2, growth=0.1), 30, "ascending", [*range(0, 22, 2), 23, 26, 29]),
+        (Interval(2, growth=1, extra_full_steps=(3,)), 20, "ascending", [0, 2, 3, 7, 12, 18]),
+        (
+            Interval(2, growth=1, windows=(Window(0.5, 1.0, 2),)),
+            20,
+            "ascending",
+            [0, 2, 5, 9, 14, 16, 18],
+        ),
+        # The base grows, the slope holds: 2 / 1.4, 3 / 1.4 ... at the beginning.
+        (Interval(2, drift=0.5, growth=1), 20, "ascending", [0, 1, 3, 6, 10, 16]),
+        # Shares: of the first steps rounded up, of the last ones rounded, half to even.
+        (Interval(9, first=0.2), 20, "ascending", [0, 1, 2, 3, 12]),
+        (Interval(9, first=0.21), 20, "ascending", [0, 1, 2, 3, 4, 13]),
+        (Interval(9, first=0.07), 100, "ascending", [*range(7), *range(15, 100, 9)]),
+        (Interval(9, first=0.001), 20, "ascending", [0, 9, 18]),
+        (Interval(30, last=0.125), 20, "descending", [19, 1, 0]),
+        (Interval(30, last=0.02), 20, "ascending", [0]),
+        # Places.
+        (Interval(full_steps=(0, 0.1, 0.28, 0.5)), 10, "ascending", [0, 1, 2, 5]),
+        (Interval(full_steps=(0, 0.1, 0.28, 0.5)), 25, "ascending", [0, 2, 7, 12]),
+        (Interval(full_steps=(0.14, 0.98)), 50, "descending", [49, 7]),
+        (Interval(full_steps=(0.5,), last=0.2, first=2), 10, "ascending", [0, 1, 5, 8, 9]),
     ],
 )
 def test_full_steps(interval: Interval, steps: int, order: str, expected: list[int]) -> None:
@@ -105,8 +141,9 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
         interval = Interval(
             base=chance.randint(1, 7),
             drift=chance.choice([0.0, 0.4, -0.4, 0.25, -0.9]),
-            first=chance.randint(1, 3),
-            last=chance.randint(0, 2),
+            growth=chance.choice([0.0, 0.0, 0.5, 0.75, 2.0]),
+            first=chance.choice([1, 2, 3, 0.1, 0.25]),
+            last=chance.choice([0, 1, 2, 0.1]),
             phase=chance.choice(["count", "modulo"]),
             windows=(Window(start, start + 0.25, chance.randint(1, 4)),)
             if chance.random() < 0.5
@@ -330,6 +367,15 @@ def test_a_rule_for_a_model_without_sites_tells_why_there_are_none() -> None:
         match=re.escape("the model has none (head.mlp: it lies outside the numbered blocks)"),
     ):
         make_plan(matches, make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}]))
+
+
+@pytest.mark.parametrize(
+    ("places", "of_20"), [([0, 0.5], [0, 10]), ({"of": 12, "at": [0, 6]}, [0, 6, 13])]
+)
+def test_places_hold_for_any_number_of_steps(places: object, of_20: list[int]) -> None:
+    policy = make_policy(N={"full_steps": places})
+    assert full_indices(make_plan(make_matches(), policy)) == [0, 6]
+    assert full_indices(make_plan(make_matches(), policy, 20)) == of_20
 
 
 @pytest.mark.parametrize("key", ["full_steps", "extra_full_steps"])

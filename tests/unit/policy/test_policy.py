@@ -19,6 +19,7 @@ from toca_fx.policy import (
     Forecast,
     Guidance,
     Interval,
+    Placement,
     Ratio,
     Rule,
     Sampler,
@@ -143,6 +144,38 @@ def test_mean_interval_of_a_step_list_is_the_base() -> None:
         Interval(3, full_steps=(0, 6, 9, 12, 15, 18))
         == load_policy(POLICIES / "valid" / "step-list.yaml").N
     )
+
+
+def full_steps(value: object) -> Interval:
+    return load_policy({**SMALLEST, "N": {"full_steps": value}}).N
+
+
+def test_full_steps_are_indices_places_or_placed_for_a_number_of_steps() -> None:
+    indices, places = full_steps([0, 5.0, 10]), full_steps([0, 0.25, 0.5, 0.75])
+    placed = full_steps({"of": 50, "at": [0.0, 10, 20, 30]})
+    assert indices == Interval(7, full_steps=(0, 5, 10))
+    assert places == Interval(5, full_steps=(0, 0.25, 0.5, 0.75))
+    assert placed == Interval(12, full_steps=Placement(50, (0, 10, 20, 30)))
+    assert [each.by_index for each in (indices, places, placed)] == [True, False, False]
+    assert Interval(extra_full_steps=(3,)).by_index
+    assert not Interval().by_index
+    for value in (indices.full_steps, placed.full_steps.at):
+        assert all(isinstance(step, int) for step in value)
+
+
+def test_first_and_last_are_numbers_or_shares() -> None:
+    interval = load_policy({**SMALLEST, "N": {"base": 3, "first": 3.0, "last": 0.1}}).N
+    assert (interval.first, interval.last) == (3, 0.1)
+    assert isinstance(interval.first, int)
+    assert [interval.ends(total) for total in (4, 5, 15, 20, 100)] == [
+        (3, 0),
+        (3, 0),
+        (3, 2),
+        (3, 2),
+        (3, 10),
+    ]
+    shares = Interval(first=0.2, last=0.0)
+    assert [shares.ends(total)[0] for total in (1, 5, 6, 50)] == [1, 1, 2, 10]
 
 
 def test_unknown_name_lists_what_there_is() -> None:
