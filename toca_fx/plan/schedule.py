@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from toca_fx.match.sites import Site
 from toca_fx.plan.places import listed_steps
-from toca_fx.policy import Interval, Ratio, SitePolicy
+from toca_fx.policy import Interval, Ratio, SitePolicy, Skip
 from toca_fx.policy.interval import exact
 
 Modes = tuple[str, ...]
@@ -55,6 +55,36 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
     if interval.full_steps is not None:
         return listed_steps(interval.full_steps, indices) | _forced(interval, indices, total)
     return frozenset(s for s, full, _ in _walk(interval, indices, total) if full)
+
+
+def skipped_steps(
+    interval: Interval, skip: Skip, grain: str, indices: Sequence[int], total: int
+) -> frozenset[int]:
+    """The step indices s on which no block runs, under the policy's ``interval``.
+
+    With the ``grain`` of the model that is all between full steps. ``alternate`` is DuCa's rule: an
+    even number of steps to the next full one, as ``phase: modulo`` counts s mod the interval in
+    force; elsewhere the end of the generation counts as full.
+    """
+    full = full_steps(interval, indices, total)
+    others = [s for s in indices if s not in full]
+    if grain == "model" or skip == "all":
+        return frozenset(others)
+    if skip == "alternate":
+        left = _steps_left(interval, indices, total)
+        return frozenset(s for s in others if left[s] % 2 == 0)
+    return frozenset() if skip == "none" else frozenset(skip) - full
+
+
+def _steps_left(interval: Interval, indices: Sequence[int], total: int) -> dict[int, int]:
+    """By step, how many there are to the next full one."""
+    if interval.phase == "modulo" and interval.full_steps is None:
+        return {s: s % current for s, _, current in _walk(interval, indices, total)}
+    full, left, until = full_steps(interval, indices, total), dict[int, int](), 1
+    for s in reversed(indices):
+        left[s] = 0 if s in full else until
+        until = left[s] + 1
+    return left
 
 
 def _forced(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:

@@ -19,7 +19,7 @@ from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
 from toca_fx.policy.selection import Ratio, Scores, Spatial, scores_of
 from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
-from toca_fx.policy.types import Policy, Rule, SitePolicy
+from toca_fx.policy.types import Policy, Rule, SitePolicy, Skip
 
 __all__ = [
     "MODULE_TYPES",
@@ -38,6 +38,7 @@ __all__ = [
     "Sampler",
     "Scores",
     "SitePolicy",
+    "Skip",
     "Spatial",
     "Window",
     "load_policy",

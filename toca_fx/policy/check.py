@@ -89,7 +89,9 @@ def _check_choices(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     keys, scores = rule_keys(type(policy)), policy.scores
     selecting = [kind for kind, action in policy.modules if action.mode == "partial"]
     if (
-        scores.weights
+        policy.cache.grain == "model"
+        or policy.skip == "all"
+        or scores.weights
         or not selecting
         or not 0 < policy.R.base < 1
         or any(sets_weight(rule, keys) for rule in policy.rules)

@@ -26,6 +26,8 @@ def check_steps(policy: Policy, data: _Given, faulty: set[int]) -> Iterator[Note
         yield from _check_lists(path, given, steps)
     yield from _check_ends(policy, data, steps)
     yield from _check_growth(policy, data, faulty)
+    yield from _check_skipped(policy, data, steps)
+    yield from _check_grain(policy, data)
     if data.get("N") and _always_full(policy.N):
         yield Note(
             ("N", "base"),
@@ -70,6 +72,39 @@ def _check_growth(policy: Policy, data: _Given, faulty: set[int]) -> Iterator[No
         if interval.growth and interval.phase == "modulo":
             message = "`growth` needs `phase: count`: `modulo` counts from no full step"
             yield Note((*path, at), message)
+
+
+def _check_skipped(policy: Policy, data: _Given, steps: int | None) -> Iterator[Note]:
+    """Steps that run no block."""
+    skip = policy.skip
+    if isinstance(skip, tuple):
+        yield from check_indices(("skip",), skip, steps)
+        listed = policy.N.full_steps
+        full = {*policy.N.extra_full_steps, *(listed if isinstance(listed, tuple) else ())}
+        for index, step in enumerate(skip):
+            if policy.N.by_index and step in full:
+                yield Note(("skip", index), f"step {step} is not skipped: it is full", "warning")
+    if policy.cache.grain == "model" and skip not in ("none", "all"):
+        given = "a list" if isinstance(skip, tuple) else f"`{skip}`"
+        message = (
+            f"{given} contradicts `cache.grain: model`, with which no module has a cache: between "
+            "full steps there is nothing else to compute, and all are skipped"
+        )
+        yield Note(("skip",), message)
+
+
+def _check_grain(policy: Policy, data: _Given) -> Iterator[Note]:
+    """The grain of the model, which no rule can give to a part of it."""
+    for path, given in places_of("cache", data):
+        place = (*path, "grain")
+        if len(path) == 1 or "grain" not in given:
+            continue
+        if given["grain"] == "model":
+            message = "`model` is of the whole model: it stands in the policy's own `cache`"
+            yield Note(place, message)
+        elif policy.cache.grain == "model":
+            message = "`grain` has no effect: the policy's `cache.grain: model` is of all modules"
+            yield Note(place, message, "warning", key=True)
 
 
 def _check_windows(path: Path, given: _Given, steps: int | None) -> Iterator[Note]:

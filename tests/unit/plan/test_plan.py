@@ -16,8 +16,17 @@ from toca_fx import PolicyError
 from toca_fx.match.sites import Matches, NearMiss, Site
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.planner import make_plan
-from toca_fx.plan.schedule import fresh_tokens, full_steps
-from toca_fx.policy import Action, Interval, Ratio, Scores, SitePolicy, Window
+from toca_fx.plan.schedule import fresh_tokens, full_steps, skipped_steps
+from toca_fx.policy import (
+    Action,
+    Interval,
+    Ratio,
+    Scores,
+    SitePolicy,
+    Skip,
+    Window,
+    load_policy,
+)
 
 
 def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Matches:
@@ -156,6 +165,58 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
             steps,
             order[0],
         )
+
+
+def by_step(kinds: str, order: str = "ascending") -> dict[int, str]:
+    """F, P or S by step index, from one letter per call."""
+    indices = range(len(kinds)) if order == "ascending" else range(len(kinds) - 1, -1, -1)
+    return dict(zip(indices, kinds, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("interval", "skip", "order", "kinds"),
+    [
+        (Interval(4), "none", "ascending", "FPPPFPPPFP"),
+        (Interval(4), "all", "ascending", "FSSSFSSSFS"),
+        (Interval(4), (1, 4, 6), "ascending", "FSPPFPSPFP"),
+        (Interval(4), (1, 4, 6), "descending", "FPPSFSPPFP"),
+        # With a count the distance to the next full step decides, and the end is one.
+        (Interval(4), "alternate", "ascending", "FPSPFPSPFP"),
+        (Interval(5), "alternate", "ascending", "FSPSPFSPSP"),
+        (Interval(5), "alternate", "descending", "FSPSPFSPSP"),
+        (Interval(5, last=1), "alternate", "ascending", "FSPSPFPSPF"),
+        (Interval(2, growth=1), "alternate", "ascending", "FPFSPFPSPFSPSP"),
+        (Interval(full_steps=(0, 3, 8), phase="modulo"), "alternate", "ascending", "FSPFSPSPFP"),
+        (Interval(full_steps=(0, 0.3)), "alternate", "ascending", "FSPFSPSPSP"),
+        # With modulo s itself counts, upwards on PixArt: the step behind a full one is partial.
+        (Interval(4, phase="modulo"), "alternate", "ascending", "FPSPFPSPFP"),
+        (Interval(5, phase="modulo"), "alternate", "ascending", "FPSPSFPSPS"),
+        (Interval(5, phase="modulo"), "alternate", "descending", "FSPSPFSPSPF"),
+    ],
+)
+def test_skipped_steps(interval: Interval, skip: Skip, order: str, kinds: str) -> None:
+    wanted = by_step(kinds, order)
+    full = full_steps(interval, tuple(wanted), len(wanted))
+    skipped = skipped_steps(interval, skip, "module", tuple(wanted), len(wanted))
+    found = {s: "F" if s in full else "S" if s in skipped else "P" for s in wanted}
+    assert "".join(found.values()) == kinds
+
+
+def test_steps_that_duca_skips_on_dit() -> None:
+    """Call by call the kind of layers 1 to 27 under DuCa's own code, DDIM-50."""
+    interval = load_policy("reference/dit-xl-2-ddim50").N
+    kinds = "FPSPPFPSPFPSPFPSPSPFSPFSPFSPFSPFPFPFPFPFPFPFPFPFPF"
+    wanted = by_step(kinds, "descending")
+    full = full_steps(interval, tuple(wanted), 50)
+    skipped = skipped_steps(interval, "alternate", "module", tuple(wanted), 50)
+    assert full == {s for s, kind in wanted.items() if kind == "F"}
+    assert skipped == {s for s, kind in wanted.items() if kind == "S"}
+
+
+@pytest.mark.parametrize("skip", ["none", "all"])
+def test_with_the_grain_of_the_model_all_steps_between_full_ones_are_skipped(skip: Skip) -> None:
+    interval = Interval(4, last=1)
+    assert skipped_steps(interval, skip, "model", range(10), 10) == {1, 2, 3, 5, 6, 7}
 
 
 def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
@@ -387,6 +448,16 @@ def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
         match=r"lists full steps by index, which hold for its 12 steps only; this session has 20",
     ):
         make_plan(make_matches(), policy, 20)
+
+
+def test_listed_skips_hold_for_their_number_of_steps_only() -> None:
+    policy = make_policy(skip=[1, 4])
+    make_plan(make_matches(), policy)
+    with pytest.raises(
+        PolicyError,
+        match=r"lists skipped steps by index, which hold for its 12 steps only; this session has 9",
+    ):
+        make_plan(make_matches(), policy, 9)
 
 
 def test_planning_is_pure() -> None:

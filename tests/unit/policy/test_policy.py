@@ -178,6 +178,14 @@ def test_first_and_last_are_numbers_or_shares() -> None:
     assert [shares.ends(total)[0] for total in (1, 5, 6, 50)] == [1, 1, 2, 10]
 
 
+def test_skips_are_a_word_or_a_list_of_steps() -> None:
+    assert load_policy(SMALLEST).skip == "none"
+    assert load_policy({**SMALLEST, "skip": "alternate"}).skip == "alternate"
+    skip = load_policy({**SMALLEST, "skip": [1.0, 3]}).skip
+    assert skip == (1, 3)
+    assert all(isinstance(step, int) for step in skip)
+
+
 def test_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(PolicyError) as error:
         load_policy("dit-xl2")
