@@ -138,6 +138,7 @@ class ReferenceSampler:
                         "self_attention": _unit(mean.sum(dim=1)[:, start:end]),
                         "value_norm": _unit(part.value.norm(dim=3).mean(dim=2)),
                         "key_norm": _unit(part.key.norm(dim=3).mean(dim=2)),
+                        "small_values": _unit((1 - part.value.norm(dim=3)).sum(dim=2)),
                     },
                 )
         return outputs

@@ -293,8 +293,8 @@ def test_a_rule_without_a_layer_number_matches_no_range() -> None:
 def test_rules_know_where_they_stand() -> None:
     file = POLICIES / "valid" / "everything.yaml"
     first = load_policy(file).rules[0]
-    assert first.position == f"{file}:25:5"
-    assert Problem.at(first.position, "here") == Problem(str(file), 25, 5, "here")
+    assert first.position == f"{file}:27:5"
+    assert Problem.at(first.position, "here") == Problem(str(file), 27, 5, "here")
     assert str(Problem.at("rules[0]", "here", "warning")) == "rules[0]: warning: here"
 
 
