@@ -138,6 +138,7 @@ class ReferenceSampler:
                         "self_attention": _unit(mean.sum(dim=1)[:, start:end]),
                         "value_norm": _unit(part.value.norm(dim=3).mean(dim=2)),
                         "key_norm": _unit(part.key.norm(dim=3).mean(dim=2)),
+                        "small_values": _unit((1 - part.value.norm(dim=3)).sum(dim=2)),
                     },
                 )
         return outputs
@@ -263,23 +264,28 @@ def fresh_count(
 def full_steps(interval: Interval, order: Iterable[int], total: int) -> set[int]:
     """The full steps of one module, by walking through the generation as the authors' loop does."""
     order = list(order)
-    forced = (
-        set(order[: interval.first])
-        | set(order[len(order) - interval.last :])
-        | set(interval.extra_full_steps)
-    )
+    first, last = interval.first, interval.last
+    if isinstance(first, float):
+        first = sum(1 for call in range(total) if call < round(first * total, 6))
+    if isinstance(last, float):
+        last = int(torch.tensor(last * total, dtype=torch.float64).round())
+    forced = set(order[:first]) | set(order[len(order) - last :]) | set(interval.extra_full_steps)
     if interval.full_steps is not None:
-        return set(interval.full_steps) | forced
+        assert isinstance(interval.full_steps, tuple), "no other number of steps here"
+        return {int(step) for step in interval.full_steps} | forced
+    grown = 0.0
 
     def interval_at(s: int) -> int:
         for window in interval.windows:
             if window.start <= s / total < window.stop:
                 return window.interval
+        base = math.floor(interval.base + grown)
         return max(
             1,
             int(
                 torch.tensor(
-                    interval.base / (1 + interval.drift * (1 - 2 * s / total)), dtype=torch.float64
+                    round(base / (1 + interval.drift * (1 - 2 * s / total)), 9),
+                    dtype=torch.float64,
                 ).round()
             ),
         )
@@ -288,12 +294,13 @@ def full_steps(interval: Interval, order: Iterable[int], total: int) -> set[int]
     threshold, passed = 0, 0  # the interval in force; partial steps since the last full one
     for call, s in enumerate(order):
         if interval.phase == "modulo":
-            if call < interval.first or s % threshold == 0:
+            if call < first or s % threshold == 0:
                 threshold = interval_at(s)
                 if s % threshold == 0:
                     full.add(s)
         elif s in forced or passed == threshold - 1:
             full.add(s)
+            grown += interval.growth if call >= first else 0
             threshold, passed = interval_at(s), 0
         else:
             passed += 1

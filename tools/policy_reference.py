@@ -161,8 +161,10 @@ def _type(schema: Schema) -> str:
     if "title" in schema:
         return str(schema["title"])
     words = {"integer": "whole number", "number": "number", "string": "text"}
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
     bounds = describe_range(schema)
-    return words[schema["type"]] + (f", {bounds}" if bounds else "")
+    shown = words[kinds[0]] + (f", {bounds}" if bounds else "")
+    return f"{shown}, or `null`" if "null" in kinds else shown
 
 
 def _code(value: object) -> str:

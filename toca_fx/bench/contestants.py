@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import toca_fx
-from toca_fx.policy import Action, Policy, Ratio, Scores
+from toca_fx.policy import Action, Forecast, Interval, Policy, Ratio, Scores
 from toca_fx.runtime.context import Run
 
 Call = Mapping[str, Any]
@@ -176,10 +176,17 @@ def _fresh_hooks(model: Any) -> AbstractContextManager[Any]:
 def fora(policy: Policy) -> Policy:
     """FORA: between full steps, at the same constant interval, everything is reused."""
     reused = tuple((kind, Action("reuse")) for kind, _ in policy.modules)
-    interval = replace(
-        policy.N, drift=0.0, windows=(), full_steps=None, extra_full_steps=(), phase="count"
+    interval = Interval(policy.N.base, first=policy.N.first, last=policy.N.last)
+    return replace(
+        policy,
+        name="fora",
+        N=interval,
+        R=Ratio(1.0),
+        modules=reused,
+        skip="none",
+        forecast=Forecast(),
+        rules=(),
     )
-    return replace(policy, name="fora", N=interval, R=Ratio(1.0), modules=reused, rules=())
 
 
 def unscored(policy: Policy) -> Policy:

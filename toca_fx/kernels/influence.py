@@ -59,6 +59,12 @@ def feature_norm(feature: Tensor) -> Tensor:
     return norm
 
 
+def smallness(feature: Tensor) -> Tensor:
+    """Sum over the heads of 1 less the L2 norm of keys or values: [B, H, N, D] -> [B, N] (DuCa)."""
+    norm: Tensor = torch.linalg.vector_norm(feature.to(score_dtype(feature)), dim=-1)
+    return (1 - norm).sum(dim=1)
+
+
 def map_influence(weights: Tensor, every: int = 1) -> Tensor:
     """s1 of an attention map, by every ``every``-th query: [B, H, N, M] -> [B, M]."""
     return look_at(weights, every).to(score_dtype(weights)).mean(dim=1).sum(dim=1)

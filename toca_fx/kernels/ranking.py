@@ -17,6 +17,8 @@ Spatial = tuple[tuple[int, int], int, float]
 def spatial_bonus(score: Tensor, grid: tuple[int, int], block: int, bonus: float) -> Tensor:
     """Multiply the best score of each ``block`` x ``block`` cell of the grid by 1 + ``bonus``.
 
+    So a negative score is lowered, as in the authors' code (DuCa).
+
     ``score`` is [..., N], N = rows x columns of ``grid``. The first maximum wins a tie; cells at
     the border may be cut off.
     """

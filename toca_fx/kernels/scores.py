@@ -1,9 +1,11 @@
 """The formula of every score (ToCa, section 3.2); ``plan/scores.py`` says when each is known.
 
-    S = w_self s1 + w_value |v| + w_key |k|  +  w_cross s2  +  w_stale n / N0  (+ w_random u)
+    S = w_self s1 + w_value |v| + w_key |k| + w_small sum_h (1 - |v_h|)
+        + w_cross s2  +  w_stale n / N0  (+ w_random u)
 
-and then the spatial bonus. A score that is made of an attention is put into the step graphs, beside
-the attention or with it; all others are computed ahead of a step, for all sites at once.
+and then the spatial bonus. w_small is of DuCa, whose score is often negative. A score that is made
+of an attention is put into the step graphs, beside the attention or with it; all others are
+computed ahead of a step, for all sites at once.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class OfAttention:
 OF_ATTENTION: Mapping[str, OfAttention] = {
     "value_norm": OfAttention(("value",), influence.feature_norm),
     "key_norm": OfAttention(("key",), influence.feature_norm),
+    "small_values": OfAttention(("value",), influence.smallness),
     "self_attention": OfAttention(
         ("query", "key"),
         influence.influence,

@@ -1,6 +1,6 @@
 """What is left of a model once all blocks have run: its state, and what it returns.
 
-    stream -> block -> ... -> block -> state -> output layers (norm, modulation, projection) -> output
+    stream -> block -> ... -> block -> state -> output layers (norm, projection) -> output
 
 Where one of them is known, a step can do without any block. The state is found from the outputs
 upstream: the nearest adds of the residual streams that sites end in. Behind them, views and slices

@@ -18,8 +18,8 @@
 
 A buffer that is kept stays over a generation and is updated in place, in the dtype of the policy
 for cache and keys; one that is given is for one step. The tensors of a history are handed out anew
-before each full step: it writes the oldest, which is the newest from then on. ``read`` is given on a GPU, to steps that
-score an attention.
+before each full step: it writes the oldest, which is the newest from then on. ``read`` is given on
+a GPU, to steps that score an attention.
 """
 
 from __future__ import annotations

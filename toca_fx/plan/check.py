@@ -63,11 +63,16 @@ def check_explicit_steps(policy: Policy, policies: Sequence[SitePolicy], total: 
         PolicyError: it is another.
     """
     planned = policy.sampler.steps
-    listed = any(own.N.full_steps is not None or own.N.extra_full_steps for own in policies)
-    if total != planned and listed:
-        message = (
-            f"policy `{policy.name}` lists full steps by index, which hold for its {planned} steps "
-            f"only; this session has {total}. Use base, drift and windows instead, or run "
-            f"{planned} steps"
-        )
-        raise PolicyError([Problem.at(policy.source, message)])
+    if total == planned:
+        return
+    if any(own.N.by_index for own in policies):
+        what, instead = "full steps", f"base, drift and windows, or {{of: {planned}, at: [...]}},"
+    elif isinstance(policy.skip, tuple):
+        what, instead = "skipped steps", "`all` or `alternate`"
+    else:
+        return
+    message = (
+        f"policy `{policy.name}` lists {what} by index, which hold for its {planned} steps "
+        f"only; this session has {total}. Use {instead} instead, or run {planned} steps"
+    )
+    raise PolicyError([Problem.at(policy.source, message)])

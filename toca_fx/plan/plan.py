@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from toca_fx.match.sites import Site
 from toca_fx.plan import scores
@@ -24,8 +25,7 @@ from toca_fx.plan.grids import SpatialBonus
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import AttentionScore, Selection, StepSpec
 from toca_fx.plan.times import Noise
-from toca_fx.policy import SitePolicy
-
+from toca_fx.policy import Forecast, SitePolicy
 
 _RUNS = ("full", "partial", "compute")
 
@@ -64,24 +64,31 @@ def kind_of(modes: Modes) -> str:
     return "mixed" if "full" in cached else "partial"
 
 
+class Timeline(NamedTuple):
+    """Sites whose histories are written on the same steps, and read by the same ``forecast``."""
+
+    sites: tuple[int, ...]
+    forecast: Forecast
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a policy says of whole generations.
 
     ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens (in those of a plan: and that it has two halves), ``noise`` how timesteps
-    are levels of noise, ``separate`` that
-    guidance branches are called one after the other.
+    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
+    guidance branches are called one after the other. ``noise`` is how timesteps are levels of
+    noise.
     """
 
     policy: str
     steps: int
     seed: int
     shared: bool
-    noise: Noise | None
     separate: bool
     hoisting_bytes: int
     recording_bytes: int
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -207,18 +214,15 @@ class Plan:
         )
 
     @cached_property
-    def timelines(self) -> tuple[tuple[int, ...], ...]:
-        """Sites with histories, together where these are written on the same steps and read alike.
-
-        Of sites that share a cache it is the first.
-        """
+    def timelines(self) -> tuple[Timeline, ...]:
+        """The histories of all sites. Of sites that share a cache it is the first that has it."""
         shared = {i for run in self.runs for i in run[1:]}
-        found: dict[object, list[int]] = {}
+        found: dict[tuple[Forecast, tuple[bool, ...]], list[int]] = {}
         for i, kept in enumerate(self.histories):
             if kept > 1 and i not in shared:
                 written = tuple(step.modes[i] == "full" for step in self.steps)
                 found.setdefault((self.policies[i].forecast, written), []).append(i)
-        return tuple(map(tuple, found.values()))
+        return tuple(Timeline(tuple(sites), own) for (own, _), sites in found.items())
 
     @cached_property
     def kept(self) -> tuple[Buffer, ...]:

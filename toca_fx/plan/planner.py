@@ -71,7 +71,7 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
-        noise=None,
+        noise=policy.sampler.noise,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
         recording_bytes=policy.recording.memory_bytes,
@@ -95,10 +95,11 @@ def make_plan(
     check_rules(policy, matches)
     ascending = policy.sampler.order == "ascending"
     indices = tuple(range(total) if ascending else range(total - 1, -1, -1))
-    sites, policies, uncut = units(policy, matches)
+    sites, policies, uncut = units(policy, matches, total)
     check_explicit_steps(policy, policies, total)
-    skips = any(site.kind in WHOLE for site in sites)
-    skipped = skipped_steps(policy, indices, total) if skips else frozenset()
+    skipped = frozenset[int]()
+    if any(site.kind in WHOLE for site in sites):
+        skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, total)
     columns = _columns(sites, policies, indices, skipped)
     steps = tuple(
         StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
 from toca_fx.match.sites import Site
-from toca_fx.policy import Interval, Policy, Ratio, SitePolicy
+from toca_fx.plan.places import listed_steps
+from toca_fx.policy import WHOLE_GRAINS, Interval, Ratio, SitePolicy, Skip
+from toca_fx.policy.interval import exact
 
 Modes = tuple[str, ...]
 
@@ -66,54 +68,86 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
     interval is re-evaluated at full steps: N(s) = round_half_even(base / (1 + w - 2 w s / T)), w =
     ``drift`` (ToCa, section 3.3, and the authors' force scheduler). ``phase: modulo`` is the
     authors' rule: a step is full when s is a multiple of the interval in force and of the one
-    re-evaluated at s; either way the latter is in force from then on.
+    re-evaluated at s; either way the latter is in force from then on. With ``growth`` the base
+    grows with each full step past the first ones: floor(base + growth k) after the k-th (Spectrum).
     """
-    first = frozenset(indices[: interval.first])
-    forced = {
-        *first,
-        *indices[max(0, len(indices) - interval.last) :],
-        *interval.extra_full_steps,
-    }
     if interval.full_steps is not None:
-        return frozenset({*interval.full_steps, *forced})
-    full: set[int] = set()
-    current, since = 1, 0
+        return listed_steps(interval.full_steps, indices) | _forced(interval, indices, total)
+    return frozenset(s for s, full, _ in _walk(interval, indices, total) if full)
+
+
+def skipped_steps(
+    interval: Interval, skip: Skip, grain: str, indices: Sequence[int], total: int
+) -> frozenset[int]:
+    """The step indices s on which no block runs, under the policy's ``interval``.
+
+    With the ``grain`` of the model or of its output that is all between full steps. ``alternate``
+    is DuCa's rule: an even number of steps to the next full one, as ``phase: modulo`` counts s mod
+    the interval in force; elsewhere the end of the generation counts as full.
+    """
+    full = full_steps(interval, indices, total)
+    others = [s for s in indices if s not in full]
+    if grain in WHOLE_GRAINS or skip == "all":
+        return frozenset(others)
+    if skip == "alternate":
+        left = _steps_left(interval, indices, total)
+        return frozenset(s for s in others if left[s] % 2 == 0)
+    return frozenset() if skip == "none" else frozenset(skip) - full
+
+
+def _steps_left(interval: Interval, indices: Sequence[int], total: int) -> dict[int, int]:
+    """By step, how many there are to the next full one."""
+    if interval.phase == "modulo" and interval.full_steps is None:
+        return {s: s % current for s, _, current in _walk(interval, indices, total)}
+    full, left, until = full_steps(interval, indices, total), dict[int, int](), 1
+    for s in reversed(indices):
+        left[s] = 0 if s in full else until
+        until = left[s] + 1
+    return left
+
+
+def _forced(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:
+    """The steps that are full whatever the interval says."""
+    first, last = interval.ends(total)
+    ends = (*indices[:first], *indices[max(0, len(indices) - last) :])
+    return frozenset((*ends, *interval.extra_full_steps))
+
+
+def _walk(
+    interval: Interval, indices: Sequence[int], total: int
+) -> Iterator[tuple[int, bool, int]]:
+    """Each step s, whether it is full, and the interval in force once that is decided."""
+    first, forced = frozenset(indices[: interval.ends(total)[0]]), _forced(interval, indices, total)
+    current, since, past_first = 1, 0, 0
     for s in indices:
         since += 1
         if interval.phase == "modulo":
             due = s % current == 0
             if due or s in first:
                 current = _interval_at(interval, s, total)
-            due = due and s % current == 0
-            if due or s in forced:
-                full.add(s)
-        elif since >= current or s in forced:
-            full.add(s)
-            current, since = _interval_at(interval, s, total), 0
-    return frozenset(full)
+            full = (due and s % current == 0) or s in forced
+        else:
+            full = since >= current or s in forced
+            if full:
+                past_first += s not in first
+                current, since = _interval_at(interval, s, total, past_first), 0
+        yield s, full, current
 
 
-def _interval_at(interval: Interval, s: int, total: int) -> int:
+def _interval_at(interval: Interval, s: int, total: int, grown: int = 0) -> int:
+    """The interval re-evaluated at step s, when its base has ``grown`` so many times."""
     for window in interval.windows:
         if exact(window.start) * total <= s < exact(window.stop) * total:
             return window.interval
+    base = math.floor(interval.base + exact(interval.growth) * grown)
     # Python's round is half to even, as the authors' numpy one is.
-    return max(1, round(interval.base / _falling(interval.drift, s, total)))
+    return max(1, round(base / _falling(interval.drift, s, total)))
 
 
 @lru_cache(maxsize=4096)
 def _falling(weight: float, at: int, over: int) -> Fraction:
     """What falls linearly from 1 + ``weight`` at 0 to 1 - ``weight`` at ``over``."""
     return 1 + exact(weight) * (1 - Fraction(2 * at, over))
-
-
-@lru_cache(maxsize=256)
-def exact(number: float) -> Fraction:
-    """A number of a policy as it is written: 0.4 is two fifths, and no sum of powers of two.
-
-    A step that a policy puts on a boundary is then on it, and a half is one.
-    """
-    return Fraction(str(number))
 
 
 def fresh_tokens(policy: SitePolicy, s: int, total: int, layer: int, span: int, tokens: int) -> int:
@@ -149,9 +183,3 @@ def layer_spans(sites: Sequence[Site]) -> dict[str, int]:
     for site in sites:
         spans[site.block] = max(spans.get(site.block, 0), site.layer)
     return spans
-
-
-def skipped_steps(policy: Policy, indices: Sequence[int], total: int) -> frozenset[int]:
-    """The step indices on which no block runs."""
-    full = full_steps(policy.N, indices, total)
-    return frozenset(s for s in indices if s not in full)

@@ -44,11 +44,10 @@ class StepSpec:
     """The kind of step on which site i is in ``modes[i]``.
 
     The values of the nodes ``hoisted`` are given. ``dtypes[i]`` is that of the features that site i
-    keeps, "model" or a name in torch, ``histories[i]`` how many values of them it does. The sites of
-    each of ``runs`` share a cache. ``keys`` are the
-    attentions whose keys and values are kept, and renewed or read; ``entropies`` the
-    cross-attentions whose entropy is renewed; ``scores`` the base scores that are. With ``shared``
-    both halves of the batch share one selection.
+    keeps, "model" or a name in torch, ``histories[i]`` how many values of them it does. The sites
+    of each of ``runs`` share a cache. ``keys`` are the attentions whose keys and values are kept,
+    and renewed or read; ``entropies`` the cross-attentions whose entropy is renewed; ``scores`` the
+    base scores that are. With ``shared`` both halves of the batch share one selection.
     """
 
     sites: tuple[Site, ...]

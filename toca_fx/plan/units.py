@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from toca_fx.match.sites import Matches, Site
-from toca_fx.policy import Action, Policy, SitePolicy
+from toca_fx.policy import WHOLE_GRAINS, Action, Policy, SitePolicy
 
 WHOLE = ("state", "output")
 """The kinds of sites that are the whole model: in front of its output layers, and behind them."""
 
 
-def units(policy: Policy, matches: Matches) -> tuple[tuple[Site, ...], tuple[SitePolicy, ...], str]:
+def units(
+    policy: Policy, matches: Matches, total: int
+) -> tuple[tuple[Site, ...], tuple[SitePolicy, ...], str]:
     """The sites of a plan, whole models last, with the policy of each; and a warning, or "".
 
     With the grain of the model, or of its output, a module has no memory. Where the output layers
@@ -24,7 +26,7 @@ def units(policy: Policy, matches: Matches) -> tuple[tuple[Site, ...], tuple[Sit
         whole = matches.states or matches.outputs
         if not matches.states:
             warning = _uncut(matches.uncut)
-    if grain in ("model", "output"):
+    if grain in WHOLE_GRAINS:
         policies = tuple(replace(own, action=Action("compute")) for own in policies)
     own = SitePolicy(
         policy.N,
@@ -35,7 +37,20 @@ def units(policy: Policy, matches: Matches) -> tuple[tuple[Site, ...], tuple[Sit
         policy.cache,
         policy.forecast,
     )
-    return (*matches.sites, *whole), (*policies, *[own] * len(whole)), warning
+    policies = (*policies, *[own] * len(whole))
+    return (*matches.sites, *whole), tuple(_resolved(each, total) for each in policies), warning
+
+
+def _resolved(own: SitePolicy, total: int) -> SitePolicy:
+    """The policy of a site with what its forecast leaves to the number of first full steps.
+
+    TaylorSeer's authors difference against the last but one of them, and none before.
+    """
+    forecast = own.forecast
+    if forecast.ignore is not None or forecast.basis not in ("taylor", "hermite"):
+        return own
+    ignored = max(0, own.N.ends(total)[0] - 2)
+    return replace(own, forecast=replace(forecast, ignore=ignored))
 
 
 def _uncut(reason: str) -> str:

@@ -13,20 +13,24 @@ from typing import TypeAlias
 from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
 from toca_fx.policy.check import check
 from toca_fx.policy.document import Document, from_mapping
-from toca_fx.policy.interval import Interval, Window
+from toca_fx.policy.forecast import Forecast
+from toca_fx.policy.interval import Interval, Placement, Window
 from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
 from toca_fx.policy.selection import Ratio, Scores, Spatial, scores_of
-from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
-from toca_fx.policy.types import Policy, Rule, SitePolicy
+from toca_fx.policy.settings import WHOLE_GRAINS, Cache, Guidance, Hoisting, Recording, Sampler
+from toca_fx.policy.types import Policy, Rule, SitePolicy, Skip
 
 __all__ = [
     "MODULE_TYPES",
+    "WHOLE_GRAINS",
     "Action",
     "Cache",
+    "Forecast",
     "Guidance",
     "Hoisting",
     "Interval",
+    "Placement",
     "Policy",
     "PolicySource",
     "Ratio",
@@ -35,6 +39,7 @@ __all__ = [
     "Sampler",
     "Scores",
     "SitePolicy",
+    "Skip",
     "Spatial",
     "Window",
     "load_policy",

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from toca_fx.policy.interval import Placement
 from toca_fx.policy.keys import (
+    NUMBER,
     Declared,
+    forms_of,
     is_mapping,
     item_type,
     keys_of,
@@ -27,15 +30,19 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str], policy: 
     """
     rules = data.get("rules", ())
     given = {**stand_ins(policy), **_read_keys(policy, {**data, "rules": ()})}
-    listed = given["N"].full_steps
-    if listed and "base" not in data["N"]:
+    if given["N"].full_steps and "base" not in data["N"]:
         # The mean interval is the base that the staleness score divides by.
-        mean = max(1, round(given["sampler"].steps / len(listed)))
+        mean = _mean_interval(given["N"].full_steps, given["sampler"].steps)
         given["N"] = replace(given["N"], base=mean)
     given["rules"] = tuple(
         _rule(rule, place_of_rule(index), policy) for index, rule in enumerate(rules)
     )
     return policy(**given, source=source)
+
+
+def _mean_interval(listed: tuple[float, ...] | Placement, steps: int) -> int:
+    of, at = (listed.of, listed.at) if isinstance(listed, Placement) else (steps, listed)
+    return max(1, round(of / max(1, len(at))))
 
 
 def _read_keys(declaring: type, data: Data) -> dict[str, Any]:
@@ -48,10 +55,10 @@ def _read_keys(declaring: type, data: Data) -> dict[str, Any]:
 
 
 def _read(declared: Declared, value: Any) -> Any:
+    if value is None and declared.key.nullable:
+        return declared.default
     if declared.key.form:
         return tuple(vars(_read_whole(declared.key.form, value)).items())
-    if item_type(declared):
-        return _read_list(item_type(declared), value)
     return _read_value(declared.type, value)
 
 
@@ -67,10 +74,24 @@ def _read_value(kind: Any, value: Any) -> Any:
     """A value in the form of its field's type."""
     if kind is Action:
         return _action(value)
+    kind = _form_of(kind, value)
+    if item_type(kind):
+        return _read_list(item_type(kind), value)
     if is_mapping(kind):
         return _read_whole(kind, value)
     # JSON Schema counts 3.0 as an integer and 1 as a number, so types are settled here.
+    if kind == NUMBER:
+        return int(value) if value == int(value) else value
     return kind(value) if kind in (int, float) else value
+
+
+def _form_of(kind: Any, value: Any) -> Any:
+    """The type, of a union's, that has the form of a value: a list, a mapping or a scalar."""
+    forms = forms_of(kind)
+    if len(forms) == 1:
+        return kind
+    form = (isinstance(value, list), isinstance(value, Mapping))
+    return next(each for each in forms if (bool(item_type(each)), is_mapping(each)) == form)
 
 
 def _read_whole(declaring: type[Any], data: Data) -> Any:

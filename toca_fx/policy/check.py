@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
 from typing import Any, TypeVar
 
 from toca_fx.diagnostics import Problem
 from toca_fx.policy.build import build
+from toca_fx.policy.check_forecast import check_forecasts
+from toca_fx.policy.check_steps import check_steps, places_of
 from toca_fx.policy.document import Document, Path
-from toca_fx.policy.interval import STEP_INDEX, Interval, Window
 from toca_fx.policy.keys import keys_of, rule_keys
 from toca_fx.policy.rules import Note, check_rules, sets_weight
+from toca_fx.policy.settings import WHOLE_GRAINS
 from toca_fx.policy.types import Policy
 from toca_fx.policy.violations import check_schema
 
@@ -24,14 +25,15 @@ def check(document: Document, kind: type[P]) -> tuple[P, list[Problem]]:
     """
     problems, data, faulty = check_schema(document, kind)
     policy = build(data, document.file, lambda index: document.place(("rules", index)), kind)
+    unclear = _faulty_rules(faulty)
     notes = [
-        *_check_sampler(policy, data),
-        *_check_intervals(policy, data),
+        *_check_guidance(policy),
+        *check_steps(policy, data, unclear),
         *_check_replaced(policy, data),
         *_check_served(policy, data),
         *_check_choices(policy, data),
     ]
-    notes += check_rules(policy, _faulty_rules(faulty))
+    notes += [*check_forecasts(policy, data, unclear), *check_rules(policy, unclear)]
     problems += [
         document.problem(note.path, note.message, note.severity, key=note.key) for note in notes
     ]
@@ -48,7 +50,7 @@ def _faulty_rules(faulty: set[Path]) -> set[int]:
     }
 
 
-def _check_sampler(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
+def _check_guidance(policy: Policy) -> Iterator[Note]:
     guidance = policy.guidance
     if guidance.selection == "shared" and guidance.layout != "batched":
         message = (
@@ -56,82 +58,12 @@ def _check_sampler(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
             "selection"
         )
         yield Note(("guidance", "selection"), message)
-    every_step = policy.N.first + policy.N.last >= policy.sampler.steps > 1
-    if every_step and "steps" in data.get("sampler", {}):
-        key = "last" if "last" in data.get("N", {}) else "first"
-        forced = f"{policy.N.first} first and {policy.N.last} last forced full steps"
-        yield Note(("N", key), f"{forced} leave no partial step among {policy.sampler.steps}")
-
-
-def _check_intervals(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
-    """The N of the policy and of each rule."""
-    known = "steps" in data.get("sampler", {})
-    for path, given in _places("N", data):
-        yield from _check_windows(path, given, policy.sampler.steps if known else None)
-        yield from _check_step_lists(path, given, policy.sampler.steps if known else None)
-    if data.get("N") and _always_full(policy.N):
-        yield Note(
-            ("N", "base"),
-            "an interval of 1 makes every step full: nothing is ever reused",
-            "warning",
-        )
-
-
-def _places(section: str, data: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Where the mapping of a section stands: in the policy, and in each rule that overrides it."""
-    yield (section,), data.get(section, {})
-    for index, rule in enumerate(data.get("rules", ())):
-        if isinstance(rule.get(section), dict):
-            yield ("rules", index, section), rule[section]
-
-
-def _always_full(interval: Interval) -> bool:
-    plain = interval.full_steps is None and not interval.windows
-    return plain and interval.base == 1 and interval.drift == 0
-
-
-def _check_windows(path: Path, given: dict[str, Any], steps: int | None) -> Iterator[Note]:
-    windows: list[tuple[Path, Window]] = []
-    for index, window in enumerate(given.get("windows", ())):
-        if not {declared.name for declared in keys_of(Window)} <= window.keys():
-            continue
-        place, start, stop = (*path, "windows", index), window["from"], window["to"]
-        if start >= stop:
-            yield Note(
-                (*place, "to"),
-                f"the window ends at {stop} but starts at {start}: `from` must be below `to`",
-            )
-            continue
-        windows.append((place, Window(start, stop, window["interval"])))
-        if steps is not None and not any(start * steps <= s < stop * steps for s in range(steps)):
-            yield Note(place, f"no step of {steps} lies between {start} and {stop}", "warning")
-    for (_, first), (place, second) in combinations(windows, 2):
-        if first.start < second.stop and second.start < first.stop:
-            message = (
-                f"overlaps the window from {first.start} to {first.stop}; the earlier one counts"
-            )
-            yield Note(place, message, "warning")
-
-
-def _check_step_lists(path: Path, given: dict[str, Any], steps: int | None) -> Iterator[Note]:
-    lists = (declared.name for declared in keys_of(Interval) if declared.key.items is STEP_INDEX)
-    for name in lists:
-        seen: set[int] = set()
-        for index, step in enumerate(given.get(name, ())):
-            place = (*path, name, index)
-            if steps is not None and step >= steps:
-                yield Note(
-                    place, f"step {step} does not exist: the steps run from 0 to {steps - 1}"
-                )
-            elif step in seen:
-                yield Note(place, f"step {step} is listed twice", "warning")
-            seen.add(step)
 
 
 def _check_replaced(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     """Keys whose place another one takes, in the policy or in one rule."""
     for section in rule_keys(type(policy)).sections.values():
-        for path, given in _places(section.name, data):
+        for path, given in places_of(section.name, data):
             for declared in keys_of(section.type):
                 other = declared.key.replaced_by
                 if declared.name in given and other in given:
@@ -158,7 +90,9 @@ def _check_choices(policy: Policy, data: dict[str, Any]) -> Iterator[Note]:
     keys, scores = rule_keys(type(policy)), policy.scores
     selecting = [kind for kind, action in policy.modules if action.mode == "partial"]
     if (
-        scores.weights
+        policy.cache.grain in WHOLE_GRAINS
+        or policy.skip == "all"
+        or scores.weights
         or not selecting
         or not 0 < policy.R.base < 1
         or any(sets_weight(rule, keys) for rule in policy.rules)

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
-from toca_fx.policy.keys import Key, key
+from toca_fx.policy.keys import Key, Schema, key
 
 STEP_INDEX = Key(
     "A step index s, 0 to steps - 1, counted as `sampler.order` says.",
     minimum=0,
 )
+
+_MOST_STEPS = 100_000
+
+
+@lru_cache(maxsize=256)
+def exact(number: float) -> Fraction:
+    """A number of a policy as it is written: 0.4 is two fifths, and no sum of powers of two.
+
+    A step that a policy puts on a boundary is then on it, and a half is one.
+    """
+    return Fraction(str(number))
+
+
+def _number_or_share(minimum: int) -> tuple[Schema, Schema]:
+    """A number of steps, or a share of all."""
+    number = {
+        "type": "integer",
+        "minimum": minimum,
+        "maximum": _MOST_STEPS,
+        "title": "a whole number, or a share of the steps below 1",
+        "description": "A number of steps.",
+    }
+    share = {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "exclusiveMaximum": 1,
+        "description": "A share of the steps.",
+    }
+    return number, share
 
 
 @dataclass(frozen=True)
@@ -46,13 +78,38 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """The full steps `at` of a generation of `of` steps, to be spread over others."""
+
+    of: int = field(
+        metadata=key(
+            "The number of steps that `at` is for.",
+            minimum=1,
+            maximum=_MOST_STEPS,
+            examples=(50,),
+            stand_in=1,
+        )
+    )
+    at: tuple[int, ...] = field(
+        metadata=key(
+            "The step indices s (0 to of - 1) that are full.",
+            title="a list of step indices",
+            min_items=1,
+            items=STEP_INDEX,
+            examples=([0, 1, 2, 3, 5, 8, 13, 21, 34],),
+            stand_in=(),
+        )
+    )
+
+
+@dataclass(frozen=True)
 class Interval:
     """N: when full steps are taken. N(s) = round_half_even(base / (1 + drift - 2 drift s/T)), in
     steps.
 
-    `first` and `last` count forced full steps at either end of a generation; `full_steps`, when
-    given, replaces `base`, `drift`, `phase` and `windows`; `extra_full_steps` come on top. Both
-    lists hold step indices s.
+    `first` and `last` are forced full steps at either end of a generation, as a number or a share;
+    `full_steps`, when given, replaces `base`, `drift`, `growth`, `phase` and `windows`;
+    `extra_full_steps` come on top. Both lists hold step indices s, `full_steps` perhaps places.
     """
 
     base: int = field(
@@ -80,23 +137,35 @@ class Interval:
             replaced_by="full_steps",
         ),
     )
-    first: int = field(
-        default=1,
+    growth: float = field(
+        default=0.0,
         metadata=key(
-            "Number of forced full steps at the beginning of a generation. At least 1: the caches "
-            "have to be filled.",
-            minimum=1,
-            maximum=100000,
-            examples=(3,),
+            "What each full step adds to the interval: it is floor(base + growth k) after the k-th "
+            "full step past the `first` ones (Spectrum's rule). With `phase: count` only. No unit.",
+            minimum=0,
+            maximum=1000,
+            examples=(0.75,),
+            replaced_by="full_steps",
         ),
     )
-    last: int = field(
+    first: int | float = field(
+        default=1,
+        metadata=key(
+            "Number of forced full steps at the beginning of a generation, or below 1 their share "
+            "of the steps, rounded up. At least 1: the caches have to be filled.",
+            title="a whole number from 1 on, or a share of the steps below 1",
+            alternatives=_number_or_share(1),
+            examples=(3, 0.2),
+        ),
+    )
+    last: int | float = field(
         default=0,
         metadata=key(
-            "Number of forced full steps at the end of a generation.",
-            minimum=0,
-            maximum=100000,
-            examples=(1,),
+            "Number of forced full steps at the end of a generation, or below 1 their share of the "
+            "steps, rounded.",
+            title="a whole number, or a share of the steps below 1",
+            alternatives=_number_or_share(0),
+            examples=(1, 0.05),
         ),
     )
     phase: Literal["count", "modulo"] = field(
@@ -120,16 +189,22 @@ class Interval:
             replaced_by="full_steps",
         ),
     )
-    full_steps: tuple[int, ...] | None = field(
+    full_steps: tuple[int | float, ...] | Placement | None = field(
         default=None,
         metadata=key(
-            "The exact step indices s (0 to steps - 1) that are full; replaces `base`, `drift`, "
-            "`phase` and `windows`. `first` and `last` still hold. Tied to the policy's own step "
-            "count.",
-            title="a list of step indices",
+            "The steps that are full; replaces `base`, `drift`, `growth`, `phase` and `windows`. "
+            "`first` and `last` still hold. A list of step indices s (0 to steps - 1) is tied to "
+            "the policy's own step count. A list of places, 0 to below 1, makes step floor(p T) "
+            "full for each p. {of: 50, at: [...]} are step indices of 50 steps; for another number "
+            "of steps it is the same share of full steps with the same density.",
+            title="a list of step indices or of places such as 0.3, or a mapping such as "
+            "{of: 50, at: [0, 1, 2, 5, 10]}",
             min_items=1,
-            items=STEP_INDEX,
-            examples=([0, 6, 9, 12, 15, 18],),
+            items=Key(
+                "A step index s, 0 to steps - 1, counted as `sampler.order` says; or a place.",
+                minimum=0,
+            ),
+            examples=([0, 6, 9, 12, 15, 18], [0, 0.1, 0.3, 0.6], {"of": 9, "at": [0, 1, 2, 5]}),
         ),
     )
     extra_full_steps: tuple[int, ...] = field(
@@ -142,3 +217,19 @@ class Interval:
             examples=([45, 32],),
         ),
     )
+
+    @property
+    def by_index(self) -> bool:
+        """Whether full steps are listed by index, which holds for one number of steps only."""
+        listed = self.full_steps
+        indices = isinstance(listed, tuple) and all(isinstance(step, int) for step in listed)
+        return indices or bool(self.extra_full_steps)
+
+    def ends(self, total: int) -> tuple[int, int]:
+        """How many of `total` steps are forced to be full at the beginning and at the end."""
+        first, last = self.first, self.last
+        if not isinstance(first, int):
+            first = max(1, math.ceil(exact(first) * total))
+        if not isinstance(last, int):
+            last = round(exact(last) * total)
+        return first, last

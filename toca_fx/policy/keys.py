@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 Schema = dict[str, Any]
+
+NUMBER: Any = int | float
 
 _P = ParamSpec("_P")
 
@@ -82,16 +85,19 @@ class Key:
     min_length: int | None = None
     max_length: int | None = None
     min_items: int | None = None
+    max_items: int | None = None
     choices: tuple[str, ...] = ()  # for text; a Literal brings its own
     alternatives: tuple[Schema, ...] = ()  # instead of the schema of the field's type
     items: Key | None = None
     form: type | None = None  # the dataclass of the mapping in the file, if the field's is another
+    nullable: bool = False  # null stands for the default
 
     required: bool = False  # though the field has a default
     required_unless: str = ""  # the neighbour that does instead of this key
     stand_in: object = None  # for a required key that is missing, while problems are collected
     replaced_by: str = ""  # the neighbour that takes the place of this key
     serves: str = ""  # the neighbour without which this key has no effect
+    bases: tuple[str, ...] = ()  # of a forecast: those that heed this key, if not all do
     score: Score | None = None  # of which it is the weight
     override: Override | None = None
 
@@ -101,7 +107,7 @@ class Declared:
     """A key together with what its field says.
 
     `name` is its name in the file, `field` the dataclass's, `type` the field's without None (or the
-    key's `form`), `default` MISSING where there is none.
+    key's `form`; see `forms_of` for a union), `default` MISSING where there is none.
     """
 
     name: str
@@ -145,7 +151,7 @@ def _keys_of(declaring: type) -> tuple[Declared, ...]:
 
 def _declared(name: str, hint: Any, default: object, said: Key) -> Declared:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    [plain] = (part for part in parts if part is not NoneType)
+    plain = reduce(or_, (part for part in parts if part is not NoneType))
     return Declared(said.name or name, name, said.form or plain, NoneType in parts, default, said)
 
 
@@ -203,8 +209,17 @@ def is_mapping(kind: Any) -> TypeGuard[type[Any]]:
     return is_dataclass(kind) and bool(keys_of(kind))  # type: ignore[arg-type]
 
 
-def item_type(declared: Declared) -> Any:
+def item_type(kind: Any) -> Any:
     """The type of the items of a list, of any length; None for anything else."""
-    arguments = get_args(declared.type)
-    is_list = get_origin(declared.type) is tuple and arguments[-1] is Ellipsis
+    arguments = get_args(kind)
+    is_list = get_origin(kind) is tuple and arguments[-1] is Ellipsis
     return arguments[0] if is_list else None
+
+
+def forms_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, of which a value in the file has one form each; or the type itself.
+
+    `int | float` is one form: a number that stays whole where it is written so.
+    """
+    union = get_origin(kind) in (Union, UnionType) and kind != NUMBER
+    return get_args(kind) if union else (kind,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toca_fx.diagnostics import Severity
 from toca_fx.policy.document import Path
@@ -77,7 +77,7 @@ def _decides(rule: Rule, keys: RuleKeys) -> set[str]:
 def _replaced(index: int, rule: Rule, later: list[Rule], keys: RuleKeys) -> Note | None:
     left, by = _leaves(rule, keys), list[Rule]()
     for other in later:
-        if _covers(other, rule) and left & _decides(other, keys):
+        if covers(other, rule) and left & _decides(other, keys):
             left = left - _decides(other, keys)
             by.append(other)
     if left:
@@ -94,7 +94,7 @@ def _line(rule: Rule) -> str:
     return f"on line {parts[1]}" if len(parts) == 3 else rule.position
 
 
-def _covers(outer: Rule, inner: Rule) -> bool:
+def covers(outer: Rule, inner: Rule) -> bool:
     """Whether `outer` is sure to apply wherever `inner` does."""
     if outer.match not in (None, inner.match) or not _path_covers(outer.path, inner.path):
         return False
@@ -117,7 +117,8 @@ def _path_covers(outer: str | None, inner: str | None) -> bool:
     return inner is not None and not special and fnmatchcase(inner, str(outer))
 
 
-def _may_overlap(one: Rule, other: Rule) -> bool:
+def may_overlap(one: Rule, other: Rule) -> bool:
+    """Whether two rules may apply to the same site."""
     if None not in (one.match, other.match) and one.match != other.match:
         return False
     if (
@@ -130,9 +131,29 @@ def _may_overlap(one: Rule, other: Rule) -> bool:
     return not literal or one.path == other.path
 
 
+def own(rule: Rule, section: str) -> dict[str, Any]:
+    """What a rule says of a section, by field."""
+    dotted = ((*key.partition("."), value) for key, value in rule.overrides)
+    return {leaf: value for name, _, leaf, value in dotted if name == section}
+
+
+def settled(policy: Policy, rule: Rule, section: str) -> Any:
+    """A section as it is for all modules that a rule matches; None if other rules change it for
+    some of them.
+    """
+    found = getattr(policy, section)
+    for other in policy.rules:
+        changes = own(other, section)
+        if changes and may_overlap(other, rule):
+            if not covers(other, rule):
+                return None
+            found = replace(found, **changes)
+    return found
+
+
 def _changes_nothing(policy: Policy, rule: Rule, earlier: list[Rule], keys: RuleKeys) -> bool:
     touched = {
-        key for other in earlier if _may_overlap(other, rule) for key in _decides(other, keys)
+        key for other in earlier if may_overlap(other, rule) for key in _decides(other, keys)
     }
     if touched & _leaves(rule, keys):
         return False
@@ -164,8 +185,8 @@ def _modes(policy: Policy, rule: Rule, rules: list[Rule]) -> set[str]:
         possible = {dict(policy.modules)[kind].mode}
         for other in rules:
             action = dict(other.overrides).get("module")
-            if isinstance(action, Action) and _may_overlap(other, here):
-                possible = {action.mode} if _covers(other, here) else possible | {action.mode}
+            if isinstance(action, Action) and may_overlap(other, here):
+                possible = {action.mode} if covers(other, here) else possible | {action.mode}
         modes |= possible
     return modes
 
@@ -215,5 +236,5 @@ def _leaves_without_effect(
 def _may_be_set(policy: Policy, leaf: str, rule: Rule, rules: list[Rule]) -> bool:
     """Whether a leaf has a value where a rule applies; only a section that is off has none."""
     return getattr(policy, leaf.partition(".")[0]) is not None or any(
-        leaf in dict(other.overrides) and _may_overlap(other, rule) for other in rules
+        leaf in dict(other.overrides) and may_overlap(other, rule) for other in rules
     )

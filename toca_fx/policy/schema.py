@@ -11,11 +11,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
 
-from toca_fx.policy.keys import Declared, Key, Override, Schema, is_mapping, item_type, keys_of
+from toca_fx.policy.keys import (
+    NUMBER,
+    Declared,
+    Key,
+    Override,
+    Schema,
+    forms_of,
+    is_mapping,
+    item_type,
+    keys_of,
+)
 from toca_fx.policy.modules import ACTION_TITLE, Action, Mode
 from toca_fx.policy.types import VERSION, Policy, Rule
 
-_TYPES = {int: "integer", float: "number", str: "string"}
+_TYPES = {int: "integer", float: "number", NUMBER: "number", str: "string"}
 _CONSTRAINTS = {
     "minimum": "minimum",
     "maximum": "maximum",
@@ -24,6 +34,7 @@ _CONSTRAINTS = {
     "min_length": "minLength",
     "max_length": "maxLength",
     "min_items": "minItems",
+    "max_items": "maxItems",
 }
 
 
@@ -91,31 +102,42 @@ def _value(declared: Declared) -> Schema:
     """What is demanded of the value of a key."""
     if declared.key.alternatives:
         return {"oneOf": list(declared.key.alternatives)}
-    if item_type(declared):
-        bound = _constraints(declared.key)
-        return {"type": "array", **bound, "items": _item(item_type(declared), declared.key)}
+    if len(forms := forms_of(declared.type)) > 1:
+        return {"oneOf": [_form(form, declared.key) for form in forms]}
     if declared.type is Action:
         return {"allOf": [_reference("action")]}
     if _is_shared(declared):
         demands = _demands(keys_of(declared.type))
         return {"allOf": [_reference(declared.name), *demands]}
-    if is_mapping(declared.type):
-        return _whole_mapping(declared.type)
-    return _scalar(declared.type, declared.key)
+    return _form(declared.type, declared.key)
 
 
-def _item(item: Any, key: Key) -> Schema:
+def _form(kind: Any, key: Key) -> Schema:
+    """What is demanded of a mapping, a list or a scalar."""
+    if is_mapping(kind):
+        return _whole_mapping(kind)
+    if not item_type(kind):
+        return _scalar(kind, key)
+    items = {"items": _item(item_type(kind), key.items or Key())}
+    return {"type": _or_null("array", key), **_constraints(key), **items}
+
+
+def _item(item: Any, said: Key) -> Schema:
     if is_mapping(item):
         return _reference(_definition_name(item))
-    said = key.items or Key()
-    return {**_said(said), **_scalar(item, said)}
+    return {**_said(said), **_form(item, said)}
 
 
 def _scalar(kind: Any, key: Key) -> Schema:
     words = get_args(kind) if get_origin(kind) is Literal else key.choices
     if words:
-        return {"type": "string", "enum": list(words)}
-    return {"type": _TYPES[kind], **_constraints(key)}
+        null = [None] if key.nullable else []
+        return {"type": _or_null("string", key), "enum": [*words, *null]}
+    return {"type": _or_null(_TYPES[kind], key), **_constraints(key)}
+
+
+def _or_null(kind: str, key: Key) -> str | list[str]:
+    return [kind, "null"] if key.nullable else kind
 
 
 def _constraints(key: Key) -> Schema:
@@ -174,7 +196,7 @@ def _items(keys: Iterable[Declared]) -> Iterator[tuple[str, Schema]]:
     """The definitions of the mappings that lists inside the sections hold."""
     for section in keys:
         for declared in keys_of(section.type) if is_mapping(section.type) else ():
-            item = item_type(declared)
+            item = item_type(declared.type)
             if is_mapping(item):
                 said = _said(declared.key.items or Key())
                 yield _definition_name(item), {**said, **_whole_mapping(item)}
@@ -207,7 +229,7 @@ def _rule(keys: Iterable[Declared]) -> Schema:
         for declared in keys
         if declared.key.override
     }
-    [rules] = (declared for declared in keys if item_type(declared) is Rule)
+    [rules] = (declared for declared in keys if item_type(declared.type) is Rule)
     return {
         **_said(rules.key.items or Key()),
         "type": "object",

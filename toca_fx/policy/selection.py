@@ -142,6 +142,17 @@ class Scores:
             Score("full", "influence"),
         ),
     )
+    small_values: float = field(
+        default=0.0,
+        metadata=_weight(
+            "Weight of DuCa's score, by which tokens with small values come first: the sum over "
+            "the heads of 1 - |v|, v a token's value vector, L2-normalised over the tokens. It is "
+            "negative where values are longer than 1; `spatial.bonus` then lowers the best token "
+            "of each block. Needs no attention map.",
+            Score("full", "influence"),
+            examples=(1.0,),
+        ),
+    )
     random: float = field(
         default=0.0,
         metadata=_weight(

@@ -9,10 +9,13 @@ from toca_fx.policy.keys import key
 
 _MAX_MEBIBYTES = 2**20
 
+WHOLE_GRAINS = ("model", "output")
+"""The grains with which no module has a memory, so that a step is full or runs no block."""
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """The default step count T and which way the step index s runs."""
+    """The default step count T, which way the step index s runs, and what timesteps mean."""
 
     steps: int = field(
         metadata=key(
@@ -29,6 +32,17 @@ class Sampler:
             "Which way the step index s runs from the first, noisiest step to the last: "
             "`ascending` 0 to T - 1, `descending` T - 1 to 0. All formulas, windows and step lists "
             "use s.",
+        ),
+    )
+    noise: Literal["flow", "linear", "scaled_linear", "cosine"] | None = field(
+        default=None,
+        metadata=key(
+            "How the noise level sigma, and with it the signal-to-noise ratio, follow from the "
+            "model's timestep t, for `forecast.time`. `flow`: rectified flow, sigma is t / 1000 "
+            "(t itself if it is at most 1). The others are the schedules of beta over 1000 "
+            "timesteps as diffusers names them: `linear` from 0.0001 to 0.02, `scaled_linear` from "
+            "0.00085 to 0.012 (the square root of beta is linear), `cosine` (`squaredcos_cap_v2`).",
+            examples=("flow",),
         ),
     )
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from toca_fx.policy.forecast import Forecast
-from toca_fx.policy.interval import Interval
+from toca_fx.policy.interval import STEP_INDEX, Interval
 from toca_fx.policy.keys import Key, Override, key, stand_ins
 from toca_fx.policy.modules import ACTION_TITLE, MODULE_TYPES, Action, Modules
 from toca_fx.policy.selection import Ratio, Scores, Spatial
 from toca_fx.policy.settings import Cache, Guidance, Hoisting, Recording, Sampler
+
+Skip: TypeAlias = Literal["none", "all", "alternate"] | tuple[int, ...]
 
 VERSION = 1
 """Version of the policy format."""
@@ -165,11 +167,12 @@ class Policy:
         )
     )
     R: Ratio = field(
+        default=Ratio(base=1.0),
         metadata=key(
-            "How many tokens stay stale on a partial step. Needs `base`.",
+            "How many tokens stay stale on a partial step. Default: all.",
             title="a mapping such as {base: 0.9}",
             override=Override("Overrides single keys of `R`.", modes=_ONLY_PARTIAL),
-        )
+        ),
     )
     modules: tuple[tuple[str, Action], ...] = field(
         default=tuple(vars(Modules()).items()),
@@ -221,19 +224,26 @@ class Policy:
             override=Override("Overrides single keys of `cache`.", modes=_ONLY_CACHED),
         ),
     )
-    skip: Literal["none", "all", "alternate"] = field(
+    skip: Skip = field(
         default="none",
         metadata=key(
             "Which steps between the full ones run no block: the state in front of the output "
-            "layers is made of what it was on earlier steps. `none`; `all`; `alternate`: every "
-            "second one, so that the step before a full one is partial (DuCa).",
-            examples=("alternate",),
+            "layers is made of what it was on earlier steps. `none`; `all`; `alternate`: those "
+            "with an even number of steps to the next full one, so that the step before it is "
+            "partial (DuCa); with `N.phase: modulo` an even s mod N counts. Or a list of step "
+            "indices s, tied to the policy's own step count. With `cache.grain: model` all of them "
+            "run no block.",
+            title="`none`, `all`, `alternate` or a list of step indices",
+            min_items=1,
+            items=STEP_INDEX,
+            examples=("alternate", [2, 4, 7]),
         ),
     )
     forecast: Forecast = field(
         default=Forecast(),
         metadata=key(
-            "How what is not computed is made of the values at the last full steps.",
+            "How what is not computed is made of the values at the last full steps. `null` stands "
+            "for the default of a key, in rules too.",
             title="a mapping such as {basis: newton, order: 2}",
             override=Override("Overrides single keys of `forecast`.", modes=_ONLY_CACHED),
         ),

@@ -21,6 +21,7 @@ _TYPE_NAMES = {
     "string": "text",
     "array": "a list",
     "object": "a mapping",
+    "null": "null",
 }
 
 
@@ -136,7 +137,7 @@ def _wrong_type(violation: _Violation) -> Iterator[Finding]:
 
 
 def _type_hint(violation: _Violation) -> str:
-    numeric = violation.demand in ("integer", "number")
+    numeric = {"integer", "number"} & {*_listed(violation.demand)}
     if (
         numeric
         and isinstance(violation.instance, str)
@@ -155,16 +156,17 @@ def _expected(schema: Schema) -> str:
     if "title" in schema:
         return str(schema["title"])
     if "enum" in schema:
-        return any_of(schema["enum"])
-    return _TYPE_NAMES[schema["type"]]
+        return any_of("null" if word is None else word for word in schema["enum"])
+    return " or ".join(_TYPE_NAMES[kind] for kind in _listed(schema["type"]))
+
+
+def _listed(kinds: str | list[str]) -> list[str]:
+    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def _not_listed(violation: _Violation) -> Iterator[Finding]:
-    hint = (
-        did_you_mean(violation.instance, violation.demand)
-        if isinstance(violation.instance, str)
-        else ""
-    )
+    words = filter(None, violation.demand)
+    hint = did_you_mean(violation.instance, words) if isinstance(violation.instance, str) else ""
     yield _unexpected(violation, hint)
 
 
@@ -236,12 +238,16 @@ def _no_alternative(violation: _Violation) -> Iterator[Finding]:
 
 
 def _is_meant(alternative: Schema, instance: object) -> bool:
-    """Mappings are looked into; a word or a number that fits no alternative is told what all of
-    them are.
+    """Mappings and lists are looked into; a word or a number that fits no alternative is told what
+    all of them are.
     """
     kind = alternative.get("type")
     numeric = isinstance(instance, (int, float)) and not isinstance(instance, bool)
-    return (kind == "object" and isinstance(instance, dict)) or (kind == "integer" and numeric)
+    return (
+        (kind == "object" and isinstance(instance, dict))
+        or (kind == "array" and isinstance(instance, list))
+        or (kind == "integer" and numeric)
+    )
 
 
 def _other(violation: _Violation) -> Iterator[Finding]:

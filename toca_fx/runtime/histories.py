@@ -1,8 +1,8 @@
 """The histories of a generation: which tensor holds the newest value, and what it was computed at.
 
-Full steps write the tensor that holds the oldest value, which is the newest from then on. Steps that
-read a history get its weights as a tensor [H]; unknown values, of a generation that has just begun
-or lost its memories, weigh nothing.
+Full steps write the tensor that holds the oldest value, which is the newest from then on. Steps
+that read a history get its weights as a tensor [H]; unknown values, of a generation that has just
+begun or lost its memories, weigh nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from toca_fx.kernels.forecast import weights_dtype
 from toca_fx.plan.buffers import Buffer, memory
 from toca_fx.plan.forecast import weights
-from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.plan import Plan, StepPlan, Timeline
 from toca_fx.plan.times import time_of
 
 
@@ -27,15 +27,14 @@ class Moment(NamedTuple):
     timestep: float | None
 
 
-class _Timeline:
-    """The sites ``sites`` of a plan, whose histories are written on the same steps."""
+class _Line:
+    """One timeline of a plan: whose values are kept, and those of which moments."""
 
-    def __init__(
-        self, plan: Plan, sites: tuple[int, ...], buffers: Mapping[Buffer, Tensor]
-    ) -> None:
+    def __init__(self, plan: Plan, timeline: Timeline, buffers: Mapping[Buffer, Tensor]) -> None:
+        sites, self.forecast = timeline
         self.site = sites[0]
-        self.forecast = plan.policies[self.site].forecast
-        self._noise = plan.settings.noise
+        # A policy says it where the axis needs it.
+        self._noise = plan.settings.noise or "flow"
         kept = plan.histories[self.site]
         self._of = [memory(site, kept) for site in sites]
         self._values = [[buffers[part] for part in parts] for parts in self._of]
@@ -84,7 +83,7 @@ class Histories:
     """
 
     def __init__(self, plan: Plan, buffers: Mapping[Buffer, Tensor]) -> None:
-        self._lines = [_Timeline(plan, sites, buffers) for sites in plan.timelines]
+        self._lines = [_Line(plan, each, buffers) for each in plan.timelines]
         self.tensors: dict[Buffer, Tensor] = {}
         self._collect()
 

@@ -1,6 +1,7 @@
 """The batched choice of the fresh tokens, and how long tokens have been stale.
 
-    S = w_self s1 + w_value |v| + w_key |k|  +  w_cross s2  +  w_stale n / N0  (+ w_random u)
+    S = w_self s1 + w_value |v| + w_key |k| + w_small sum_h (1 - |v_h|)
+        + w_cross s2  +  w_stale n / N0  (+ w_random u)
 
 and then the spatial bonus (ToCa, section 3.2). The first group is known when a full step has run;
 ``rewrite`` puts it, and the entropies that make s2, into the step graphs. Everything else is known

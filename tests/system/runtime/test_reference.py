@@ -51,6 +51,10 @@ DIT: dict[str, Sections] = {
     "all tokens": {"R": {"base": 0.0}},
     "one token": {"R": {"base": 0.98}},
     "value norm": {"scores": {"value_norm": 1.0}},
+    "small values first, spread by a bonus": {
+        "scores": {"small_values": 1.0, "staleness": 0.25},
+        "spatial": {"bonus": 0.8, "grid": 2},
+    },
     "key norm and influence": {
         "scores": {"key_norm": 0.5, "self_attention": 1.0, "staleness": 0.1}
     },

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toca_fx.kernels import influence as attention
-from toca_fx.kernels.influence import attention_and_influence, feature_norm, influence, normalize
+from toca_fx.kernels.influence import (
+    attention_and_influence,
+    feature_norm,
+    influence,
+    normalize,
+    smallness,
+)
 
 HEADS, WIDTH = 3, 8
 
@@ -271,6 +277,17 @@ def test_feature_norm_by_hand() -> None:
         [[[[3.0, 4.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 7.0]]]]
     )  # [1, 2 heads, 2 tokens, 2]
     assert torch.allclose(feature_norm(feature), torch.tensor([[2.5, 4.0]]))
+
+
+def test_smallness_by_hand() -> None:
+    """Short values first, whatever their sign; the longer ones are below 0."""
+    value = torch.tensor(
+        [[[[3.0, 4.0], [0.0, 0.5], [0.6, 0.8]], [[0.0, 0.0], [0.0, 0.5], [2.0, 0.0]]]]
+    )  # [1, 2 heads, 3 tokens, 2]
+    found = smallness(value)
+    assert torch.allclose(found, torch.tensor([[-3.0, 1.0, -1.0]]))
+    assert torch.allclose(normalize(found), found / 11**0.5)
+    assert smallness(value.bfloat16()).dtype == torch.float32
 
 
 def test_normalize_leaves_zeros_at_zero() -> None:

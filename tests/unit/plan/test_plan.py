@@ -16,8 +16,17 @@ from toca_fx import PolicyError
 from toca_fx.match.sites import Matches, NearMiss, Site
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.planner import make_plan
-from toca_fx.plan.schedule import fresh_tokens, full_steps
-from toca_fx.policy import Action, Interval, Ratio, Scores, SitePolicy, Window
+from toca_fx.plan.schedule import fresh_tokens, full_steps, skipped_steps
+from toca_fx.policy import (
+    Action,
+    Interval,
+    Ratio,
+    Scores,
+    SitePolicy,
+    Skip,
+    Window,
+    load_policy,
+)
 
 
 def make_matches(layers: int = 4, tokens: int = 64, block: str = "blocks") -> Matches:
@@ -81,6 +90,42 @@ def full_indices(plan: Plan) -> list[int]:
             "ascending",
             [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27],
         ),
+        # Spectrum's windows of 2, 2, 2.75, 3.5 ... steps, the first full steps aside.
+        (
+            Interval(2, growth=0.75, first=5),
+            50,
+            "ascending",
+            [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46],
+        ),
+        (
+            Interval(2, growth=3, first=5),
+            50,
+            "descending",
+            [49, 48, 47, 46, 45, 43, 38, 30, 19, 5],
+        ),
+        # 2 + 0.1 * 10 is 3; in binary ten times 0.1 is less.
+        (Interval(2, growth=0.1), 30, "ascending", [*range(0, 22, 2), 23, 26, 29]),
+        (Interval(2, growth=1, extra_full_steps=(3,)), 20, "ascending", [0, 2, 3, 7, 12, 18]),
+        (
+            Interval(2, growth=1, windows=(Window(0.5, 1.0, 2),)),
+            20,
+            "ascending",
+            [0, 2, 5, 9, 14, 16, 18],
+        ),
+        # The base grows, the slope holds: 2 / 1.4, 3 / 1.4 ... at the beginning.
+        (Interval(2, drift=0.5, growth=1), 20, "ascending", [0, 1, 3, 6, 10, 16]),
+        # Shares: of the first steps rounded up, of the last ones rounded, half to even.
+        (Interval(9, first=0.2), 20, "ascending", [0, 1, 2, 3, 12]),
+        (Interval(9, first=0.21), 20, "ascending", [0, 1, 2, 3, 4, 13]),
+        (Interval(9, first=0.07), 100, "ascending", [*range(7), *range(15, 100, 9)]),
+        (Interval(9, first=0.001), 20, "ascending", [0, 9, 18]),
+        (Interval(30, last=0.125), 20, "descending", [19, 1, 0]),
+        (Interval(30, last=0.02), 20, "ascending", [0]),
+        # Places.
+        (Interval(full_steps=(0, 0.1, 0.28, 0.5)), 10, "ascending", [0, 1, 2, 5]),
+        (Interval(full_steps=(0, 0.1, 0.28, 0.5)), 25, "ascending", [0, 2, 7, 12]),
+        (Interval(full_steps=(0.14, 0.98)), 50, "descending", [49, 7]),
+        (Interval(full_steps=(0.5,), last=0.2, first=2), 10, "ascending", [0, 1, 5, 8, 9]),
     ],
 )
 def test_full_steps(interval: Interval, steps: int, order: str, expected: list[int]) -> None:
@@ -105,8 +150,9 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
         interval = Interval(
             base=chance.randint(1, 7),
             drift=chance.choice([0.0, 0.4, -0.4, 0.25, -0.9]),
-            first=chance.randint(1, 3),
-            last=chance.randint(0, 2),
+            growth=chance.choice([0.0, 0.0, 0.5, 0.75, 2.0]),
+            first=chance.choice([1, 2, 3, 0.1, 0.25]),
+            last=chance.choice([0, 1, 2, 0.1]),
             phase=chance.choice(["count", "modulo"]),
             windows=(Window(start, start + 0.25, chance.randint(1, 4)),)
             if chance.random() < 0.5
@@ -119,6 +165,58 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
             steps,
             order[0],
         )
+
+
+def by_step(kinds: str, order: str = "ascending") -> dict[int, str]:
+    """F, P or S by step index, from one letter per call."""
+    indices = range(len(kinds)) if order == "ascending" else range(len(kinds) - 1, -1, -1)
+    return dict(zip(indices, kinds, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("interval", "skip", "order", "kinds"),
+    [
+        (Interval(4), "none", "ascending", "FPPPFPPPFP"),
+        (Interval(4), "all", "ascending", "FSSSFSSSFS"),
+        (Interval(4), (1, 4, 6), "ascending", "FSPPFPSPFP"),
+        (Interval(4), (1, 4, 6), "descending", "FPPSFSPPFP"),
+        # With a count the distance to the next full step decides, and the end is one.
+        (Interval(4), "alternate", "ascending", "FPSPFPSPFP"),
+        (Interval(5), "alternate", "ascending", "FSPSPFSPSP"),
+        (Interval(5), "alternate", "descending", "FSPSPFSPSP"),
+        (Interval(5, last=1), "alternate", "ascending", "FSPSPFPSPF"),
+        (Interval(2, growth=1), "alternate", "ascending", "FPFSPFPSPFSPSP"),
+        (Interval(full_steps=(0, 3, 8), phase="modulo"), "alternate", "ascending", "FSPFSPSPFP"),
+        (Interval(full_steps=(0, 0.3)), "alternate", "ascending", "FSPFSPSPSP"),
+        # With modulo s itself counts, upwards on PixArt: the step behind a full one is partial.
+        (Interval(4, phase="modulo"), "alternate", "ascending", "FPSPFPSPFP"),
+        (Interval(5, phase="modulo"), "alternate", "ascending", "FPSPSFPSPS"),
+        (Interval(5, phase="modulo"), "alternate", "descending", "FSPSPFSPSPF"),
+    ],
+)
+def test_skipped_steps(interval: Interval, skip: Skip, order: str, kinds: str) -> None:
+    wanted = by_step(kinds, order)
+    full = full_steps(interval, tuple(wanted), len(wanted))
+    skipped = skipped_steps(interval, skip, "module", tuple(wanted), len(wanted))
+    found = {s: "F" if s in full else "S" if s in skipped else "P" for s in wanted}
+    assert "".join(found.values()) == kinds
+
+
+def test_steps_that_duca_skips_on_dit() -> None:
+    """Call by call the kind of layers 1 to 27 under DuCa's own code, DDIM-50."""
+    interval = load_policy("reference/dit-xl-2-ddim50").N
+    kinds = "FPSPPFPSPFPSPFPSPSPFSPFSPFSPFSPFPFPFPFPFPFPFPFPFPF"
+    wanted = by_step(kinds, "descending")
+    full = full_steps(interval, tuple(wanted), 50)
+    skipped = skipped_steps(interval, "alternate", "module", tuple(wanted), 50)
+    assert full == {s for s, kind in wanted.items() if kind == "F"}
+    assert skipped == {s for s, kind in wanted.items() if kind == "S"}
+
+
+@pytest.mark.parametrize("skip", ["none", "all"])
+def test_with_the_grain_of_the_model_all_steps_between_full_ones_are_skipped(skip: Skip) -> None:
+    interval = Interval(4, last=1)
+    assert skipped_steps(interval, skip, "model", range(10), 10) == {1, 2, 3, 5, 6, 7}
 
 
 def site_policy(ratio: Ratio, weight: float = 1.0) -> SitePolicy:
@@ -332,6 +430,15 @@ def test_a_rule_for_a_model_without_sites_tells_why_there_are_none() -> None:
         make_plan(matches, make_policy(rules=[{"match": "mlp", "R": {"base": 0.8}}]))
 
 
+@pytest.mark.parametrize(
+    ("places", "of_20"), [([0, 0.5], [0, 10]), ({"of": 12, "at": [0, 6]}, [0, 6, 13])]
+)
+def test_places_hold_for_any_number_of_steps(places: object, of_20: list[int]) -> None:
+    policy = make_policy(N={"full_steps": places})
+    assert full_indices(make_plan(make_matches(), policy)) == [0, 6]
+    assert full_indices(make_plan(make_matches(), policy, 20)) == of_20
+
+
 @pytest.mark.parametrize("key", ["full_steps", "extra_full_steps"])
 def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
     policy = make_policy(N={key: [0, 5], **({"base": 3} if key == "extra_full_steps" else {})})
@@ -341,6 +448,16 @@ def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
         match=r"lists full steps by index, which hold for its 12 steps only; this session has 20",
     ):
         make_plan(make_matches(), policy, 20)
+
+
+def test_listed_skips_hold_for_their_number_of_steps_only() -> None:
+    policy = make_policy(skip=[1, 4])
+    make_plan(make_matches(), policy)
+    with pytest.raises(
+        PolicyError,
+        match=r"lists skipped steps by index, which hold for its 12 steps only; this session has 9",
+    ):
+        make_plan(make_matches(), policy, 9)
 
 
 def test_planning_is_pure() -> None:

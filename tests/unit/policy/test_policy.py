@@ -16,8 +16,10 @@ from toca_fx.diagnostics import PolicyError, Problem, UnreadablePolicyError
 from toca_fx.policy import (
     MODULE_TYPES,
     Action,
+    Forecast,
     Guidance,
     Interval,
+    Placement,
     Ratio,
     Rule,
     Sampler,
@@ -27,6 +29,7 @@ from toca_fx.policy import (
     shipped_policies,
     validate_file,
 )
+from toca_fx.policy.keys import keys_of
 from toca_fx.policy.schema import policy_schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +100,37 @@ def test_every_type_of_module_can_be_reused_computed_or_select_tokens(kind: str)
         assert policy.for_site(kind, "blocks.3.attn", 3).action == actions["partial"]
 
 
+FORECAST_KEYS = tuple(declared.name for declared in keys_of(Forecast))
+
+
+def test_null_is_the_default_of_each_key_of_a_forecast() -> None:
+    nothing = dict.fromkeys(FORECAST_KEYS)
+    assert load_policy({**SMALLEST, "forecast": nothing}).forecast == Forecast()
+    given = {"basis": "newton", "order": 2, "blend": 0.5}
+    rules = [{"layers": "0-1", "forecast": nothing}, {"layers": 1, "forecast": {"blend": None}}]
+    policy = load_policy({**SMALLEST, "forecast": given, "rules": rules[:1]})
+    assert policy.for_site("mlp", "blocks.0.ff", 0).forecast == Forecast()
+    policy = load_policy({**SMALLEST, "forecast": given, "rules": rules[1:]})
+    assert policy.for_site("mlp", "blocks.1.ff", 1).forecast == Forecast("newton", 2)
+    assert policy.for_site("mlp", "blocks.2.ff", 2).forecast == Forecast("newton", 2, blend=0.5)
+
+
+@pytest.mark.parametrize(("section", "key"), [("N", "base"), ("R", "base"), ("cache", "dtype")])
+def test_elsewhere_null_is_no_value(section: str, key: str) -> None:
+    with pytest.raises(PolicyError, match=rf"{section}\.{key}: expected .*, got nothing"):
+        load_policy({**SMALLEST, section: {key: None}})
+
+
+def test_weights_of_a_table_are_numbers_in_tuples() -> None:
+    forecast = {"basis": "table", "weights": [[2, -1], [3, -2.0, 0.5]]}
+    assert load_policy({**SMALLEST, "forecast": forecast}).forecast == Forecast(
+        "table", weights=((2.0, -1.0), (3.0, -2.0, 0.5))
+    )
+    assert load_policy(SMALLEST).sampler.noise is None
+    sampler = {"steps": 20, "noise": "cosine"}
+    assert load_policy({**SMALLEST, "sampler": sampler}).sampler == Sampler(20, noise="cosine")
+
+
 def test_whole_numbers_become_the_declared_types() -> None:
     policy = load_policy({**SMALLEST, "sampler": {"steps": 20.0}, "spatial": {"bonus": 1}})
     assert isinstance(policy.sampler.steps, int)
@@ -110,6 +144,46 @@ def test_mean_interval_of_a_step_list_is_the_base() -> None:
         Interval(3, full_steps=(0, 6, 9, 12, 15, 18))
         == load_policy(POLICIES / "valid" / "step-list.yaml").N
     )
+
+
+def full_steps(value: object) -> Interval:
+    return load_policy({**SMALLEST, "N": {"full_steps": value}}).N
+
+
+def test_full_steps_are_indices_places_or_placed_for_a_number_of_steps() -> None:
+    indices, places = full_steps([0, 5.0, 10]), full_steps([0, 0.25, 0.5, 0.75])
+    placed = full_steps({"of": 50, "at": [0.0, 10, 20, 30]})
+    assert indices == Interval(7, full_steps=(0, 5, 10))
+    assert places == Interval(5, full_steps=(0, 0.25, 0.5, 0.75))
+    assert placed == Interval(12, full_steps=Placement(50, (0, 10, 20, 30)))
+    assert [each.by_index for each in (indices, places, placed)] == [True, False, False]
+    assert Interval(extra_full_steps=(3,)).by_index
+    assert not Interval().by_index
+    for value in (indices.full_steps, placed.full_steps.at):
+        assert all(isinstance(step, int) for step in value)
+
+
+def test_first_and_last_are_numbers_or_shares() -> None:
+    interval = load_policy({**SMALLEST, "N": {"base": 3, "first": 3.0, "last": 0.1}}).N
+    assert (interval.first, interval.last) == (3, 0.1)
+    assert isinstance(interval.first, int)
+    assert [interval.ends(total) for total in (4, 5, 15, 20, 100)] == [
+        (3, 0),
+        (3, 0),
+        (3, 2),
+        (3, 2),
+        (3, 10),
+    ]
+    shares = Interval(first=0.2, last=0.0)
+    assert [shares.ends(total)[0] for total in (1, 5, 6, 50)] == [1, 1, 2, 10]
+
+
+def test_skips_are_a_word_or_a_list_of_steps() -> None:
+    assert load_policy(SMALLEST).skip == "none"
+    assert load_policy({**SMALLEST, "skip": "alternate"}).skip == "alternate"
+    skip = load_policy({**SMALLEST, "skip": [1.0, 3]}).skip
+    assert skip == (1, 3)
+    assert all(isinstance(step, int) for step in skip)
 
 
 def test_unknown_name_lists_what_there_is() -> None:
@@ -219,8 +293,8 @@ def test_a_rule_without_a_layer_number_matches_no_range() -> None:
 def test_rules_know_where_they_stand() -> None:
     file = POLICIES / "valid" / "everything.yaml"
     first = load_policy(file).rules[0]
-    assert first.position == f"{file}:25:5"
-    assert Problem.at(first.position, "here") == Problem(str(file), 25, 5, "here")
+    assert first.position == f"{file}:27:5"
+    assert Problem.at(first.position, "here") == Problem(str(file), 27, 5, "here")
     assert str(Problem.at("rules[0]", "here", "warning")) == "rules[0]: warning: here"
 
 

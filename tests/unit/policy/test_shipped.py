@@ -9,6 +9,7 @@ import pytest
 
 from toca_fx.policy import (
     Action,
+    Forecast,
     Guidance,
     Interval,
     Ratio,
@@ -53,8 +54,11 @@ def test_shipped_policies_are_these() -> None:
         ("dit-xl-2-ddim50", "dit-xl-2-ddpm250"),
         ("flux-dev-n4", "flux-dev-n5", "flux-dev-n6"),
     )
+    after_toca = ("fora-dit", "taylorseer-dit", "taylorseer-flux", "hicache-flux", "spectrum-flux")
+    duca = ("duca-dit", "duca-dit-vnorm")
     assert shipped_policies().keys() == recommended | {
-        f"reference/{name}" for name in (*dit, *flux, "opensora", "pixart-alpha")
+        f"reference/{name}"
+        for name in (*dit, *flux, "opensora", "pixart-alpha", *after_toca, *duca)
     }
 
 
@@ -149,6 +153,47 @@ def test_reference_policy_of_opensora_holds_the_authors_numbers() -> None:
     assert actions == [Action("reuse"), Action("reuse"), Action("partial", 1.495)]
     assert (policy.R, policy.spatial) == (Ratio(0.9), None)
     assert policy.scores == Scores(cross_attention=1.0, staleness=0.25, staleness_over=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "forecast"),
+    [
+        ("fora-dit", Forecast()),
+        ("taylorseer-dit", Forecast("taylor", 4)),
+        ("taylorseer-flux", Forecast("taylor", 2)),
+        ("hicache-flux", Forecast("hermite", 2, sigma=0.5)),
+        ("spectrum-flux", Forecast("chebyshev", 4, ridge=0.1, blend=0.5)),
+    ],
+)
+def test_reference_policies_of_forecasts_hold_the_authors_numbers(
+    name: str, forecast: Forecast
+) -> None:
+    policy = load_policy(f"reference/{name}")
+    order = "descending" if name.endswith("dit") else "ascending"
+    assert (policy.sampler.steps, policy.sampler.order) == (50, order)
+    assert (policy.forecast, policy.rules) == (forecast, ())
+    grain = "model" if name == "spectrum-flux" else "module"
+    assert (policy.cache.grain, policy.skip) == (grain, "none")
+    if grain == "module":
+        reused = [action.mode for kind, action in policy.modules if kind != "cross_attention"]
+        assert reused == ["reuse"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "score"), [("duca-dit", "self_attention"), ("duca-dit-vnorm", "small_values")]
+)
+def test_reference_policies_of_duca_differ_from_toca_in_these_numbers(
+    name: str, score: str
+) -> None:
+    ours, toca = load_policy(f"reference/{name}"), load_policy("reference/dit-xl-2-ddim50")
+    assert ours.skip == "alternate"
+    assert (ours.N, ours.modules, ours.sampler) == (toca.N, toca.modules, toca.sampler)
+    assert dataclasses.replace(toca.R, base=0.95) == ours.R
+    assert ours.scores == Scores(staleness=0.25, staleness_over=3, **{score: 1.0})
+    assert ours.spatial == Spatial(0.8, 2)
+    for layer in (0, 1):
+        path = f"transformer_blocks.{layer}.ff"
+        assert ours.for_site("mlp", path, layer).N == toca.for_site("mlp", path, layer).N
 
 
 @pytest.mark.parametrize("base", [4, 5, 6])

@@ -25,11 +25,13 @@ from toca_fx.runtime.selector import Selector
 @pytest.mark.parametrize("grid", [(8, 8), (4, 6), (5, 7), (3, 3), (1, 9)])
 @pytest.mark.parametrize("block", [2, 3, 4])
 @pytest.mark.parametrize("levels", [3, 1000])  # few levels: many ties
+@pytest.mark.parametrize("lowest", [1, -600, -4000])  # small values have scores below 0
 def test_spatial_bonus_equals_a_loop_over_blocks(
-    grid: tuple[int, int], block: int, levels: int
+    grid: tuple[int, int], block: int, levels: int, lowest: int
 ) -> None:
     generator = torch.Generator().manual_seed(block)
-    score = torch.randint(1, levels + 1, (2, 3, grid[0] * grid[1]), generator=generator).double()
+    shape = (2, 3, grid[0] * grid[1])
+    score = torch.randint(lowest, lowest + levels, shape, generator=generator).double()
     found = spatial_bonus(score, grid, block, 0.4)
     for row, result in zip(score.flatten(0, 1).tolist(), found.flatten(0, 1).tolist(), strict=True):
         assert result == bonus_by_hand(row, grid, block, 0.4)
@@ -43,6 +45,14 @@ def test_spatial_bonus_of_a_tie_goes_to_the_first() -> None:
         8,
         10,
     ]
+
+
+def test_spatial_bonus_lowers_the_best_of_a_block_below_zero() -> None:
+    score = torch.tensor([[-1.0, -2.0, 3.0, 2.0, -3.0, -4.0, -1.0, -1.0]])  # 2 x 4: two blocks
+    raised = spatial_bonus(score, (2, 4), 2, 0.8)
+    assert raised.tolist() == [pytest.approx([-1.8, -2, 5.4, 2, -3, -4, -1, -1])]
+    order = ranked(score, None, 0.0, False, ((2, 4), 2, 2.0))
+    assert order.tolist() == [[2, 3, 6, 7, 1, 0, 4, 5]]
 
 
 @pytest.mark.parametrize(
