@@ -64,7 +64,7 @@ def outputs_of(graph: fx.Graph) -> tuple[Site, ...]:
 
 
 def _is_made(node: fx.Node, varying: set[fx.Node]) -> bool:
-    return node in varying and node.op != "placeholder" and isinstance(node.meta["val"], Tensor)
+    return node in varying and node.op != "placeholder" and isinstance(node.meta.get("val"), Tensor)
 
 
 def _narrowed(state: fx.Node, read: set[fx.Node]) -> fx.Node:
@@ -73,9 +73,11 @@ def _narrowed(state: fx.Node, read: set[fx.Node]) -> fx.Node:
         users = [user for user in state.users if user in read]
         only = users[0] if len(users) == 1 else None
         value = None if only is None else only.meta.get("val")
-        if only is None or only.target not in RELAYOUTS or not isinstance(value, Tensor):
+        kept = state.meta.get("val")
+        if only is None or only.target not in RELAYOUTS:
             return state
-        kept = state.meta["val"]
+        if not isinstance(value, Tensor) or not isinstance(kept, Tensor):
+            return state
         # What is kept has the precision of the stream.
         if value.dtype != kept.dtype or value.numel() > kept.numel():
             return state
@@ -83,6 +85,8 @@ def _narrowed(state: fx.Node, read: set[fx.Node]) -> fx.Node:
 
 
 def _site(kind: str, node: fx.Node) -> Site:
-    batch, *tokens, channels = (1, 1, *node.meta["val"].shape)[-max(2, node.meta["val"].dim()) :]
-    shape = (batch, math.prod(tokens), channels)
-    return Site(kind, "", 0, "", node.name, node.name, shape)
+    """The site of a tensor of any rank: its axes but the first and the last count as tokens."""
+    value = node.meta.get("val")
+    sizes = tuple(value.shape) if isinstance(value, Tensor) else ()
+    batch, *tokens, channels = (*(1,) * (2 - len(sizes)), *sizes)
+    return Site(kind, "", 0, "", node.name, node.name, (batch, math.prod(tokens), channels))
