@@ -100,9 +100,14 @@ def make_plan(
     skipped = frozenset[int]()
     if any(site.kind in WHOLE for site in sites):
         skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, total)
-    columns = _columns(sites, policies, indices, skipped)
+    columns, whole = _columns(sites, policies, indices, skipped), len(sites) - len(matches.sites)
     steps = tuple(
-        StepPlan(s, tuple(modes[at] for modes, _ in columns), tuple(k[at] for _, k in columns))
+        StepPlan(
+            s,
+            tuple(modes[at] for modes, _ in columns),
+            tuple(counts[at] for _, counts in columns),
+            whole=whole,
+        )
         for at, s in enumerate(indices)
     )
     settings = resolve(policy)
