@@ -12,9 +12,9 @@ from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, nbytes_of
 from toca_fx.lower.fake_inputs import FakeInputs, like
 from toca_fx.lower.flops import FlopCounter
-from toca_fx.lower.once import traced_once
+from toca_fx.lower.once import once, traced_once
 from toca_fx.plan.buffers import Buffer
-from toca_fx.plan.plan import Plan
+from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.planner import Planner
 from toca_fx.plan.schedule import Modes
 from toca_fx.rewrite.hoist import find_hoistable
@@ -59,6 +59,20 @@ def _inputs_of(graph: fx.Graph) -> Inputs:
     )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The hoisted values that are computed for a step.
+
+    ``conditions`` says whether they are looked after. ``part`` computes the timed ones ``names``,
+    which takes ``flops``.
+    """
+
+    conditions: bool
+    names: tuple[str, ...]
+    part: StepGraph
+    flops: int
+
+
 class Analysis:
     """The model's graph for one set of input shapes, with its matches and plans.
 
@@ -72,6 +86,7 @@ class Analysis:
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
         self._counter = FlopCounter()
+        self._wanted: dict[frozenset[str], Wanted] = {}
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
 
     def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
@@ -113,6 +128,24 @@ class Analysis:
         once, which checks cannot be.
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
+
+    def wanted(self, step: StepGraph) -> Wanted:
+        """What is computed for a step; nothing, if it reads no hoisted value.
+
+        A step that runs no block reads the modulation of the output layers, if any: where less than
+        half of the timed values are read, the others are left out.
+        """
+        return once(self._wanted, step.hoisted, lambda: self._wants(step.hoisted))
+
+    def _wants(self, read: frozenset[str]) -> Wanted:
+        whole, conditions = self.hoisted.timed, self.hoisted.conditions
+        names = tuple(name for name in whole if name in read)
+        if 2 * len(names) >= len(whole):
+            names, part, flops = whole, self.timed, self.hoisted_flops[1]
+        else:
+            part = extract(self.aten, names, given=conditions)
+            flops = self._flops_of(part.module)
+        return Wanted(bool(part.buffers) or not read.isdisjoint(conditions), names, part, flops)
 
     @traced_once
     def uncached_flops(self) -> int:
@@ -166,17 +199,24 @@ class Analysis:
 
     def flops(self, plan: Plan) -> int:
         """FLOPs of a generation, scoring included; conditions are computed once."""
-        costs = self.costs(plan)
-        conditions, timed = self.hoisted_flops
-        return sum(costs[step.modes].flops(step) + timed for step in plan.steps) + conditions
+        done = sum(self.step_flops(plan, step) for step in plan.steps)
+        return done + self.hoisted_flops[0]
+
+    def step_flops(self, plan: Plan, step: StepPlan) -> int:
+        """FLOPs of one step of ``plan``, with those of the timed values that it reads."""
+        cost = self.costs(plan)[step.modes]
+        return cost.flops(step) + self.wanted(cost.graph).flops
 
     def nbytes(self, plan: Plan) -> int:
-        """Bytes of the caches, scores and counters of a generation."""
+        """Bytes of the caches, histories, scores and counters of a generation."""
+        kept = self.kept_bytes(plan)
+        return sum(kept.values()) + sum(kept[Buffer("score", i)] for i in plan.scored)
+
+    def kept_bytes(self, plan: Plan) -> dict[Buffer, int]:
+        """Bytes of what a generation keeps; counters come on top, as large as scores."""
         made = Tensors(self.aten, plan)
         with compiling(), FakeTensorMode():
-            kept = sum(made.new(buffer).nbytes for buffer in plan.kept)
-            counters = sum(made.new(Buffer("score", i)).nbytes for i in plan.scored)
-        return kept + counters
+            return {buffer: made.new(buffer).nbytes for buffer in plan.kept}
 
     def costs(self, plan: Plan) -> dict[Modes, StepCost]:
         """The costs of the step graphs of ``plan``, which are not compiled for it.

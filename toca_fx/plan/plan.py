@@ -235,6 +235,7 @@ class Plan:
                 if i not in shared
                 for buffer in memory(i, self.histories[i])
             ),
+            *(Buffer("weights", timeline.sites[0]) for timeline in self.timelines),
             *(
                 Buffer("keys", i, part)
                 for i in self.remembering

@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toca_fx.lower.step import CompiledStep
-from toca_fx.plan.buffers import READ
+from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
@@ -143,7 +144,8 @@ class Generation:
             storage.histories.clear()
         now = self._moment(position, timestep)
         storage.histories.prepare(step, now)
-        hoisted_flops = conditioning.prepare(inputs, position, timestep)
+        wanted = self.runner.program.analysis.wanted(compiled.graph)
+        hoisted_flops = conditioning.prepare(inputs, position, timestep, wanted)
         outputs, launch, selection_seconds = self._launch(
             compiled, step, inputs, position, storage, conditioning
         )
@@ -204,9 +206,11 @@ class Generation:
         def body(inputs: Sequence[Any]) -> Any:
             """All that the device does in a step; steps of one ``key`` differ in tensors only."""
             nonlocal selection_seconds
-            selector, selects = storage.selector, time.perf_counter()
-            given = selector.select(step) if step.kind in ("partial", "mixed") else {}
-            selection_seconds = time.perf_counter() - selects
+            selector, given = storage.selector, dict[Buffer, Tensor]()
+            if step.kind in ("partial", "mixed"):
+                selects = time.perf_counter()
+                given = selector.select(step)
+                selection_seconds = time.perf_counter() - selects
             conditioning.bring(inputs, position)
             read = {READ: _SCORES_READ[step.read]}
             outputs = compiled(inputs, {**storage.tensors, **histories, **given, **read})

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toca_fx.kernels.forecast import weights_dtype
 from toca_fx.plan.buffers import Buffer, memory
 from toca_fx.plan.forecast import weights
 from toca_fx.plan.plan import Plan, StepPlan, Timeline
@@ -38,8 +37,7 @@ class _Line:
         kept = plan.histories[self.site]
         self._of = [memory(site, kept) for site in sites]
         self._values = [[buffers[part] for part in parts] for parts in self._of]
-        newest = self._values[0][0]
-        self._weights = torch.zeros(kept, dtype=weights_dtype(newest.dtype), device=newest.device)
+        self._weights = buffers[Buffer("weights", self.site)]
         self.tensors = {Buffer("weights", site): self._weights for site in sites}
         self.moments: list[Moment] = []
         self.turn = 0
@@ -95,11 +93,6 @@ class Histories:
     def turns(self) -> tuple[int, ...]:
         """What tells recordings apart: which tensors a step reads and writes."""
         return tuple(line.turn for line in self._lines)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(8 * len(line.tensors) for line in self._lines)
 
     def clear(self) -> None:
         """Forget all values."""
