@@ -144,7 +144,8 @@ class Explanation:
 
     def __str__(self) -> str:
         counts = Counter(kind for _, kind in self.steps)
-        kinds = [f"{counts[kind]} {kind}" for kind in ("full", "mixed", "partial") if counts[kind]]
+        names = ("full", "mixed", "partial", "skip")
+        kinds = [f"{counts[kind]} {kind}" for kind in names if counts[kind]]
         lines = [
             f"model      {self.model or '(no module)'}",
             f"policy     {self.policy}",

@@ -59,7 +59,7 @@ class Program:
         spec = plan.step(modes, self.analysis.hoisted.names)
         if spec not in self._steps:
             graph = self.analysis.step_graph(plan, modes)
-            show(f"step_{self.compiled_graphs}_{kind_of(modes)}", graph.module)
+            show(f"step_{self.compiled_graphs}_{kind_of(modes, plan.whole)}", graph.module)
             self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
             self.compiled_graphs += 1
         return plan, self._steps[spec]

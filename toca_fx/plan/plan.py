@@ -25,6 +25,7 @@ from toca_fx.plan.grids import SpatialBonus
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import AttentionScore, Selection, StepSpec
 from toca_fx.plan.times import Noise
+from toca_fx.plan.units import count_whole
 from toca_fx.policy import Forecast, SitePolicy
 
 _RUNS = ("full", "partial", "compute")
@@ -36,29 +37,32 @@ class StepPlan:
 
     ``index`` is s of the paper, which counts down for ``order: descending``. ``fresh[i]`` is the
     number of tokens per sample that site i computes: all for full and compute, 0 for reuse.
-    ``read`` says whether a later step chooses by the scores of attention that this one renews.
+    ``read`` says whether a later step chooses by the scores of attention that this one renews. The
+    last ``whole`` sites are the whole model.
     """
 
     index: int
     modes: Modes
     fresh: tuple[int, ...]
     read: bool = True
+    whole: int = 0
 
     @property
     def kind(self) -> str:
         """See ``kind_of``."""
-        return kind_of(self.modes)
+        return kind_of(self.modes, self.whole)
 
 
-def kind_of(modes: Modes) -> str:
-    """The kind of a step whose sites are in ``modes``.
+def kind_of(modes: Modes, whole: int = 0) -> str:
+    """The kind of a step whose sites are in ``modes``, of which the last are the ``whole`` model.
 
-    It is ``skip`` if no block runs, ``full`` if no site reads its cache, ``partial`` if no cached
-    site is computed whole, else ``mixed``.
+    It is ``skip`` if no block runs, ``full`` if no module reads its cache, ``partial`` if no cached
+    module is computed whole, else ``mixed``.
     """
-    if "skip" in modes:
+    modules = modes[: len(modes) - whole]
+    if "skip" in modules or "reuse" in modes[len(modules) :]:
         return "skip"
-    cached = {mode for mode in modes if mode != "compute"}
+    cached = {mode for mode in modules if mode != "compute"}
     if cached <= {"full"}:
         return "full"
     return "mixed" if "full" in cached else "partial"
@@ -111,6 +115,11 @@ class Plan:
     def full_modes(self) -> Modes:
         """The modes of a full step: every site that is ever cached is written."""
         return self.steps[0].modes
+
+    @cached_property
+    def whole(self) -> int:
+        """How many of the sites, the last ones, are the whole model."""
+        return count_whole(self.sites)
 
     @cached_property
     def cached(self) -> tuple[int, ...]:
@@ -280,7 +289,7 @@ class Plan:
         """The full step for call ``at``, if that has to be full against the schedule."""
         index = self.steps[min(at, len(self.steps) - 1)].index
         fresh = tuple(site.tokens for site in self.sites)
-        return StepPlan(index, self.full_modes, fresh, self.is_read(at))
+        return StepPlan(index, self.full_modes, fresh, self.is_read(at), self.whole)
 
     def step(self, modes: Modes, hoisted: Sequence[str] = ()) -> StepSpec:
         """All that the graph of steps in ``modes`` depends on.
