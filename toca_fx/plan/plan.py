@@ -79,10 +79,10 @@ class Timeline(NamedTuple):
 class Settings:
     """What a policy says of whole generations.
 
-    ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
-    guidance branches are called one after the other. ``noise`` is how timesteps are levels of
-    noise.
+    ``steps`` is the number that it was tuned for, and ``scales`` says that it is for any other too.
+    ``shared`` says that both halves of a batch share one selection of tokens (in those of a plan:
+    and that it has two halves), ``separate`` that guidance branches are called one after the other.
+    ``noise`` is how timesteps are levels of noise.
     """
 
     policy: str
@@ -92,6 +92,7 @@ class Settings:
     separate: bool
     hoisting_bytes: int
     recording_bytes: int
+    scales: bool = False
     noise: Noise | None = None
 
 

@@ -71,6 +71,7 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
+        scales=policy.N.full_steps is not None and not policy.N.by_index,
         noise=policy.sampler.noise,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
