@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import toca_fx
 from toca_fx.demo import digits
-from toca_fx.runtime.report import Report
 
 Denoiser = Callable[..., tuple[Tensor, ...]]
 
@@ -61,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     uncached = torch.compile(denoiser, fullgraph=True, dynamic=False)
     tokens = replace(toca_fx.load_policy(TOKENS), sampler=policy.sampler)
     cached, by_tokens = toca_fx.compile(denoiser, policy), toca_fx.compile(denoiser, tokens)
-    console, outcomes, reports = Console(), list[Outcome](), dict[str, Report]()
+    console, outcomes, reports = Console(), list[Outcome](), dict[str, str]()
 
     with Progress(console=console) as progress:
 
@@ -91,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
             )
             outcomes.append(found)
             if run is not None:
-                reports[label] = run.report()
+                reports[label] = str(run.report())
             return found
 
         warm_up(progress, [uncached, by_tokens, cached], classes, steps)
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
         generate("DPM-Solver++", uncached, fewer, digits.build_solver())
 
     console.print(table(outcomes))
-    console.print(str(reports[policy.name]), highlight=False)
+    console.print(reports[policy.name], highlight=False)
     draw(outcomes, args.per_class, args.output)
     console.print(f"wrote {args.output}", soft_wrap=True)
     return 0

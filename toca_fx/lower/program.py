@@ -58,8 +58,7 @@ class Program:
         spec = plan.step(modes, self.analysis.hoisted.names)
         if spec not in self._steps:
             graph = self.analysis.step_graph(plan, modes)
-            kind = kind_of(modes, plan.steps[0].whole)
-            show(f"step_{self.compiled_graphs}_{kind}", graph.module)
+            show(f"step_{self.compiled_graphs}_{kind_of(modes, plan.whole)}", graph.module)
             self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
             self.compiled_graphs += 1
         return plan, self._steps[spec]

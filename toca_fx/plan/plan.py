@@ -25,6 +25,7 @@ from toca_fx.plan.grids import SpatialBonus
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import AttentionScore, Selection, StepSpec
 from toca_fx.plan.times import Noise
+from toca_fx.plan.units import count_whole
 from toca_fx.policy import Forecast, SitePolicy
 
 KINDS = ("full", "mixed", "partial", "skip")
@@ -40,7 +41,7 @@ class StepPlan:
     ``index`` is s of the paper, which counts down for ``order: descending``. ``fresh[i]`` is the
     number of tokens per sample that site i computes: all for full and compute, 0 for reuse.
     ``read`` says whether a later step chooses by the scores of attention that this one renews. The
-    last ``whole`` sites are the model.
+    last ``whole`` sites are the whole model.
     """
 
     index: int
@@ -56,13 +57,13 @@ class StepPlan:
 
 
 def kind_of(modes: Modes, whole: int = 0) -> str:
-    """The kind of a step whose sites are in ``modes``, the last ``whole`` of which are the model.
+    """The kind of a step whose sites are in ``modes``, of which the last are the ``whole`` model.
 
-    It is ``skip`` if no block runs, ``full`` if no site reads its cache, ``partial`` if no cached
+    It is ``skip`` if no block runs, ``full`` if no module reads its cache, ``partial`` if no cached
     module is computed whole, else ``mixed``.
     """
-    modules, of_model = modes[: len(modes) - whole], modes[len(modes) - whole :]
-    if "skip" in modules or "reuse" in of_model:
+    modules = modes[: len(modes) - whole]
+    if "skip" in modules or "reuse" in modes[len(modules) :]:
         return "skip"
     cached = {mode for mode in modules if mode != "compute"}
     if cached <= {"full"}:
@@ -81,10 +82,10 @@ class Timeline(NamedTuple):
 class Settings:
     """What a policy says of whole generations.
 
-    ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
-    guidance branches are called one after the other. ``noise`` is how timesteps are levels of
-    noise.
+    ``steps`` is the number that it was tuned for, and ``scales`` says that it is for any other too.
+    ``shared`` says that both halves of a batch share one selection of tokens (in those of a plan:
+    and that it has two halves), ``separate`` that guidance branches are called one after the other.
+    ``noise`` is how timesteps are levels of noise.
     """
 
     policy: str
@@ -94,6 +95,7 @@ class Settings:
     separate: bool
     hoisting_bytes: int
     recording_bytes: int
+    scales: bool = False
     noise: Noise | None = None
 
 
@@ -117,6 +119,11 @@ class Plan:
     def full_modes(self) -> Modes:
         """The modes of a full step: every site that is ever cached is written."""
         return self.steps[0].modes
+
+    @cached_property
+    def whole(self) -> int:
+        """How many of the sites, the last ones, are the whole model."""
+        return count_whole(self.sites)
 
     @cached_property
     def cached(self) -> tuple[int, ...]:
@@ -286,7 +293,7 @@ class Plan:
         """The full step for call ``at``, if that has to be full against the schedule."""
         index = self.steps[min(at, len(self.steps) - 1)].index
         fresh = tuple(site.tokens for site in self.sites)
-        return StepPlan(index, self.full_modes, fresh, self.is_read(at), self.steps[0].whole)
+        return StepPlan(index, self.full_modes, fresh, self.is_read(at), self.whole)
 
     def step(self, modes: Modes, hoisted: Sequence[str] = ()) -> StepSpec:
         """All that the graph of steps in ``modes`` depends on.

@@ -21,7 +21,7 @@ from toca_fx.plan.schedule import (
     skipped_steps,
     state_column,
 )
-from toca_fx.plan.units import WHOLE, units
+from toca_fx.plan.units import WHOLE, count_whole, units
 from toca_fx.policy import Policy, SitePolicy
 
 _MOST_PLANS = 32
@@ -71,6 +71,7 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
+        scales=policy.N.full_steps is not None and not policy.N.by_index,
         noise=policy.sampler.noise,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
@@ -97,15 +98,15 @@ def make_plan(
     indices = tuple(range(total) if ascending else range(total - 1, -1, -1))
     sites, policies, uncut = units(policy, matches, total)
     check_explicit_steps(policy, policies, total)
-    skipped = frozenset[int]()
-    if any(site.kind in WHOLE for site in sites):
+    skipped, whole = frozenset[int](), count_whole(sites)
+    if whole:
         skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, total)
-    columns, whole = _columns(sites, policies, indices, skipped), len(sites) - len(matches.sites)
+    columns = _columns(sites, policies, indices, skipped)
     steps = tuple(
         StepPlan(
             s,
             tuple(modes[at] for modes, _ in columns),
-            tuple(counts[at] for _, counts in columns),
+            tuple(k[at] for _, k in columns),
             whole=whole,
         )
         for at, s in enumerate(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from toca_fx.match.sites import Matches, Site
@@ -39,6 +40,11 @@ def units(
     )
     policies = (*policies, *[own] * len(whole))
     return (*matches.sites, *whole), tuple(_resolved(each, total) for each in policies), warning
+
+
+def count_whole(sites: Sequence[Site]) -> int:
+    """How many of the sites of a plan, the last ones, are the whole model."""
+    return sum(site.kind in WHOLE for site in sites)
 
 
 def _resolved(own: SitePolicy, total: int) -> SitePolicy:

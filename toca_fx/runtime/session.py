@@ -235,7 +235,8 @@ class Session:
         if decision.num_steps is not None:
             for warning in begun.plan.warnings:
                 self.warn(warning)
-            self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
+            if not settings.scales:
+                self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
 
     def _plan(self, known: Generations, runner: Runner, num_steps: int | None) -> Plan:

@@ -374,6 +374,22 @@ def test_kinds_of_steps(modes: tuple[str, ...], kind: str) -> None:
     assert StepPlan(0, modes, (0,) * len(modes)).kind == kind
 
 
+@pytest.mark.parametrize(
+    ("modes", "kind"),
+    [
+        (("full", "full", "full"), "full"),
+        (("compute", "full"), "full"),
+        (("reuse", "partial", "full"), "partial"),
+        (("full", "partial", "full"), "mixed"),
+        (("skip", "skip", "reuse"), "skip"),
+        (("full", "skip", "reuse"), "skip"),
+        (("reuse",), "skip"),
+    ],
+)
+def test_a_memory_of_the_whole_model_makes_no_step_mixed(modes: tuple[str, ...], kind: str) -> None:
+    assert StepPlan(0, modes, (0,) * len(modes), whole=1).kind == kind
+
+
 def test_rules_in_order() -> None:
     rules: list[dict[str, Any]] = [
         {"match": "mlp", "R": {"base": 0.75}},
