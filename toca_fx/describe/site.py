@@ -38,6 +38,10 @@ class Kept:
             text += f", errors at most {self.noise:.3g} times as large (s = {self.noisiest})"
         return text
 
+    def to_dict(self) -> dict[str, Any]:
+        """The memory as JSON-ready data."""
+        return {**asdict(self), "shape": list(self.shape)}
+
 
 @dataclass(frozen=True)
 class SiteExplanation:
@@ -89,7 +93,7 @@ class SiteExplanation:
             "entropy": self.entropy,
             "scores": dict(self.scores),
             "gathers": list(self.gathers),
-            "kept": None if self.kept is None else asdict(self.kept),
+            "kept": None if self.kept is None else self.kept.to_dict(),
         }
 
 
