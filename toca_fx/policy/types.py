@@ -162,7 +162,8 @@ class Policy:
     )
     N: Interval = field(
         metadata=key(
-            "When full steps are taken. Needs `base` or `full_steps`, unless `gate.at_most` is there.",
+            "When full steps are taken. Needs `base` or `full_steps`, unless `gate.at_most` is "
+            "there.",
             title="a mapping such as {base: 3}",
             without_demands="gate.at_most",
             override=Override("Overrides single keys of `N`.", modes=_ONLY_CACHED),
