@@ -227,14 +227,19 @@ class Analysis:
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of the caches, histories, scores and counters of a generation."""
-        kept = self.kept_bytes(plan)
-        return sum(kept.values()) + sum(kept[Buffer("score", i)] for i in plan.scored)
+        kept = self.kept(plan)
+        counters = (kept[Buffer("score", i)] for i in plan.scored)  # of the same size
+        return nbytes_of((*kept.values(), *counters))
 
-    def kept_bytes(self, plan: Plan) -> dict[Buffer, int]:
-        """Bytes of what a generation keeps; counters come on top, as large as scores."""
+    def kept(self, plan: Plan) -> dict[Buffer, Tensor]:
+        """Fake tensors like those that a generation of a plan keeps.
+
+        Their mode is nobody else's: while a thread traces on fake tensors of one mode, all of them
+        say that they are on the device "meta".
+        """
         made = Tensors(self.aten, plan)
         with compiling(), FakeTensorMode():
-            return {buffer: made.new(buffer).nbytes for buffer in plan.kept}
+            return {buffer: made.new(buffer) for buffer in plan.kept}
 
     def costs(self, plan: Plan) -> dict[Modes, StepCost]:
         """The costs of the step graphs of ``plan``, which are not compiled for it.

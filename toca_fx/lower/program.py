@@ -21,7 +21,6 @@ from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
-from toca_fx.rewrite.tensors import Tensors
 from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 log = logging.getLogger(__name__)
@@ -77,23 +76,13 @@ class Program:
 
     def new_buffers(self, plan: Plan) -> dict[Buffer, Tensor]:
         """The tensors that a generation of ``plan`` keeps."""
-        _, like = once(self._kept, id(plan), lambda: (plan, self._examples(plan)))
+        _, like = once(self._kept, id(plan), lambda: (plan, self.analysis.kept(plan)))
         return {
             buffer: (torch.empty if buffer.written_first else torch.zeros)(
                 value.shape, dtype=value.dtype, device=value.device
             )
             for buffer, value in like.items()
         }
-
-    def _examples(self, plan: Plan) -> dict[Buffer, Tensor]:
-        """Fake tensors like the buffers of a plan.
-
-        Their mode is nobody else's: while a thread traces on fake tensors of one mode, all of them
-        say that they are on the device "meta".
-        """
-        made = Tensors(self.analysis.aten, plan)
-        with FakeTensorMode():
-            return {buffer: made.new(buffer) for buffer in plan.kept}
 
     def new_hoisted(self, steps: int) -> HoistedValues:
         """Memory for the hoisted values of a generation at ``steps`` known timesteps."""

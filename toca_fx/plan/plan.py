@@ -28,6 +28,9 @@ from toca_fx.plan.times import Noise
 from toca_fx.plan.units import count_whole
 from toca_fx.policy import Forecast, Gate, SitePolicy
 
+KINDS = ("full", "mixed", "partial", "skip")
+"""The kinds of steps, by work."""
+
 _RUNS = ("full", "partial", "compute")
 
 
