@@ -1,22 +1,27 @@
-"""ToCa, written to be read: plain PyTorch, nothing shared with toca_fx but the policy data.
+"""ToCa and the methods after it, written to be read: plain PyTorch; nothing is shared with toca_fx
+but the policy data.
 
-``walk`` goes through a model and hands over each attention and MLP as computed for all tokens. On a
-partial step only the chosen tokens of it are taken, the others are remembered. That is the
-definition (method: Zou et al., ToCa, ICLR 2025, section 3); it saves nothing.
+``walk`` goes through a model and hands over each attention and MLP as computed for all tokens, and
+the state in front of the output layers. On a partial step only the chosen tokens of a module are
+taken, the others are made of what is remembered: the last value, or a forecast from several. On a
+step that runs no block the state is. That is the definition (method: Zou et al., ToCa, ICLR 2025,
+section 3); it saves nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tests.models import SmallModel
+from tests.reference_forecast import History, Moment
+from tests.reference_schedules import fresh_count, full_steps, skipped_steps
 from tests.walks import Part, walk
-from toca_fx.policy import Interval, Policy, SitePolicy
+from toca_fx.policy import WHOLE_GRAINS, Policy, SitePolicy
 
 Choice = Mapping[str, Sequence[Sequence[int]]]  # site path -> per sample the chosen tokens
 Measures = dict[str, Tensor]  # name in the policy's ``scores`` -> [B, N]
@@ -32,7 +37,9 @@ class _Site:
     policy: SitePolicy
     full_steps: set[int]
     always_full: bool
+    outputs: History
     full: bool = True  # on this step
+    skipped: bool = False  # it is not full, and no block runs on this step
     fresh: list[list[int]] = field(
         default_factory=list
     )  # per sample the tokens of this step: all of them if full
@@ -45,7 +52,20 @@ class _Site:
     @property
     def is_partial(self) -> bool:
         """Whether some of its tokens, chosen ones, are computed on this step."""
-        return not self.full and self.policy.action.mode == "partial"
+        return not (self.full or self.skipped) and self.policy.action.mode == "partial"
+
+    def output(self, now: Moment, computed: Tensor) -> Tensor:
+        """The fresh tokens' rows of ``computed``, and what is made of the others' earlier ones."""
+        if self.skipped:
+            return computed  # nobody reads it
+        if self.full:
+            self.outputs.add(now, computed)
+            return computed
+        rows, newest = self.outputs.at(now), self.outputs.values[-1].clone()
+        for sample, tokens in enumerate(self.fresh):
+            rows[sample, tokens] = newest[sample, tokens] = computed[sample, tokens]
+        self.outputs.values[-1] = newest
+        return rows
 
     def remember(self, name: str, computed: Tensor) -> Tensor:
         """The fresh tokens' rows of ``computed``, and the others' as they were."""
@@ -80,7 +100,10 @@ class ReferenceSampler:
         self.order = list(range(self.total))
         if policy.sampler.order == "descending":
             self.order.reverse()
+        self.skipped = skipped_steps(policy, self.order, self.total)
         self.grids: dict[str, tuple[int, int]] = {}  # stream -> rows and columns of its tokens
+        self.lost = False  # nothing may be read that was remembered: the next step is full
+        self.whole = History.of(policy, self.total)
         self.chosen: list[dict[str, list[list[int]]]] = []
         self._sites: dict[str, _Site] = {}  # by path
         self._crossing: dict[tuple[int, str], _Site] = {}  # layer and stream -> its cross-attention
@@ -91,7 +114,14 @@ class ReferenceSampler:
     def step(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output for the next step of the generation."""
         self.chosen.append({})
+        self.now = Moment(len(self.chosen) - 1, float(t.flatten()[0]))
+        if self.lost:
+            for memory in (self.whole, *(site.outputs for site in self._sites.values())):
+                memory.clear()
         output = walk(self, self.model, x, t, y)
+        if self.policy.cache.grain == "output":
+            output = self._remember_whole(output)
+        self.lost = False
         # The choice is made before the step, so a renewed map serves from the next step on.
         for site in self._sites.values():
             if (site.layer, site.stream) in self._judges:
@@ -102,7 +132,17 @@ class ReferenceSampler:
 
     def mlp(self, path: str, layer: int, stream: str, computed: Tensor) -> Tensor:
         """What an MLP contributes to its stream."""
-        return self._site("mlp", path, layer, stream, computed).remember("output", computed)
+        return self._site("mlp", path, layer, stream, computed).output(self.now, computed)
+
+    def state(self, computed: Tensor) -> Tensor:
+        """What the output layers read: as computed, or as remembered where no block runs."""
+        return computed if self.policy.cache.grain == "output" else self._remember_whole(computed)
+
+    def _remember_whole(self, computed: Tensor) -> Tensor:
+        if self.order[self.now.call] in self.skipped and not self.lost:
+            return self.whole.at(self.now)
+        self.whole.add(self.now, computed)
+        return computed
 
     def attention(self, kind: str, layer: int, parts: Sequence[Part]) -> list[Tensor]:
         """What an attention contributes to each of its streams."""
@@ -127,7 +167,7 @@ class ReferenceSampler:
         outputs, end = [], 0
         for site, part in zip(sites, parts, strict=True):
             start, end = end, end + part.query.shape[1]
-            outputs.append(site.remember("output", part.project(mixed[:, start:end])))
+            outputs.append(site.output(self.now, part.project(mixed[:, start:end])))
             if kind == "cross_attention":
                 site.remember("map", mean)
                 self._crossing[layer, part.stream] = site
@@ -146,31 +186,32 @@ class ReferenceSampler:
     def _site(self, kind: str, path: str, layer: int, stream: str, like: Tensor) -> _Site:
         """The site on this step, its fresh tokens chosen."""
         batch, count = like.shape[:2]
-        s = self.order[len(self.chosen) - 1]
+        s = self.order[self.now.call]
         if path not in self._sites:
             own = self.policy.for_site(kind, path, layer)
-            steps = (
-                set(self.order)
-                if own.action.mode == "compute"
-                else full_steps(own.N, self.order, self.total)
-            )
+            computed = own.action.mode == "compute" or self.policy.cache.grain in WHOLE_GRAINS
+            steps = set(self.order) if computed else full_steps(own.N, self.order, self.total)
             self._sites[path] = _Site(
                 path,
                 layer,
                 stream,
                 own,
                 steps,
-                steps == set(self.order),
+                steps | self.skipped == set(self.order),
+                History.of(own, self.total),
                 stale=[[0] * count for _ in range(batch)],
             )
         site = self._sites[path]
-        site.full = s in site.full_steps
+        site.full = s in site.full_steps or self.lost
+        site.skipped = s in self.skipped and not site.full
         if site.full:
             site.fresh = [list(range(count)) for _ in range(batch)]
         elif site.is_partial:
             site.fresh = self.chosen[-1][path] = self._choose(site, s)
         else:
             site.fresh = [[] for _ in range(batch)]
+        if site.skipped:
+            return site  # nothing becomes staler
         for sample, fresh in enumerate(site.fresh):
             site.stale[sample] = [
                 0 if token in fresh else missed + 1
@@ -240,68 +281,3 @@ def bonus_by_hand(
             best = max(members, key=lambda token: (row[token], -token))
             result[best] = row[best] + row[best] * bonus
     return result
-
-
-def fresh_count(
-    policy: SitePolicy, s: int, total: int, layer: int, last_layer: int, tokens: int
-) -> int:
-    """K = trunc(rho N) in single precision."""
-
-    def slope(weight: float, at: float) -> float:
-        """From 1 + weight at 0 to 1 - weight at 1."""
-        return 1 + weight - 2 * weight * at
-
-    span = policy.R.layer_span or max(last_layer, 1)
-    share = (
-        float(f"{1 - policy.R.base:.9f}")
-        * slope(policy.R.layer_weight, layer / span)
-        * slope(policy.R.step_weight, s / total)
-    )
-    rho = torch.tensor(share * policy.action.weight, dtype=torch.float32).clamp(0, 1)
-    return int(rho * tokens)
-
-
-def full_steps(interval: Interval, order: Iterable[int], total: int) -> set[int]:
-    """The full steps of one module, by walking through the generation as the authors' loop does."""
-    order = list(order)
-    first, last = interval.first, interval.last
-    if isinstance(first, float):
-        first = sum(1 for call in range(total) if call < round(first * total, 6))
-    if isinstance(last, float):
-        last = int(torch.tensor(last * total, dtype=torch.float64).round())
-    forced = set(order[:first]) | set(order[len(order) - last :]) | set(interval.extra_full_steps)
-    if interval.full_steps is not None:
-        assert isinstance(interval.full_steps, tuple), "no other number of steps here"
-        return {int(step) for step in interval.full_steps} | forced
-    grown = 0.0
-
-    def interval_at(s: int) -> int:
-        for window in interval.windows:
-            if window.start <= s / total < window.stop:
-                return window.interval
-        base = math.floor(interval.base + grown)
-        return max(
-            1,
-            int(
-                torch.tensor(
-                    round(base / (1 + interval.drift * (1 - 2 * s / total)), 9),
-                    dtype=torch.float64,
-                ).round()
-            ),
-        )
-
-    full: set[int] = set()
-    threshold, passed = 0, 0  # the interval in force; partial steps since the last full one
-    for call, s in enumerate(order):
-        if interval.phase == "modulo":
-            if call < first or s % threshold == 0:
-                threshold = interval_at(s)
-                if s % threshold == 0:
-                    full.add(s)
-        elif s in forced or passed == threshold - 1:
-            full.add(s)
-            grown += interval.growth if call >= first else 0
-            threshold, passed = interval_at(s), 0
-        else:
-            passed += 1
-    return full | forced

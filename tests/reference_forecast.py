@@ -9,17 +9,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.polynomial.chebyshev import chebvander
 from numpy.polynomial.hermite import hermval
 from numpy.typing import NDArray
+from torch import Tensor
 
 from toca_fx.plan.times import LOG_SNR_LIMIT
+from toca_fx.policy import Policy, SitePolicy
 from toca_fx.policy.forecast import Forecast
 
 Array: TypeAlias = NDArray[np.float64]
+
+
+class Moment(NamedTuple):
+    """A call of a generation, by its number and its timestep."""
+
+    call: int
+    timestep: float
+
+
+class History:
+    """What one unit was at full steps, oldest first, and what is made of it later."""
+
+    def __init__(self, policy: Forecast) -> None:
+        assert policy.time in (None, "step", "timestep"), "no other time here"
+        self.policy = policy
+        self.moments: list[Moment] = []
+        self.values: list[Tensor] = []
+
+    @classmethod
+    def of(cls, policy: Policy | SitePolicy, total: int) -> History:
+        """That of a unit in a generation of ``total`` steps.
+
+        Taylor's authors difference from the last but one of the first full steps on.
+        """
+        own, first = policy.forecast, policy.N.first
+        if own.ignore is None and own.basis in ("taylor", "hermite"):
+            count = first if isinstance(first, int) else math.ceil(round(first * total, 6))
+            own = replace(own, ignore=max(0, count - 2))
+        return cls(own)
+
+    def add(self, now: Moment, value: Tensor) -> None:
+        self.moments.append(now)
+        self.values.append(value)
+
+    def clear(self) -> None:
+        self.moments.clear()
+        self.values.clear()
+
+    def at(self, now: Moment) -> Tensor:
+        """What the unit is made of on a step that does not compute it."""
+        axis = 1 if self.policy.time == "timestep" else 0
+        times = [float(moment[axis]) for moment in self.moments]
+        kept = self.policy.history or len(times)
+        ignored = max(0, (self.policy.ignore or 0) - len(times[:-kept]))
+        found = forecast(
+            replace(self.policy, ignore=ignored),
+            [value.double().numpy() for value in self.values[-kept:]],
+            times[-kept:],
+            float(now[axis]),
+            now.call - self.moments[-1].call,
+        )
+        return torch.tensor(found, dtype=self.values[-1].dtype)
 
 
 def forecast(

@@ -80,6 +80,7 @@ def _diffusers_dit(
             "image",
             block.ff(block.norm3(tokens) * (1 + scale_mlp) + shift_mlp),
         )
+    tokens = run.state(tokens)
     condition = model.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=tokens.dtype)
     shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
     patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None])
@@ -99,7 +100,9 @@ def _original_dit(
         tokens = _with_mlp(
             run, "image", f"{path}.mlp", layer, block, tokens + _modulation(block, c)[2] * mixed, c
         )
-    return _unpatch(_final(model.final_layer, tokens, c), model.patch_size, model.out_channels)
+    return _unpatch(
+        _final(model.final_layer, run.state(tokens), c), model.patch_size, model.out_channels
+    )
 
 
 def _cross_dit(run: ReferenceSampler, model: CrossDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def _cross_dit(run: ReferenceSampler, model: CrossDiT, x: Tensor, t: Tensor, y: 
             [Part("image", f"{path}.cross", query, key, value, cross.proj)],
         )
         tokens = _with_mlp(run, "image", f"{path}.mlp", layer, block, tokens + mixed, c)
-    return _final(model.final_layer, tokens, c)
+    return _final(model.final_layer, run.state(tokens), c)
 
 
 def _joint_dit(run: ReferenceSampler, model: JointDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ def _joint_dit(run: ReferenceSampler, model: JointDiT, x: Tensor, t: Tensor, y: 
                 streams[stream] + gate * mixed,
                 c,
             )
-    return _final(model.final_layer, torch.cat(list(streams.values()), dim=1), c)
+    return _final(model.final_layer, run.state(torch.cat(list(streams.values()), dim=1)), c)
 
 
 def _grid(x: Tensor, patch: int) -> tuple[int, int]:

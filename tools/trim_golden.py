@@ -2,12 +2,13 @@
 
     python tools/trim_golden.py GOLDEN_FOLDER [CASE ...] [--out tests/system/conformance]
 
-The four cases together have at most 14 MB. GOLDEN_FOLDER holds a folder per case, with the outputs
-of the authors' ToCa code on a small random model of the real depth. What is kept: the weights,
-equal tensors once (diffusers repeats DiT's timestep and class embedders in each block); the inputs;
-the outputs at every step, without the channels that the same linear makes of the same tokens; the
-chosen tokens, for guidance halves that share them once; K and full/partial of all layers. What else
-a case keeps is in CASES.
+The nine cases together have at most 20.2 MB. GOLDEN_FOLDER holds a folder per case, with the
+outputs of the authors' code (ToCa's, and of methods after it) on a small random model of the real
+depth. What is kept: the weights, equal tensors once (diffusers repeats DiT's timestep and class
+embedders in each block); the inputs, as mixes of a few images where the latents are that; the
+outputs at every step, without the channels that the same linear makes of the same tokens; the
+chosen tokens, for guidance halves that share them once; K and full/partial of all layers, or the
+weights of all forecasts. What else a case keeps is in CASES.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Cut:
 
     Of the outputs the first ``channels`` along ``channel_axis``; of the chosen tokens those of
     ``layers`` (None: all), for the first ``rows`` of the batch (None: all). ``modes`` names what is
-    full or partial, and takes it from the facts.
+    full or partial, and takes it from the facts. The latents of all steps are mixes of so many
+    ``images`` (None: they are not).
     """
 
     limit: int
@@ -45,6 +47,7 @@ class Cut:
     trimmed: str
     layers: tuple[str, ...] | None = None
     rows: int | None = None
+    images: int | None = None
 
 
 def letters_of_layers(facts: Facts) -> list[str]:
@@ -63,6 +66,11 @@ def letters_of_modules(facts: Facts) -> dict[str, str]:
 def letters_of_calls(facts: Facts) -> str:
     """The letters of all calls."""
     return "".join(step["type"] for step in facts["steps"])
+
+
+def weights_of_calls(facts: Facts) -> list[dict[str, float] | None]:
+    """The weights of each call's forecast by full call; None for the full ones."""
+    return [None if step["kind"] == "full" else step["weights"] for step in facts["steps"]]
 
 
 CASES = {
@@ -104,6 +112,41 @@ CASES = {
         read_modes=letters_of_calls,
         trimmed="outputs: the first 8 of 16 channels; fresh.*: uint8, padded with 255",
     ),
+    **{
+        f"duca_dit50{score}": Cut(
+            limit=limit,
+            channels=1,
+            channel_axis=2,
+            modes="layers",
+            read_modes=letters_of_layers,
+            trimmed="outputs: the first channel; fresh.*: uint8, padded with 255; "
+            "shared_weights: equal weights, once; inputs.hidden_states: mixes @ images",
+            images=3,
+        )
+        for score, limit in (("", 2_500_000), ("_vnorm", 300_000))
+    },
+    "taylorseer_dit50": Cut(
+        limit=1_150_000,
+        channels=1,
+        channel_axis=2,
+        modes="weights",
+        read_modes=weights_of_calls,
+        trimmed="outputs: the first channel; shared_weights: equal weights, once; "
+        "inputs.hidden_states: mixes @ images",
+        images=3,
+    ),
+    **{
+        case: Cut(
+            limit=1_300_000,
+            channels=4,
+            channel_axis=3,
+            modes="weights",
+            read_modes=weights_of_calls,
+            trimmed="outputs: the first 4 of 16 channels; inputs.hidden_states: mixes @ images",
+            images=3,
+        )
+        for case in ("taylorseer_flux50", "spectrum_flux50")
+    },
 }
 
 
@@ -163,7 +206,9 @@ def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str
             first_with[content] = name
             kept[name] = full[name].clone()
     for name, tensor in full.items():
-        if name.startswith("inputs.") and name != "inputs.step":
+        if name == "inputs.hidden_states" and cut.images is not None:
+            kept["inputs.mixes"], kept["inputs.images"] = unmix(tensor, cut.images)
+        elif name.startswith("inputs.") and name != "inputs.step":
             kept[name] = tensor.clone()
     kept["outputs"] = full["outputs"].narrow(cut.channel_axis, 0, cut.channels).contiguous()
     for name, tensor in full.items():
@@ -176,13 +221,24 @@ def trim(full: dict[str, Tensor], cut: Cut) -> tuple[dict[str, Tensor], dict[str
     return kept, shared
 
 
+def unmix(latents: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Weights [S, count] and images [count, ...], in double precision, whose products they are."""
+    left, sizes, right = torch.linalg.svd(latents.double().flatten(1), full_matrices=False)
+    mixes, images = left[:, :count] * sizes[:count], right[:count]
+    if (mixes @ images - latents.flatten(1)).abs().max() > 5e-7:
+        raise ValueError(f"the latents are no mixes of {count} images")
+    return mixes.contiguous(), images.reshape(count, *latents.shape[1:]).contiguous()
+
+
 def describe(facts: Facts, cut: Cut) -> Facts:
     """The parts of a case's description that the tests need."""
+    wrong = facts["checks"].get("wrong_rules_maxdiff")
     return {
         **{key: facts[key] for key in ("case", "source", "model", "call", "policy", "notes")},
         "trimmed": cut.trimmed,
         cut.modes: cut.read_modes(facts),
-        "K": facts["K"],
+        **({"K": facts["K"]} if "K" in facts else {}),
+        **({} if wrong is None else {"wrong_rules": wrong}),
     }
 
 

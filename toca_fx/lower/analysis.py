@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,14 @@ class Inputs:
     """Positions among the inputs of a graph, and the ``device`` of the first tensor that it uses.
 
     Of the tensors that the graph uses, those in ``state`` stay where they are from call to call,
-    and those in ``varying`` do not. ``timestep`` is None if none was recognised, ``conditions`` are
-    tensors, used or not: captions, labels, masks.
+    and those in ``varying`` do not. ``timestep`` and ``latents`` are None if none were recognised,
+    ``conditions`` are tensors, used or not: captions, labels, masks.
     """
 
     state: tuple[int, ...]
     varying: tuple[int, ...]
     timestep: int | None
+    latents: int | None
     conditions: tuple[int, ...]
     device: torch.device
     on_one_device: bool
@@ -48,11 +50,12 @@ def _inputs_of(graph: fx.Graph) -> Inputs:
     ]
     state = set(roles.positions(graph, "state"))
     devices = [nodes[at].meta["val"].device for at in used]
-    timestep = roles.positions(graph, "timestep")
+    timestep, latents = roles.positions(graph, "timestep"), roles.positions(graph, "latents")
     return Inputs(
         tuple(at for at in used if at in state),
         tuple(at for at in used if at not in state),
         timestep[0] if timestep else None,
+        latents[0] if latents else None,
         roles.positions(graph, "condition"),
         devices[0] if devices else torch.device("cpu"),
         len(set(devices)) <= 1,
@@ -73,10 +76,21 @@ class Wanted:
     flops: int
 
 
+def _output_of(graph: fx.Graph, names: Collection[str]) -> int | None:
+    """The position of the first output that is one of the nodes ``names``; None: none is."""
+    (returned,) = graph.find_nodes(op="output")
+    outputs = returned.args[0]
+    if isinstance(outputs, fx.Node):
+        return None
+    found = (at for at, one in enumerate(outputs) if isinstance(one, fx.Node) and one.name in names)
+    return next(found, None)
+
+
 class Analysis:
     """The model's graph for one set of input shapes, with its matches and plans.
 
-    ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute.
+    ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute, ``output`` is
+    the position of the output that is made of latents (None: there is none).
     """
 
     def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
@@ -85,6 +99,7 @@ class Analysis:
         self.uncached = planner.uncached
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
+        self.output = _output_of(aten.graph, [site.output for site in self.matches.outputs])
         self._counter = FlopCounter()
         self._wanted: dict[frozenset[str], Wanted] = {}
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
@@ -198,8 +213,11 @@ class Analysis:
         )
 
     def flops(self, plan: Plan) -> int:
-        """FLOPs of a generation, scoring included; conditions are computed once."""
-        done = sum(self.step_flops(plan, step) for step in plan.steps)
+        """FLOPs of a generation, scoring included; conditions are computed once.
+
+        Where a gate decides they are those of the fewest full steps that there may be.
+        """
+        done = sum(self.step_flops(plan, step) for step in plan.fewest)
         return done + self.hoisted_flops[0]
 
     def step_flops(self, plan: Plan, step: StepPlan) -> int:

@@ -82,6 +82,13 @@ def history(forecast: Forecast, full_steps: int) -> int:
     return kept if forecast.blend is None and forecast.basis != "table" else max(kept, 2)
 
 
+def degree(forecast: Forecast) -> int:
+    """The degree of the polynomials that a forecast is made of, once enough values are kept."""
+    if forecast.basis in ("reuse", "table"):
+        return _rule_of(forecast).kept(forecast, 0) - 1
+    return _order(forecast, 4 if forecast.basis == "chebyshev" else 1)
+
+
 def amplification(weights: Iterable[float]) -> float:
     """The highest factor by which errors of the values kept, as rounding, reach the forecast."""
     return sum(map(abs, weights))

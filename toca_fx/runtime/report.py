@@ -29,7 +29,8 @@ class StepRecord:
     ``plan`` is that of its generation. ``seconds`` is the whole call on the host's clock,
     ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
     recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that do
-    not depend on the latents.
+    not depend on the latents. ``reason`` says why it is of its kind: "planned", "nothing kept" or
+    "in doubt", or what a gate saw.
     """
 
     index: int
@@ -41,6 +42,7 @@ class StepRecord:
     plan: Plan
     hoisted_flops: int
     launch: Launch = Launch("queued", "")
+    reason: str = "planned"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,13 @@ class Report:
         """The report as JSON-ready data."""
         return {
             "steps": [
-                {"index": s.index, "kind": s.kind, "branch": s.branch, "seconds": s.seconds}
+                {
+                    "index": s.index,
+                    "kind": s.kind,
+                    "reason": s.reason,
+                    "branch": s.branch,
+                    "seconds": s.seconds,
+                }
                 for s in self.steps
             ],
             "kinds": self.kinds,

@@ -1,9 +1,9 @@
-"""The four reference cases (trimmed by tools/trim_golden.py): the authors' code on small random
-models, latents given at every step.
+"""The reference cases (trimmed by tools/trim_golden.py): the authors' code of ToCa, and of methods
+after it, on small random models, latents given at every step.
 
 A case knows how to build and call its model, and what the authors' code did: outputs, full or
-partial, K, chosen tokens. Its keys, such as ``layer_03.cross-attn``, are translated to the paths of
-the model's modules.
+partial or skipped, K, chosen tokens, weights of forecasts. Its keys, such as
+``layer_03.cross-attn``, are translated to the paths of the model's modules.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.stdit3 import STDiT3
-from tests.system.conformance import authors
+from tests.system.conformance import authors, calls
+from tests.system.conformance.calls import Call, Tensors
 
 HERE = Path(__file__).parent
 NOTHING = 255  # pads the lists of chosen tokens
 
-Tensors = Mapping[str, Tensor]
 Facts = Mapping[str, Any]
-Call = tuple[tuple[Tensor, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Kind:
     """What differs from case to case.
 
-    ``letters`` gives, for a module's path, F (full) or P (partial) for each call; ``spellings`` the
-    beginnings and ends of the authors' keys and of the module paths; ``absent`` the weights that
-    the reference file may lack. ``load`` makes the authors' own model of weights and settings.
+    ``letters`` gives, for a module's path, F (full), P (partial) or S (skipped) for each call;
+    ``spellings`` the beginnings and ends of the authors' keys and of the module paths; ``absent``
+    the weights that the reference file may lack. ``load`` makes the authors' own model of weights
+    and settings.
     """
 
     policy: str
@@ -64,14 +64,28 @@ class Case:
     @cached_property
     def vectors(self) -> Tensors:
         # Mapped tensors can be unaligned, which changes last bits.
-        return {
+        found = {
             name: tensor.clone()
             for name, tensor in load_file(HERE / f"{self.name}.safetensors").items()
         }
+        if "inputs.mixes" in found:
+            latents = torch.tensordot(found["inputs.mixes"], found["inputs.images"], dims=1)
+            found["inputs.hidden_states"] = latents.float()
+        return found
+
+    @property
+    def lender(self) -> Case:
+        """The case whose weights it has: itself, or another."""
+        name = self.facts["model"].get("weights_from")
+        return self if name is None else Case(name, self.kind)
 
     @property
     def steps(self) -> int:
         return len(self.vectors["outputs"])
+
+    @property
+    def timesteps(self) -> list[float]:
+        return self.vectors["inputs.timestep"].tolist()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,17 +98,17 @@ class Case:
 
     def model(self) -> nn.Module:
         """The untouched model with the reference weights."""
-        settings = self.facts["model"]["kwargs"]
+        settings, lender = self.facts["model"]["kwargs"], self.lender
         weights = {
             name.removeprefix("weights."): tensor
-            for name, tensor in self.vectors.items()
+            for name, tensor in lender.vectors.items()
             if name.startswith("weights.")
         }
         if self.kind.load is not None:
             return self.kind.load(weights, settings)
         weights |= {
-            name.removeprefix("weights."): self.vectors[source]
-            for name, source in self.facts["shared_weights"].items()
+            name.removeprefix("weights."): lender.vectors[source]
+            for name, source in lender.facts["shared_weights"].items()
         }
         model = self.kind.model(**settings).eval().requires_grad_(False)
         left = model.load_state_dict(weights, strict=False)
@@ -106,7 +120,10 @@ class Case:
         """The output of one call, those channels that the reference has."""
         args, kwargs = self.kind.call(self.vectors, call)
         output = model(*args, **kwargs, **extra)
-        output = output if isinstance(output, Tensor) else output[0]
+        return self.cut(output if isinstance(output, Tensor) else output[0], call)
+
+    def cut(self, output: Tensor, call: int) -> Tensor:
+        """Those channels of an output that the reference has."""
         return output[tuple(slice(size) for size in self.expected(call).shape)]
 
     def expected(self, call: int) -> Tensor:
@@ -122,8 +139,16 @@ class Case:
         )
 
     def letters(self, path: str) -> str:
-        """F or P for each call."""
+        """F, P or S for each call."""
         return self.kind.letters(self.facts, path)
+
+    def step_kind(self, call: int) -> str:
+        """The kind of the step, as the report calls it."""
+        paths = [self.path(key) for key in self.facts.get("K", ())] or [""]
+        letters = {self.letters(path)[call] for path in paths}
+        if "S" in letters:
+            return "skip"
+        return "mixed" if len(letters) == 2 else {"F": "full", "P": "partial"}[letters.pop()]
 
     def count(self, key: str) -> list[int | None]:
         """K for each call; ``None`` where the module is full."""
@@ -143,58 +168,6 @@ class Case:
         return rows * 2 if self.kind.shared else rows
 
 
-def _dit(**kwargs: Any) -> nn.Module:
-    model = DiTTransformer2DModel(**kwargs)
-    for block in model.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = (
-            0  # diffusers says 1, the authors of DiT say 0
-        )
-    return model
-
-
-def _dit_call(given: Tensors, call: int) -> Call:
-    latents = given["inputs.hidden_states"][call]
-    timestep = given["inputs.timestep"][call].expand(2)
-    return (torch.cat([latents, latents]),), {
-        "timestep": timestep,
-        "class_labels": given["inputs.class_labels"],
-        "return_dict": False,
-    }
-
-
-def _pixart_call(given: Tensors, call: int) -> Call:
-    latents = given["inputs.hidden_states"][call]
-    text = {
-        name: given[f"inputs.{name}"]
-        for name in ("encoder_hidden_states", "encoder_attention_mask")
-    }
-    size = {"resolution": None, "aspect_ratio": None}
-    timestep = given["inputs.timestep"][call].expand(2)
-    return (torch.cat([latents, latents]),), {
-        **text,
-        "timestep": timestep,
-        "added_cond_kwargs": size,
-        "return_dict": False,
-    }
-
-
-def _opensora_call(given: Tensors, call: int) -> Call:
-    x, timestep = given["inputs.x"][call], given["inputs.timestep"][call]
-    video = {name: given[f"inputs.{name}"] for name in ("mask", "fps", "height", "width")}
-    return (torch.cat([x, x]), torch.cat([timestep, timestep]), given["inputs.y"][:, None]), video
-
-
-def _flux_call(given: Tensors, call: int) -> Call:
-    names = ("encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids", "guidance")
-    latents = given["inputs.hidden_states"][call]
-    timestep = given["inputs.timestep"][call].expand(len(latents))
-    return (latents,), {
-        **{name: given[f"inputs.{name}"] for name in names},
-        "timestep": timestep,
-        "return_dict": False,
-    }
-
-
 def _by_layer(facts: Facts, path: str) -> str:
     return "".join(call[int(path.split(".")[1])] for call in facts["layers"])
 
@@ -211,24 +184,34 @@ def _by_call(facts: Facts, path: str) -> str:
     return facts["calls"]
 
 
+def _forecast(facts: Facts, path: str) -> str:
+    return "".join("F" if weights is None else "P" for weights in facts["weights"])
+
+
+def _skipped(facts: Facts, path: str) -> str:
+    return _forecast(facts, path).replace("P", "S")
+
+
 _OPENSORA = {
     f"{stack}.{module}": f".{module.replace('-', '_')}"
     for stack in ("spatial", "temporal")
     for module in ("cross-attn", "mlp")
 }
 
+_DIT = {"layer": "transformer_blocks", "layer.mlp": ".ff"}
+
 CASES = {
     "dit_ddim50": Kind(
         policy="reference/dit-xl-2-ddim50",
-        model=_dit,
-        call=_dit_call,
+        model=calls.dit,
+        call=calls.dit_call,
         letters=_by_layer,
-        spellings={"layer": "transformer_blocks", "layer.mlp": ".ff"},
+        spellings=_DIT,
     ),
     "pixart_dpm20": Kind(
         policy="reference/pixart-alpha",
         model=PixArtTransformer2DModel,
-        call=_pixart_call,
+        call=calls.pixart_call,
         letters=_by_layer,
         spellings={"layer": "transformer_blocks", "layer.mlp": ".ff", "layer.cross-attn": ".attn2"},
         shared=True,
@@ -236,7 +219,7 @@ CASES = {
     "opensora_rflow30": Kind(
         policy="reference/opensora",
         model=STDiT3,
-        call=_opensora_call,
+        call=calls.opensora_call,
         letters=_by_module,
         spellings={"spatial": "spatial_blocks", "temporal": "temporal_blocks", **_OPENSORA},
         shared=True,
@@ -245,7 +228,7 @@ CASES = {
     "flux_t4": Kind(
         policy="reference/flux-dev-n4",
         model=FluxTransformer2DModel,
-        call=_flux_call,
+        call=calls.flux_call,
         letters=_by_call,
         spellings={
             "double": "transformer_blocks",
@@ -255,7 +238,43 @@ CASES = {
             "single.mlp": "",
         },
     ),
+    **{
+        name: Kind(
+            policy=f"reference/{policy}",
+            model=calls.dit,
+            call=calls.dit_call,
+            letters=_by_layer,
+            spellings=_DIT,
+        )
+        for name, policy in (("duca_dit50", "duca-dit"), ("duca_dit50_vnorm", "duca-dit-vnorm"))
+    },
 }
+"""Some tokens are computed on some steps, and it is known which."""
+
+FORECASTS = {
+    "taylorseer_dit50": Kind(
+        policy="reference/taylorseer-dit",
+        model=calls.dit,
+        call=calls.dit_call,
+        letters=_forecast,
+        spellings={},
+    ),
+    "taylorseer_flux50": Kind(
+        policy="reference/taylorseer-flux",
+        model=FluxTransformer2DModel,
+        call=calls.flux_call,
+        letters=_forecast,
+        spellings={},
+    ),
+    "spectrum_flux50": Kind(
+        policy="reference/spectrum-flux",
+        model=FluxTransformer2DModel,
+        call=calls.flux_call,
+        letters=_skipped,
+        spellings={},
+    ),
+}
+"""None is: what is not computed is forecast, and it is known with which weights."""
 
 
 def _own(name: str, spellings: Mapping[str, str], **changes: Any) -> Kind:
@@ -294,4 +313,4 @@ AUTHORS = {
 
 @cache
 def load_case(name: str, own: bool = False) -> Case:
-    return Case(name, (AUTHORS if own else CASES)[name])
+    return Case(name, AUTHORS[name] if own else {**CASES, **FORECASTS}[name])
