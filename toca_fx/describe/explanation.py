@@ -80,7 +80,9 @@ class Skipped:
 class Explanation:
     """What ``toca_fx.explain`` returns; ``str()`` gives a page to read, ``to_dict()`` everything.
 
-    ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps.
+    ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps. Where a
+    gate decides, both are of as few full steps as it may leave, and ``full_range`` is how many may
+    be full, from least to most.
     ``cache_bytes`` is what one guidance branch keeps, ``hoisted_bytes`` what it computes ahead of
     the steps, of one timestep. ``peak_bytes`` is all that a generation of one branch adds to the
     weights at its peak on a GPU, rounded as its allocator does. ``step_bytes`` of it is what the
@@ -93,6 +95,7 @@ class Explanation:
     model: str
     policy: str
     steps: tuple[tuple[int, str], ...]
+    full_range: tuple[int, int]
     sites: tuple[SiteExplanation, ...]
     skipped: tuple[Skipped, ...]
     flops_done: int
@@ -123,6 +126,7 @@ class Explanation:
             "model": self.model,
             "policy": self.policy,
             "steps": [{"index": index, "kind": kind} for index, kind in self.steps],
+            "full_steps": list(self.full_range),
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [miss.to_dict() for miss in self.skipped],
             "suggestions": list(self.suggestions),
@@ -150,6 +154,7 @@ class Explanation:
             f"model      {self.model or '(no module)'}",
             f"policy     {self.policy}",
             f"steps      {len(self.steps)}: {', '.join(kinds)}",
+            *self._gate(),
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached "
             f"({self.flops_ratio:.2f}x fewer)",
             f"caches     {_mib(self.cache_bytes)} MiB, and {_mib(self.hoisted_bytes)} MiB of "
@@ -171,6 +176,11 @@ class Explanation:
         if self.warnings:
             lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         return "\n".join(lines)
+
+    def _gate(self) -> Iterator[str]:
+        least, most = self.full_range
+        if least < most:
+            yield f"gate       {least} to {most} full steps; what follows is of {least}"
 
     def _memory(self) -> str:
         rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes
