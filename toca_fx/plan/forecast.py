@@ -86,7 +86,7 @@ def degree(forecast: Forecast) -> int:
     """The degree of the polynomials that a forecast is made of, once enough values are kept."""
     if forecast.basis in ("reuse", "table"):
         return _rule_of(forecast).kept(forecast, 0) - 1
-    return _order(forecast, 4 if forecast.basis == "chebyshev" else 1)
+    return order_of(forecast)
 
 
 def amplification(weights: Iterable[float]) -> float:

@@ -97,7 +97,9 @@ def test_gains_are_the_coefficients_of_ddim() -> None:
 
     gains = course("runs[0]", sample, record("runs[0]", sample, model)).gains[:, 0]
     wanted = [shares[step] * math.prod(scales[step + 1 :]) for step in range(STEPS)]
-    torch.testing.assert_close(gains.abs(), torch.tensor(wanted).double().abs(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gains.abs(), torch.tensor(wanted).double().abs(), rtol=1e-4, atol=1e-6
+    )
     assert len(gains.sign().unique()) == 1
 
 
