@@ -33,12 +33,13 @@ _INTRODUCTION = """\
 # Policies
 
 A policy says what is computed and what is reused on each step of the sampling loop. To write one,
-copy `default-image.yaml` or `default-video.yaml` and change three numbers; `toca-fx validate FILE`
+copy `default-image.yaml` or `default-video.yaml` and change three numbers (or have its full steps
+placed for your model: `toca_fx.calibrate`); `toca-fx validate FILE`
 reports everything that is wrong with it, with line and column. Editors that understand the modeline
 on the first line (yaml-language-server) complete the keys and show these descriptions.
 
 - `*.yaml`: what we recommend; loaded by name, as in `toca_fx.compile(model, "dit-xl-2")`
-- `reference/*.yaml`: the authors' runs to the digit, for comparison; loaded as
+- `reference/*.yaml`: the runs of authors to the digit, and ToCa as we recommended it; loaded as
   `"reference/dit-xl-2-ddim50"`
 """
 

@@ -234,7 +234,7 @@ def test_torch_compile_does_the_same(kind: str, policy: str, tmp_path: Path) -> 
     source: Any = {
         "data": {**SMALLEST, "sampler": {"steps": 6}},
         "file": str(file),
-        "name": "default-image",
+        "name": "reference/toca-image",
     }[policy]
     compiled = torch.compile(model, backend=BACKEND, options={"policy": source, "inner": "eager"})
     with toca_fx.session(6) as run:

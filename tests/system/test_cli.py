@@ -112,7 +112,10 @@ def test_explain_a_function(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["explain", f"{factory}:make", "--policy", "default-image", "--steps", "10"]) == 0
+    assert (
+        main(["explain", f"{factory}:make", "--policy", "reference/toca-image", "--steps", "10"])
+        == 0
+    )
     page = capsys.readouterr().out
     assert "steps      10: " in page
     assert "blocks.0-1.mlp  mlp              9 tokens" in page
@@ -127,7 +130,10 @@ def test_explain_a_function(
 
 def test_explain_an_example_of_diffusers(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["explain", "DiTTransformer2DModel", "--batch", "1", "--policy", "default-image"]) == 0
+        main(
+            ["explain", "DiTTransformer2DModel", "--batch", "1", "--policy", "reference/toca-image"]
+        )
+        == 0
     )
     assert "transformer_blocks.0-1.ff " in capsys.readouterr().out
 

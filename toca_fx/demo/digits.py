@@ -65,6 +65,13 @@ def build_scheduler() -> Any:
     )
 
 
+def build_solver() -> Any:
+    """DPM-Solver++ (2M) for the same noise: what takes fewer steps than DDIM does."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(build_scheduler().config)
+
+
 def build_classifier() -> nn.Module:
     """A small convolutional network: [B, 1, 32, 32] -> logits [B, 10]."""
     return nn.Sequential(
@@ -115,15 +122,16 @@ def sample(
     steps: int,
     seed: int = 0,
     guidance: float = 2.0,
+    scheduler: Any = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Generate one digit per entry of ``classes``, [B] int64, with DDIM and guidance.
+    """Generate one digit per entry of ``classes``, [B] int64, with guidance.
 
-    Guidance is classifier-free. Both guidance halves go through the denoiser as one batch of 2B
-    rows, the conditional ones first. Returns images [B, 1, 32, 32], about [-1, 1]. The starting
-    noise depends on ``seed`` alone.
+    The ``scheduler`` is DDIM unless given. Guidance is classifier-free. Both guidance halves go
+    through the denoiser as one batch of 2B rows, the conditional ones first. Returns images
+    [B, 1, 32, 32], about [-1, 1]. The starting noise depends on ``seed`` alone.
     """
-    scheduler = build_scheduler()
+    scheduler = scheduler or build_scheduler()
     scheduler.set_timesteps(steps)
     noise = torch.randn(len(classes), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     labels = torch.cat([classes, torch.full_like(classes, NULL_CLASS)])
@@ -137,6 +145,6 @@ def sample(
         )[0]
         conditional, unconditional = both.chunk(2)
         predicted = unconditional + guidance * (conditional - unconditional)
-        images = scheduler.step(predicted, timestep, images, eta=0.0).prev_sample
+        images = scheduler.step(predicted, timestep, images).prev_sample
         on_step()
     return images

@@ -9,7 +9,10 @@ from torch import fx, nn
 
 from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture, uncompiled
-from toca_fx.describe.explanation import Explanation, SiteExplanation, Skipped
+from toca_fx.describe.explanation import Explanation, KindExplanation
+from toca_fx.describe.memories import kept_by
+from toca_fx.describe.rows import Skipped
+from toca_fx.describe.site import Kept, SiteExplanation
 from toca_fx.diagnostics import number_of_steps
 from toca_fx.graph import roles
 from toca_fx.graph.ops import namespace, operator_name
@@ -18,9 +21,10 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.match.matcher import match
 from toca_fx.match.sites import NearMiss
 from toca_fx.plan.choose import default_policy, written_for_another
-from toca_fx.plan.plan import Plan
+from toca_fx.plan.plan import KINDS, Plan
 from toca_fx.plan.planner import Planner
-from toca_fx.policy import Policy, PolicySource, load_policy
+from toca_fx.plan.units import WHOLE
+from toca_fx.policy import WHOLE_GRAINS, Policy, PolicySource, load_policy
 
 _PYTORCH = frozenset({"aten", "prims", "prim", "higher_order"})
 
@@ -69,7 +73,8 @@ def explain(
         model=name,
         policy=chosen.name,
         steps=tuple((step.index, step.kind) for step in plan.steps),
-        sites=_sites(plan, chosen, _gathers(found, plan)),
+        kinds=tuple(_kinds(found, plan)),
+        sites=_sites(plan, chosen, _gathers(found, plan), kept_by(found, plan)),
         skipped=tuple(_skipped(miss, found.aten.graph) for miss in found.matches.misses),
         flops_done=found.flops(plan),
         flops_uncached=found.uncached_flops * len(plan.steps),
@@ -80,15 +85,25 @@ def explain(
         listed_bytes=peak.listed,
         recordable_bytes=recordable,
         queued_because=found.queued_because(recordable),
+        uncut=found.matches.uncut,
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
         passes=tuple(_passes(found, plan)),
     )
 
 
+def _kinds(found: Analysis, plan: Plan) -> Iterator[KindExplanation]:
+    """How many steps of each kind there are, and their work."""
+    for kind in KINDS:
+        work = [found.step_flops(plan, step) for step in plan.steps if step.kind == kind]
+        if work:
+            share = sum(work) / len(work) / max(1, found.uncached_flops)
+            yield KindExplanation(kind, len(work), share)
+
+
 def _passes(found: Analysis, plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the passes did to the graph of the first step of each kind, one line each."""
     kinds = {step.kind: step.modes for step in reversed(plan.steps)}
-    for kind in sorted(kinds):
+    for kind in sorted(kinds, key=KINDS.index):
         reports = found.costs(plan)[kinds[kind]].graph.reports
         yield kind, tuple(str(report) for report in reports if report.sites or report.nodes)
 
@@ -104,7 +119,10 @@ def _gathers(found: Analysis, plan: Plan) -> dict[int, tuple[str, ...]]:
 
 
 def _sites(
-    plan: Plan, policy: Policy, gathers: Mapping[int, tuple[str, ...]]
+    plan: Plan,
+    policy: Policy,
+    gathers: Mapping[int, tuple[str, ...]],
+    kept: Mapping[int, Kept],
 ) -> tuple[SiteExplanation, ...]:
     def path(index: int | None) -> str | None:
         return None if index is None else plan.sites[index].path
@@ -123,13 +141,21 @@ def _sites(
             entropy=path(site.entropy),
             scores=tuple(own.scores.weights.items()),
             gathers=gathers.get(i, ()),
+            kept=kept.get(i),
         )
         for i, (site, own) in enumerate(zip(plan.sites, plan.policies, strict=True))
     )
 
 
 def _says(policy: Policy, kind: str, path: str, layer: int) -> str:
-    """The entry of the policy that decides on a module: the last matching rule, or ``modules``."""
+    """The entry of the policy that decides on a module: the last matching rule, or ``modules``.
+
+    With a memory of the whole model it is the grain; so it is for the model itself, or ``skip``.
+    """
+    if policy.cache.grain in WHOLE_GRAINS:
+        return "cache.grain"
+    if kind in WHOLE:
+        return "skip"
     for rule in reversed(policy.rules):
         if rule.applies(kind, path, layer) and any(key == "module" for key, _ in rule.overrides):
             return f"rule {rule.position}"

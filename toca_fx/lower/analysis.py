@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,9 @@ from toca_fx.graph import roles
 from toca_fx.lower.cost import StepCost, nbytes_of
 from toca_fx.lower.fake_inputs import FakeInputs, like
 from toca_fx.lower.flops import FlopCounter
-from toca_fx.lower.once import traced_once
+from toca_fx.lower.once import once, traced_once
 from toca_fx.plan.buffers import Buffer
-from toca_fx.plan.plan import Plan
+from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.planner import Planner
 from toca_fx.plan.schedule import Modes
 from toca_fx.rewrite.hoist import find_hoistable
@@ -29,13 +30,14 @@ class Inputs:
     """Positions among the inputs of a graph, and the ``device`` of the first tensor that it uses.
 
     Of the tensors that the graph uses, those in ``state`` stay where they are from call to call,
-    and those in ``varying`` do not. ``timestep`` is None if none was recognised, ``conditions`` are
-    tensors, used or not: captions, labels, masks.
+    and those in ``varying`` do not. ``timestep`` and ``latents`` are None if none were recognised,
+    ``conditions`` are tensors, used or not: captions, labels, masks.
     """
 
     state: tuple[int, ...]
     varying: tuple[int, ...]
     timestep: int | None
+    latents: int | None
     conditions: tuple[int, ...]
     device: torch.device
     on_one_device: bool
@@ -48,21 +50,47 @@ def _inputs_of(graph: fx.Graph) -> Inputs:
     ]
     state = set(roles.positions(graph, "state"))
     devices = [nodes[at].meta["val"].device for at in used]
-    timestep = roles.positions(graph, "timestep")
+    timestep, latents = roles.positions(graph, "timestep"), roles.positions(graph, "latents")
     return Inputs(
         tuple(at for at in used if at in state),
         tuple(at for at in used if at not in state),
         timestep[0] if timestep else None,
+        latents[0] if latents else None,
         roles.positions(graph, "condition"),
         devices[0] if devices else torch.device("cpu"),
         len(set(devices)) <= 1,
     )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The hoisted values that are computed for a step.
+
+    ``conditions`` says whether they are looked after. ``part`` computes the timed ones ``names``,
+    which takes ``flops``.
+    """
+
+    conditions: bool
+    names: tuple[str, ...]
+    part: StepGraph
+    flops: int
+
+
+def _output_of(graph: fx.Graph, names: Collection[str]) -> int | None:
+    """The position of the first output that is one of the nodes ``names``; None: none is."""
+    (returned,) = graph.find_nodes(op="output")
+    outputs = returned.args[0]
+    if isinstance(outputs, fx.Node):
+        return None
+    found = (at for at, one in enumerate(outputs) if isinstance(one, fx.Node) and one.name in names)
+    return next(found, None)
+
+
 class Analysis:
     """The model's graph for one set of input shapes, with its matches and plans.
 
-    ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute.
+    ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute, ``output`` is
+    the position of the output that is made of latents (None: there is none).
     """
 
     def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
@@ -71,7 +99,9 @@ class Analysis:
         self.uncached = planner.uncached
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
         self.inputs = _inputs_of(aten.graph)
+        self.output = _output_of(aten.graph, [site.output for site in self.matches.outputs])
         self._counter = FlopCounter()
+        self._wanted: dict[frozenset[str], Wanted] = {}
         self._costs: tuple[Plan, dict[Modes, StepCost]] | None = None
 
     def step_graph(self, plan: Plan, modes: Modes) -> StepGraph:
@@ -113,6 +143,24 @@ class Analysis:
         once, which checks cannot be.
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
+
+    def wanted(self, step: StepGraph) -> Wanted:
+        """What is computed for a step; nothing, if it reads no hoisted value.
+
+        A step that runs no block reads the modulation of the output layers, if any: where less than
+        half of the timed values are read, the others are left out.
+        """
+        return once(self._wanted, step.hoisted, lambda: self._wants(step.hoisted))
+
+    def _wants(self, read: frozenset[str]) -> Wanted:
+        whole, conditions = self.hoisted.timed, self.hoisted.conditions
+        names = tuple(name for name in whole if name in read)
+        if 2 * len(names) >= len(whole):
+            names, part, flops = whole, self.timed, self.hoisted_flops[1]
+        else:
+            part = extract(self.aten, names, given=conditions)
+            flops = self._flops_of(part.module)
+        return Wanted(bool(part.buffers) or not read.isdisjoint(conditions), names, part, flops)
 
     @traced_once
     def uncached_flops(self) -> int:
@@ -165,18 +213,33 @@ class Analysis:
         )
 
     def flops(self, plan: Plan) -> int:
-        """FLOPs of a generation, scoring included; conditions are computed once."""
-        costs = self.costs(plan)
-        conditions, timed = self.hoisted_flops
-        return sum(costs[step.modes].flops(step) + timed for step in plan.steps) + conditions
+        """FLOPs of a generation, scoring included; conditions are computed once.
+
+        Where a gate decides they are those of the fewest full steps that there may be.
+        """
+        done = sum(self.step_flops(plan, step) for step in plan.fewest)
+        return done + self.hoisted_flops[0]
+
+    def step_flops(self, plan: Plan, step: StepPlan) -> int:
+        """FLOPs of one step of ``plan``, with those of the timed values that it reads."""
+        cost = self.costs(plan)[step.modes]
+        return cost.flops(step) + self.wanted(cost.graph).flops
 
     def nbytes(self, plan: Plan) -> int:
-        """Bytes of the caches, scores and counters of a generation."""
+        """Bytes of the caches, histories, scores and counters of a generation."""
+        kept = self.kept(plan)
+        counters = (kept[Buffer("score", i)] for i in plan.scored)  # of the same size
+        return nbytes_of((*kept.values(), *counters))
+
+    def kept(self, plan: Plan) -> dict[Buffer, Tensor]:
+        """Fake tensors like those that a generation of a plan keeps.
+
+        Their mode is nobody else's: while a thread traces on fake tensors of one mode, all of them
+        say that they are on the device "meta".
+        """
         made = Tensors(self.aten, plan)
         with compiling(), FakeTensorMode():
-            kept = sum(made.new(buffer).nbytes for buffer in plan.kept)
-            counters = sum(made.new(Buffer("score", i)).nbytes for i in plan.scored)
-        return kept + counters
+            return {buffer: made.new(buffer) for buffer in plan.kept}
 
     def costs(self, plan: Plan) -> dict[Modes, StepCost]:
         """The costs of the step graphs of ``plan``, which are not compiled for it.

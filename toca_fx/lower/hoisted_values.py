@@ -53,7 +53,6 @@ class HoistedValues:
             row = self._rows[dtype][start : start + values[name].numel()]
             made[name] = row.view(values[name].shape)
         self.tensors = {buffers.hoisted(name): tensor for name, tensor in made.items()}
-        self._timed = [made[name] for name in hoisted.timed]
         # The timesteps [T], and whether some call was at one that is not listed.
         self.timesteps = torch.zeros(steps, dtype=torch.float32, device=device)
         self.doubts = torch.zeros(1, dtype=torch.bool, device=device)
@@ -68,9 +67,9 @@ class HoistedValues:
         """Begin a generation."""
         self.doubts.zero_()
 
-    def put(self, found: Sequence[Tensor]) -> None:
-        """Write the timed values of the present step."""
-        foreach_copy_(self._timed, list(found))
+    def put(self, names: Sequence[str], found: Sequence[Tensor]) -> None:
+        """Write timed values of the present step."""
+        foreach_copy_([self.tensors[buffers.hoisted(name)] for name in names], list(found))
 
     @property
     def rows(self) -> tuple[Tensor, ...]:

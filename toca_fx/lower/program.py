@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toca_fx.lower.analysis import Analysis
+from toca_fx.lower.analysis import Analysis, Wanted
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.lower.once import Recent, once, traced_once
+from toca_fx.lower.once import Recent, once
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
-from toca_fx.rewrite.tensors import Tensors
 from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 log = logging.getLogger(__name__)
@@ -42,6 +41,7 @@ class Program:
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
         self._kept: Recent[int, tuple[Plan, dict[Buffer, Tensor]]] = Recent(_MOST_PLANS)
+        self._timed: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.compiled_graphs = 0
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
@@ -76,7 +76,7 @@ class Program:
 
     def new_buffers(self, plan: Plan) -> dict[Buffer, Tensor]:
         """The tensors that a generation of ``plan`` keeps."""
-        _, like = once(self._kept, id(plan), lambda: (plan, self._examples(plan)))
+        _, like = once(self._kept, id(plan), lambda: (plan, self.analysis.kept(plan)))
         return {
             buffer: (torch.empty if buffer.written_first else torch.zeros)(
                 value.shape, dtype=value.dtype, device=value.device
@@ -84,25 +84,16 @@ class Program:
             for buffer, value in like.items()
         }
 
-    def _examples(self, plan: Plan) -> dict[Buffer, Tensor]:
-        """Fake tensors like the buffers of a plan.
-
-        Their mode is nobody else's: while a thread traces on fake tensors of one mode, all of them
-        say that they are on the device "meta".
-        """
-        made = Tensors(self.analysis.aten, plan)
-        with FakeTensorMode():
-            return {buffer: made.new(buffer) for buffer in plan.kept}
-
     def new_hoisted(self, steps: int) -> HoistedValues:
         """Memory for the hoisted values of a generation at ``steps`` known timesteps."""
         return HoistedValues(self.analysis.hoisted, self.analysis.hoisted_examples, steps)
 
-    @traced_once
-    def run_timed(self) -> Callable[..., Any]:
-        """The compiled ``timed`` of the analysis, for one timestep."""
-        timed = self.analysis.timed.module
-        module = fx.GraphModule(timed, copy.deepcopy(timed.graph))
+    def timed(self, wanted: Wanted) -> Callable[..., Any]:
+        """The compiled part of the wanted timed values, for one timestep."""
+        return once(self._timed, wanted.names, lambda: self._compiled_part(wanted.part.module))
+
+    def _compiled_part(self, part: fx.GraphModule) -> Callable[..., Any]:
+        module = fx.GraphModule(part, copy.deepcopy(part.graph))
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         placeholders = module.graph.find_nodes(op="placeholder")
         with torch.no_grad():

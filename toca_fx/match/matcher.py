@@ -41,7 +41,7 @@ def match(graph: fx.Graph) -> Matches:
     misses += unexplained(flow, found, misses)
     found, refused = _without_sequence_first(found)
     sites = tuple(related(found, flow))
-    states, uncut = states_of(graph, sites)
+    states, uncut = states_of(graph, sites, flow)
     return Matches(sites, (*misses, *refused), outputs_of(graph), states, uncut)
 
 

@@ -3,9 +3,10 @@
     stream -> block -> ... -> block -> state -> output layers (norm, projection) -> output
 
 Where one of them is known, a step can do without any block. The state is found from the outputs
-upstream: the nearest adds of the residual streams that sites end in. Behind them, views and slices
-of the state that nothing else reads make it smaller (the image's tokens, without those of the
-text).
+upstream: the nearest adds of residual streams in blocks, be what they add a site or not. A stream
+that does not depend on the latents (blocks that embed the timestep) is no state: it is computed.
+Behind the adds, views and slices of the state that nothing else reads make it smaller (the image's
+tokens, without those of the text).
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
+from toca_fx.graph.modules import OUTSIDE
 from toca_fx.graph.ops import RELAYOUTS
+from toca_fx.graph.stream import Flow
 from toca_fx.match.sites import Site
 
 
-def states_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[tuple[Site, ...], str]:
+def states_of(graph: fx.Graph, sites: Sequence[Site], flow: Flow) -> tuple[tuple[Site, ...], str]:
     """The states that the output layers read, as sites; or none, and why.
 
     Several streams can end in the outputs: each has its state.
     """
-    if not sites:
-        return (), "no attention and no MLP was found"
     nodes = {node.name: node for node in graph.nodes}
+    varying = _varying(graph)
     ends = {nodes[site.residual] for site in sites if site.residual}
+    ends |= {add for add in flow.residuals if flow.block_of([add]) != OUTSIDE}
     inside = {nodes[name]: site for site in sites for name in (site.anchor, site.output)}
     (output,) = graph.find_nodes(op="output")
     found: dict[fx.Node, None] = {}
     seen, pending = {output}, [output]
     while pending:
         node = pending.pop()
-        if node in ends:
+        if node in ends & varying:
             found[node] = None
             continue
-        if node in inside:
+        if node in inside and node in varying:
             site = inside[node]
             return (), f"the outputs read `{site.path}` ({site.kind}) beside the residual stream"
         for operand in node.all_input_nodes:
@@ -45,8 +48,9 @@ def states_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[tuple[Site, ...],
                 seen.add(operand)
                 pending.append(operand)
     if not found:
-        return (), "the outputs read no residual stream that attention or an MLP is added to"
-    position = {node: at for at, node in enumerate(graph.nodes)}
+        what = "residual stream of blocks" if varying else "input that is recognised as latents"
+        return (), f"the outputs read no {what}"
+    position = flow.position
     states = sorted({_narrowed(node, seen) for node in found}, key=position.__getitem__)
     return tuple(_site("state", node) for node in states), ""
 
@@ -54,13 +58,19 @@ def states_of(graph: fx.Graph, sites: Sequence[Site]) -> tuple[tuple[Site, ...],
 def outputs_of(graph: fx.Graph) -> tuple[Site, ...]:
     """The tensors that the model returns and makes of its latents, as sites."""
     (output,) = graph.find_nodes(op="output")
-    varying = set[fx.Node]()
-    for node in graph.nodes:
-        is_latents = node.op == "placeholder" and node.meta.get("role") == "latents"
-        if is_latents or not varying.isdisjoint(node.all_input_nodes):
-            varying.add(node)
+    varying = _varying(graph)
     returned = dict.fromkeys(output.all_input_nodes)
     return tuple(_site("output", node) for node in returned if _is_made(node, varying))
+
+
+def _varying(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on the latents."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        is_latents = node.op == "placeholder" and node.meta.get("role") == "latents"
+        if is_latents or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_made(node: fx.Node, varying: set[fx.Node]) -> bool:

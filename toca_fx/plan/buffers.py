@@ -5,7 +5,7 @@
                       (of a run: what all of it adds to the stream; of the model: its state in
                       front of the output layers, or its output)
     cache     h       the same at the last full step but h, where there is a history
-    weights           those of the values of a history, the newest first        [H]          given
+    weights           those of the values of a history, the newest first        [H]          kept
     keys      k       k-th projection of keys or values of an attention         [B, N, W]    kept
     score             base score of the tokens of a site                        [B, N]       kept
     entropy           entropy of a cross-attention                              [B, N]       kept
@@ -18,8 +18,9 @@
 
 A buffer that is kept stays over a generation and is updated in place, in the dtype of the policy
 for cache and keys; one that is given is for one step. The tensors of a history are handed out anew
-before each full step: it writes the oldest, which is the newest from then on. ``read`` is given on
-a GPU, to steps that score an attention.
+before each full step: it writes the oldest, which is the newest from then on. The weights of one
+timeline are one tensor, which the host fills ahead of each step that reads it; it is kept by the
+name of the first site. ``read`` is given on a GPU, to steps that score an attention.
 """
 
 from __future__ import annotations

@@ -75,10 +75,18 @@ def weights(
 
 def history(forecast: Forecast, full_steps: int) -> int:
     """H: how many values a unit keeps in a generation of ``full_steps`` full steps."""
-    if forecast.history is not None:
-        return forecast.history
-    kept = _rule_of(forecast).kept(forecast, full_steps)
-    return kept if forecast.blend is None else max(kept, 2)
+    kept = forecast.history
+    if kept is None:
+        kept = _rule_of(forecast).kept(forecast, full_steps)
+    # A single value is read as it is, without a weight.
+    return kept if forecast.blend is None and forecast.basis != "table" else max(kept, 2)
+
+
+def degree(forecast: Forecast) -> int:
+    """The degree of the polynomials that a forecast is made of, once enough values are kept."""
+    if forecast.basis in ("reuse", "table"):
+        return _rule_of(forecast).kept(forecast, 0) - 1
+    return order_of(forecast)
 
 
 def amplification(weights: Iterable[float]) -> float:
@@ -109,13 +117,13 @@ def _reuse(forecast: Forecast, times: Times, now: float, distance: int) -> Seque
 
 
 def _newton(forecast: Forecast, times: Times, now: float, distance: int) -> Sequence[float]:
-    return _through(times[: _order(forecast) + 1], now)
+    return _through(times[: order_of(forecast) + 1], now)
 
 
 def _taylor(forecast: Forecast, times: Times, now: float, distance: int) -> Sequence[float]:
     """TaylorSeer (arXiv 2503.06923): the sum over i of D_i k^i / i!, k = now - t_0."""
     k = now - times[0]
-    return _of_differences(times, [k**i for i in range(_order(forecast) + 1)])
+    return _of_differences(times, [k**i for i in range(order_of(forecast) + 1)])
 
 
 def _hermite(forecast: Forecast, times: Times, now: float, distance: int) -> Sequence[float]:
@@ -127,7 +135,7 @@ def _hermite(forecast: Forecast, times: Times, now: float, distance: int) -> Seq
     x = sigma * (now - times[0])
     last, current = 0.0, 1.0
     powers = []
-    for i in range(_order(forecast) + 1):
+    for i in range(order_of(forecast) + 1):
         powers.append(sigma**i * current)
         last, current = current, 2 * x * current - 2 * i * last
     return _of_differences(times, powers)
@@ -159,7 +167,7 @@ def _chebyshev(forecast: Forecast, times: Times, now: float, distance: int) -> S
     lower ones are left out. With one, the degree is the order from the first value on.
     """
     root = math.sqrt(0.1 if forecast.ridge is None else forecast.ridge)
-    order = _order(forecast, 4)
+    order = order_of(forecast)
     found = [0.0] * len(times)
     basis: list[tuple[list[float], float]] = []
     for m, column in enumerate(_chebyshevs(_taus(forecast, (*times, now)), order)):
@@ -210,7 +218,9 @@ def _table(forecast: Forecast, times: Times, now: float, distance: int) -> Seque
     return listed if len(listed) <= len(times) else (1.0,)
 
 
-def _order(forecast: Forecast, default: int = 1) -> int:
+def order_of(forecast: Forecast) -> int:
+    """The degree of a polynomial basis, once enough values are known."""
+    default = 4 if forecast.basis == "chebyshev" else 1
     return default if forecast.order is None else forecast.order
 
 
@@ -219,7 +229,7 @@ def _one(forecast: Forecast, full_steps: int) -> int:
 
 
 def _one_more_than_order(forecast: Forecast, full_steps: int) -> int:
-    return _order(forecast) + 1
+    return order_of(forecast) + 1
 
 
 def _all(forecast: Forecast, full_steps: int) -> int:

@@ -26,7 +26,10 @@ from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import AttentionScore, Selection, StepSpec
 from toca_fx.plan.times import Noise
 from toca_fx.plan.units import count_whole
-from toca_fx.policy import Forecast, SitePolicy
+from toca_fx.policy import Forecast, Gate, SitePolicy
+
+KINDS = ("full", "mixed", "partial", "skip")
+"""The kinds of steps, by work."""
 
 _RUNS = ("full", "partial", "compute")
 
@@ -79,10 +82,11 @@ class Timeline(NamedTuple):
 class Settings:
     """What a policy says of whole generations.
 
-    ``steps`` is the number that it was tuned for. ``shared`` says that both halves of a batch share
-    one selection of tokens (in those of a plan: and that it has two halves), ``separate`` that
-    guidance branches are called one after the other. ``noise`` is how timesteps are levels of
-    noise.
+    ``steps`` is the number that it was tuned for, and ``scales`` says that it is for any other too.
+    ``shared`` says that both halves of a batch share one selection of tokens (in those of a plan:
+    and that it has two halves), ``separate`` that guidance branches are called one after the other.
+    ``noise`` is how timesteps are levels of noise. ``gate`` decides on the steps that are not
+    full in a plan; without a bound it may let any number of them be.
     """
 
     policy: str
@@ -92,7 +96,9 @@ class Settings:
     separate: bool
     hoisting_bytes: int
     recording_bytes: int
+    scales: bool = False
     noise: Noise | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ class Plan:
     """What each site does on each step.
 
     ``policies[i]`` is the policy of ``sites[i]``, among which are the states of the model where
-    steps are skipped; ``steps`` are in the order of the calls; ``spatial[i]`` is the bonus of a
-    site that selects tokens.
+    steps are skipped; ``steps`` are in the order of the calls, and where there is a gate they are
+    as it may leave them; ``spatial[i]`` is the bonus of a site that selects tokens.
     """
 
     sites: tuple[Site, ...]
@@ -213,10 +219,34 @@ class Plan:
         return together and same and cache.grain == "block" and one in self.cached
 
     @cached_property
+    def fewest(self) -> tuple[StepPlan, ...]:
+        """The steps with as few full ones as a gate can leave; without one, those there are."""
+        gate = self.settings.gate
+        if gate is None or gate.at_most is None:
+            return self.steps
+        found, since = list[StepPlan](), 0
+        for at, planned in enumerate(self.steps):
+            due = since >= gate.at_most and planned.kind != "full"
+            step = self.full_step(at) if due else planned
+            since = 0 if step.kind == "full" else since + 1
+            found.append(step)
+        return tuple(found)
+
+    @cached_property
+    def full_range(self) -> tuple[int, int]:
+        """How many steps are full at least, and at most; one number but for a gate."""
+        fewest = sum(step.kind == "full" for step in self.fewest)
+        return fewest, fewest if self.settings.gate is None else len(self.steps)
+
+    @cached_property
     def histories(self) -> tuple[int, ...]:
         """By site, how many of its values it keeps; 0 for one without a cache."""
+        gated = self.settings.gate is not None
         return tuple(
-            history(self.policies[i].forecast, sum(step.modes[i] == "full" for step in self.steps))
+            history(
+                self.policies[i].forecast,
+                sum(gated or step.modes[i] == "full" for step in self.steps),
+            )
             if i in self.cached
             else 0
             for i in range(len(self.sites))
@@ -244,6 +274,7 @@ class Plan:
                 if i not in shared
                 for buffer in memory(i, self.histories[i])
             ),
+            *(Buffer("weights", timeline.sites[0]) for timeline in self.timelines),
             *(
                 Buffer("keys", i, part)
                 for i in self.remembering

@@ -22,7 +22,7 @@ from toca_fx.plan.schedule import (
     state_column,
 )
 from toca_fx.plan.units import WHOLE, count_whole, units
-from toca_fx.policy import Policy, SitePolicy
+from toca_fx.policy import Gate, Policy, SitePolicy
 
 _MOST_PLANS = 32
 
@@ -71,11 +71,21 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
+        scales=policy.N.full_steps is not None and not policy.N.by_index,
         noise=policy.sampler.noise,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
         recording_bytes=policy.recording.memory_bytes,
+        gate=_bounded(policy),
     )
+
+
+def _bounded(policy: Policy) -> Gate | None:
+    """The gate with what ``N`` says of it."""
+    gate, interval = policy.gate, policy.N
+    if gate is None or gate.at_most is not None or interval.full_steps is not None:
+        return gate
+    return replace(gate, at_most=interval.base - 1)
 
 
 def make_plan(
@@ -98,9 +108,10 @@ def make_plan(
     sites, policies, uncut = units(policy, matches, total)
     check_explicit_steps(policy, policies, total)
     skipped, whole = frozenset[int](), count_whole(sites)
+    gated = policy.gate is not None
     if whole:
-        skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, total)
-    columns = _columns(sites, policies, indices, skipped)
+        skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, total, gated)
+    columns = _columns(sites, policies, indices, skipped, gated)
     steps = tuple(
         StepPlan(
             s,
@@ -128,6 +139,7 @@ def _columns(
     policies: Sequence[SitePolicy],
     indices: Sequence[int],
     skipped: frozenset[int],
+    gated: bool,
 ) -> list[tuple[Modes, tuple[int, ...]]]:
     """The modes of each site and its numbers of computed tokens, over all steps."""
     spans, total, columns = layer_spans(sites), len(indices), []
@@ -135,7 +147,7 @@ def _columns(
         if site.kind in WHOLE:
             columns.append(state_column(site, indices, skipped))
             continue
-        full, span = full_steps(own.N, indices, total), spans[site.block]
+        full, span = full_steps(own.N, indices, total, gated), spans[site.block]
         fresh = tuple(fresh_tokens(own, s, total, site.layer, span, site.tokens) for s in indices)
         columns.append(site_column(site, own, indices, full, fresh, skipped))
     return columns

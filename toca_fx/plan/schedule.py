@@ -61,7 +61,9 @@ def state_column(
     return modes, tuple(0 if mode == "reuse" else state.tokens for mode in modes)
 
 
-def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozenset[int]:
+def full_steps(
+    interval: Interval, indices: Sequence[int], total: int, gated: bool = False
+) -> frozenset[int]:
     """The step indices s on which everything is computed.
 
     ``indices`` are all of them, in the order of the calls, ``total`` is their number T. The
@@ -70,14 +72,23 @@ def full_steps(interval: Interval, indices: Sequence[int], total: int) -> frozen
     authors' rule: a step is full when s is a multiple of the interval in force and of the one
     re-evaluated at s; either way the latter is in force from then on. With ``growth`` the base
     grows with each full step past the first ones: floor(base + growth k) after the k-th (Spectrum).
+    Where steps are ``gated`` only those are full in any case that are forced or listed.
     """
+    forced = _forced(interval, indices, total)
     if interval.full_steps is not None:
-        return listed_steps(interval.full_steps, indices) | _forced(interval, indices, total)
+        return listed_steps(interval.full_steps, indices) | forced
+    if gated:
+        return forced
     return frozenset(s for s, full, _ in _walk(interval, indices, total) if full)
 
 
 def skipped_steps(
-    interval: Interval, skip: Skip, grain: str, indices: Sequence[int], total: int
+    interval: Interval,
+    skip: Skip,
+    grain: str,
+    indices: Sequence[int],
+    total: int,
+    gated: bool = False,
 ) -> frozenset[int]:
     """The step indices s on which no block runs, under the policy's ``interval``.
 
@@ -85,7 +96,7 @@ def skipped_steps(
     is DuCa's rule: an even number of steps to the next full one, as ``phase: modulo`` counts s mod
     the interval in force; elsewhere the end of the generation counts as full.
     """
-    full = full_steps(interval, indices, total)
+    full = full_steps(interval, indices, total, gated)
     others = [s for s in indices if s not in full]
     if grain in WHOLE_GRAINS or skip == "all":
         return frozenset(others)

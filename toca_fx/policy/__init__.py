@@ -14,6 +14,7 @@ from toca_fx.diagnostics import PolicyError, Problem, did_you_mean
 from toca_fx.policy.check import check
 from toca_fx.policy.document import Document, from_mapping
 from toca_fx.policy.forecast import Forecast
+from toca_fx.policy.gate import Gate
 from toca_fx.policy.interval import Interval, Placement, Window
 from toca_fx.policy.modules import MODULE_TYPES, Action
 from toca_fx.policy.parse import parse_text, read_text
@@ -27,6 +28,7 @@ __all__ = [
     "Action",
     "Cache",
     "Forecast",
+    "Gate",
     "Guidance",
     "Hoisting",
     "Interval",

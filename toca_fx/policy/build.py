@@ -34,6 +34,8 @@ def build(data: Data, source: str, place_of_rule: Callable[[int], str], policy: 
         # The mean interval is the base that the staleness score divides by.
         mean = _mean_interval(given["N"].full_steps, given["sampler"].steps)
         given["N"] = replace(given["N"], base=mean)
+    elif (gate := given.get("gate")) and gate.at_most and "base" not in data.get("N", {}):
+        given["N"] = replace(given["N"], base=gate.at_most + 1)
     given["rules"] = tuple(
         _rule(rule, place_of_rule(index), policy) for index, rule in enumerate(rules)
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from toca_fx.diagnostics import Problem
 from toca_fx.policy.build import build
 from toca_fx.policy.check_forecast import check_forecasts
+from toca_fx.policy.check_gate import check_gate
 from toca_fx.policy.check_steps import check_steps, places_of
 from toca_fx.policy.document import Document, Path
 from toca_fx.policy.keys import keys_of, rule_keys
@@ -34,6 +35,7 @@ def check(document: Document, kind: type[P]) -> tuple[P, list[Problem]]:
         *_check_choices(policy, data),
     ]
     notes += [*check_forecasts(policy, data, unclear), *check_rules(policy, unclear)]
+    notes += check_gate(policy, data)
     problems += [
         document.problem(note.path, note.message, note.severity, key=note.key) for note in notes
     ]

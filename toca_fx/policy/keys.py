@@ -94,6 +94,7 @@ class Key:
 
     required: bool = False  # though the field has a default
     required_unless: str = ""  # the neighbour that does instead of this key
+    without_demands: str = ""  # of a section: the key of another with which none here is required
     stand_in: object = None  # for a required key that is missing, while problems are collected
     replaced_by: str = ""  # the neighbour that takes the place of this key
     serves: str = ""  # the neighbour without which this key has no effect

@@ -57,6 +57,7 @@ def policy_schema(policy: type = Policy) -> Schema:
             **{declared.name: _property(declared) for declared in keys},
         },
         "required": ["version", *_required(keys)],
+        "allOf": [_unless(section) for section in keys if section.key.without_demands],
         "definitions": {
             **{section.name: _definition(section) for section in keys if _is_shared(section)},
             "action": _action(),
@@ -107,7 +108,7 @@ def _value(declared: Declared) -> Schema:
     if declared.type is Action:
         return {"allOf": [_reference("action")]}
     if _is_shared(declared):
-        demands = _demands(keys_of(declared.type))
+        demands = [] if declared.key.without_demands else _demands(keys_of(declared.type))
         return {"allOf": [_reference(declared.name), *demands]}
     return _form(declared.type, declared.key)
 
@@ -182,6 +183,16 @@ def _demands(keys: Iterable[Declared]) -> list[Schema]:
             if declared.key.required_unless
         ),
     ]
+
+
+def _unless(declared: Declared) -> Schema:
+    """The demands of a section, unless a key of another one is there."""
+    section, _, name = declared.key.without_demands.partition(".")
+    demands = {"allOf": _demands(keys_of(declared.type))}
+    return {
+        "if": {"required": [section], "properties": {section: {"required": [name]}}},
+        "else": {"properties": {declared.name: demands}},
+    }
 
 
 def _required(keys: Iterable[Declared]) -> list[str]:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, cast
 
 from toca_fx.policy.forecast import Forecast
+from toca_fx.policy.gate import Gate
 from toca_fx.policy.interval import STEP_INDEX, Interval
 from toca_fx.policy.keys import Key, Override, key, stand_ins
 from toca_fx.policy.modules import ACTION_TITLE, MODULE_TYPES, Action, Modules
@@ -161,8 +162,10 @@ class Policy:
     )
     N: Interval = field(
         metadata=key(
-            "When full steps are taken. Needs `base` or `full_steps`.",
+            "When full steps are taken. Needs `base` or `full_steps`, unless `gate.at_most` is "
+            "there.",
             title="a mapping such as {base: 3}",
+            without_demands="gate.at_most",
             override=Override("Overrides single keys of `N`.", modes=_ONLY_CACHED),
         )
     )
@@ -246,6 +249,17 @@ class Policy:
             "for the default of a key, in rules too.",
             title="a mapping such as {basis: newton, order: 2}",
             override=Override("Overrides single keys of `forecast`.", modes=_ONLY_CACHED),
+        ),
+    )
+    gate: Gate | None = field(
+        default=None,
+        metadata=key(
+            "Decides as the steps come which are full, within what `N` allows: `N.first`, "
+            "`N.last`, `N.full_steps` and `N.extra_full_steps` are full in any case, and of "
+            "`N.base` - 1 other steps in a row, or `at_most`, the next one. All guidance branches "
+            "of a step are decided on together. Absent: `N` decides, ahead of the run.",
+            title="a mapping such as {signal: easycache, threshold: 0.05}",
+            examples=({"signal": "easycache", "threshold": 0.05, "at_most": 6},),
         ),
     )
     hoisting: Hoisting = field(

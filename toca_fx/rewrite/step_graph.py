@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import fx
 
@@ -27,6 +28,11 @@ class StepGraph:
     buffers: tuple[Buffer, ...]
     fresh_nodes: Mapping[int, frozenset[str]] = field(default_factory=dict)
     reports: tuple[PassReport, ...] = ()
+
+    @cached_property
+    def hoisted(self) -> frozenset[str]:
+        """The names of the hoisted values that it reads."""
+        return frozenset(str(each.part) for each in self.buffers if each.role == "hoisted")
 
 
 def extract(

@@ -22,6 +22,7 @@ class Tensors:
         self._nodes = {node.name: node for node in source.graph.nodes}
         # What a run keeps has the dtype of the stream behind its last site.
         self._ends = {run[0]: plan.sites[run[-1]].residual for run in plan.runs}
+        self._weighed_with = {i: sites[0] for sites, _ in plan.timelines for i in sites}
 
     def new(self, buffer: Buffer) -> Tensor:
         """A tensor for a buffer that is kept, or an example of one that is given.
@@ -32,7 +33,8 @@ class Tensors:
         if buffer.role == "read":
             return torch.ones((), dtype=torch.bool)
         if buffer.role == "weights":
-            value = self._value(self._plan.sites[buffer.site].output)
+            # Sites of one timeline share them, whatever the dtype of each.
+            value = self._value(self._plan.sites[self._weighed_with[buffer.site]].output)
             count, dtype = self._plan.histories[buffer.site], weights_dtype(value.dtype)
             return torch.zeros(count, dtype=dtype, device=value.device)
         if buffer.role == "hoisted":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx.lower.analysis import Wanted
 from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.runtime import watch, words
 from toca_fx.runtime.identity import Seen
@@ -44,6 +45,7 @@ class Conditioning:
         self._seen: dict[str, Seen] = {}
         self._filled = False
         self._from_table = self._timesteps is not None
+        self._wanted: Wanted | None = None
         self._watch: Watch | None = None
         self._mislisted = False
         self._renewed = 0
@@ -67,25 +69,20 @@ class Conditioning:
         """Whether the timed values of this call come from the table of all timesteps."""
         return self._from_table
 
-    def prepare(self, inputs: Sequence[Any], call: int, timestep: Timestep | None) -> int:
+    def prepare(
+        self, inputs: Sequence[Any], call: int, timestep: Timestep | None, wanted: Wanted
+    ) -> int:
         """Compute the values that are missing or have changed, ahead of call number ``call``.
 
-        ``timestep`` is that of the call, None if it is not read. Returns the FLOPs that it took.
-        If it raises, what was seen has not been computed.
+        ``timestep`` is that of the call, None if it is not read; what its step does not want stays
+        as it is, for a later one to find it changed. Returns the FLOPs that it took. If it raises,
+        what was seen has not been computed.
         """
-        found, spent = self._found, 0
-        kept = found.conditions.kept
-        renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs)
-        if renewed:
-            given = [inputs[position] for position in kept]
-            with torch.no_grad():
-                torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
-            self._see("conditions", inputs, kept)
-            spent += found.hoisted_flops[0]
-        self._renewed = self._renewed + 1 if renewed else 0
-        if self._renewed == _MANY:
-            self._warn(words.REBUILT)
-        if not found.hoisted.timed:
+        self._wanted, spent, renewed = wanted, 0, False
+        if wanted.conditions:
+            spent, renewed = self._renew_conditions(inputs)
+        if not wanted.names:
+            self._from_table = False
             return spent
         if self._is_listed(inputs, call, timestep):
             filled = self._fill_table(inputs, renewed)
@@ -96,7 +93,22 @@ class Conditioning:
         self._known = self._runner.timed_values  # another thread's may take its place
         if not self._known.fit(inputs):
             self._known = self._runner.renew_timed_values(inputs, self._state)
-        return spent + (0 if timestep in self._known else found.hoisted_flops[1])
+        return spent + (0 if timestep in self._known else wanted.flops)
+
+    def _renew_conditions(self, inputs: Sequence[Any]) -> tuple[int, bool]:
+        """Compute the conditions if they have changed; returns the FLOPs, and whether they have."""
+        found = self._found
+        kept = found.conditions.kept
+        renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs)
+        if renewed:
+            given = [inputs[position] for position in kept]
+            with torch.no_grad():
+                torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
+            self._see("conditions", inputs, kept)
+        self._renewed = self._renewed + 1 if renewed else 0
+        if self._renewed == _MANY:
+            self._warn(words.REBUILT)
+        return found.hoisted_flops[0] if renewed else 0, renewed
 
     def _fill_table(self, inputs: Sequence[Any], renewed: bool) -> int | None:
         """Fill the table if its values have changed; returns the FLOPs that it took.
@@ -124,26 +136,28 @@ class Conditioning:
 
         On an accelerator it may be recorded.
         """
-        if not self._found.hoisted.timed:
+        wanted = self._wanted
+        if wanted is None or not wanted.names:
             return
         if not self._from_table or self._position is None:
-            self._compute(inputs)
+            self._compute(inputs, wanted)
         elif watch.reading_waits(inputs[self._position]):
             self._values.look_up(inputs[self._position])
         else:
             self._values.take(call)
 
-    def _compute(self, inputs: Sequence[Any]) -> None:
-        """Compute the timed values of this call, or take them from an earlier one."""
-        known, timed = self._known, self._found.timed
+    def _compute(self, inputs: Sequence[Any], wanted: Wanted) -> None:
+        """Compute the wanted timed values of this call, or take all from an earlier one."""
+        known, part = self._known, wanted.part
         values = known.get(self._key)
         if values is not None:
             self._values.put_rows(values)
             return
-        given = [inputs[position] for position in timed.kept]
-        conditions = (self._values.tensors[buffer] for buffer in timed.buffers)
-        self._values.put(self._program.run_timed(*given, *conditions))
-        known.keep(self._key, self._values.rows)
+        given = [inputs[position] for position in part.kept]
+        conditions = (self._values.tensors[buffer] for buffer in part.buffers)
+        self._values.put(wanted.names, self._program.timed(wanted)(*given, *conditions))
+        if wanted.names == self._found.hoisted.timed:
+            known.keep(self._key, self._values.rows)
 
     def forget(self) -> None:
         """Compute all values again at the next call: somebody wrote where nobody could see it."""

@@ -12,17 +12,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toca_fx.lower.step import CompiledStep
-from toca_fx.plan.buffers import READ
+from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.runtime import words
 from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
-from toca_fx.runtime.histories import Moment
+from toca_fx.runtime.gate import Choice, Gate, SamplingRun
+from toca_fx.runtime.histories import Histories, Moment
 from toca_fx.runtime.identity import Mark
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
+from toca_fx.runtime.signals import Facts
 from toca_fx.runtime.storage import Storage
 
 # A step graph gets one of them as its input ``read``.
@@ -50,7 +54,7 @@ class Generation:
         decision: Decision,
         marks: Sequence[Mark],
         path: tuple[str, ...],
-        run: object,
+        run: SamplingRun,
         owner: weakref.ref[Any],
         timesteps: Schedule | None,
         warn: Callable[[str], None],
@@ -133,21 +137,30 @@ class Generation:
         """
         began = time.perf_counter()
         before, position = self.progress, decision.position
-        full = decision.full or before.lost or decision.position >= len(self.plan.steps)
-        self.latest = replace(decision, full=full)
         self.progress, self._forgotten = replace(before, lost=True), False
-        step = self.plan.full_step(position) if full else self.plan.steps[position]
-        compiled = self.runner.program.step(self.plan, step.modes)
         storage, conditioning = self._memories()
-        if before.lost:
-            storage.histories.clear()
-        now = self._moment(position, timestep)
+        self.latest = decision = replace(decision, full=decision.full or before.lost)
+        if decision.full:  # in doubt, older values may be another image's
+            storage.forget_steps()
+        now, gate = self._moment(position, timestep), storage.gate
+        facts = self._facts(inputs, now, storage.histories)
+        if gate is not None:
+            gate.observe(facts)
+        choice = self._choose(decision, before.lost, gate)
+        step = self.plan.full_step(position) if choice.full else self.plan.steps[position]
+        compiled = self.runner.program.step(self.plan, step.modes)
+        if gate is not None:
+            gate.begin(facts, step.kind == "full")
         storage.histories.prepare(step, now)
-        hoisted_flops = conditioning.prepare(inputs, position, timestep)
+        wanted = self.runner.program.analysis.wanted(compiled.graph)
+        hoisted_flops = conditioning.prepare(inputs, position, timestep, wanted)
         outputs, launch, selection_seconds = self._launch(
             compiled, step, inputs, position, storage, conditioning
         )
         storage.histories.note(step, now)
+        if gate is not None:
+            at = self.runner.program.analysis.output
+            gate.end(facts, step.kind == "full", None if at is None else outputs[at])
         seconds = time.perf_counter() - began
         record = StepRecord(
             step.index,
@@ -159,12 +172,29 @@ class Generation:
             self.plan,
             hoisted_flops,
             launch,
+            choice.reason,
         )
         self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
         if not self._keeps or self.progress.finished:
             self.running = False
             self.close()
         return outputs, record
+
+    def _choose(self, decision: Decision, lost: bool, gate: Gate | None) -> Choice:
+        """Whether the step is full whatever the plan says, and why."""
+        position, steps = decision.position, self.plan.steps
+        planned = position >= len(steps) or steps[position].kind == "full"
+        if decision.full:
+            return Choice(True, "planned" if planned else "nothing kept" if lost else "in doubt")
+        if planned or gate is None:
+            return Choice(position >= len(steps), "planned")
+        return self.run.choose(position, gate)
+
+    def _facts(self, inputs: Sequence[Any], now: Moment, histories: Histories) -> Facts:
+        """What the signal of a gate may know ahead of the step."""
+        at = self.runner.program.analysis.inputs
+        latents = None if at.latents is None else inputs[at.latents]
+        return Facts(latents, None if at.timestep is None else inputs[at.timestep], now, histories)
 
     def _moment(self, position: int, timestep: Timestep | None) -> Moment:
         """The step at ``position``, for forecasts; one of several timesteps counts as unknown."""
@@ -182,8 +212,19 @@ class Generation:
                 self.runner, storage.hoisted, self.timesteps, self._warn
             )
             self.storage = storage
+            self._check(storage.gate)
             self.cache_bytes, self.hoisted_bytes = storage.nbytes, storage.hoisted.nbytes
         return self.storage, self.conditioning
+
+    def _check(self, gate: Gate | None) -> None:
+        """Warn of a gate that has nothing to measure."""
+        found = self.runner.program.analysis
+        if (
+            gate is not None
+            and gate.signal.of_latents
+            and None in (found.inputs.latents, found.output)
+        ):
+            self._warn(words.unmeasured(gate.name))
 
     def _launch(
         self,
@@ -204,9 +245,11 @@ class Generation:
         def body(inputs: Sequence[Any]) -> Any:
             """All that the device does in a step; steps of one ``key`` differ in tensors only."""
             nonlocal selection_seconds
-            selector, selects = storage.selector, time.perf_counter()
-            given = selector.select(step) if step.kind in ("partial", "mixed") else {}
-            selection_seconds = time.perf_counter() - selects
+            selector, given = storage.selector, dict[Buffer, Tensor]()
+            if step.kind in ("partial", "mixed"):
+                selects = time.perf_counter()
+                given = selector.select(step)
+                selection_seconds = time.perf_counter() - selects
             conditioning.bring(inputs, position)
             read = {READ: _SCORES_READ[step.read]}
             outputs = compiled(inputs, {**storage.tensors, **histories, **given, **read})

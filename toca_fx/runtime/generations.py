@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toca_fx.runtime.clock import Told
+from toca_fx.runtime.clock import Decision, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.identity import Agreement, agreement
 from toca_fx.runtime.models import ModelKey
@@ -118,6 +118,34 @@ class Generations:
             if same_run and each.progress.calls:
                 return each
         return None
+
+    def join(
+        self,
+        begun: Generation,
+        decision: Decision,
+        newest: Generation | None,
+        timestep: Timestep | None,
+    ) -> None:
+        """Put a generation that begins into the run that it is a branch of, if it is of one.
+
+        Outside of any session nobody tells; but what the caller has just called at this very step
+        is most likely another branch, and a gate decides on both together. Otherwise it would
+        decide on each.
+        """
+        if self.told is not None:
+            if decision.place == "branch" and newest is not None:
+                begun.join(newest, timestep)
+                same = timestep is not None and timestep == newest.progress.timestep
+                self.model.several |= same
+            return
+        last = self.all[-1] if self.all else None
+        if last is None or last.owner() is not caller():
+            return
+        at_once = timestep is not None and timestep == last.progress.timestep
+        if decision.position == last.progress.position - 1 and (
+            at_once or decision.place == "branch"
+        ):
+            begun.run.choices = last.run.choices
 
     def moved(self, timestep: Timestep | None) -> None:
         """Note the timestep of a call; where it turns back another image has begun."""

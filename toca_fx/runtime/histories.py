@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toca_fx.kernels.forecast import weights_dtype
+from toca_fx.kernels.forecast import weighted_sum
 from toca_fx.plan.buffers import Buffer, memory
 from toca_fx.plan.forecast import weights
 from toca_fx.plan.plan import Plan, StepPlan, Timeline
@@ -31,16 +31,15 @@ class _Line:
     """One timeline of a plan: whose values are kept, and those of which moments."""
 
     def __init__(self, plan: Plan, timeline: Timeline, buffers: Mapping[Buffer, Tensor]) -> None:
-        sites, self.forecast = timeline
-        self.site = sites[0]
+        self.sites, self.rule = timeline
+        self.site = self.sites[0]
         # A policy says it where the axis needs it.
         self._noise = plan.settings.noise or "flow"
         kept = plan.histories[self.site]
-        self._of = [memory(site, kept) for site in sites]
+        self._of = [memory(site, kept) for site in self.sites]
         self._values = [[buffers[part] for part in parts] for parts in self._of]
-        newest = self._values[0][0]
-        self._weights = torch.zeros(kept, dtype=weights_dtype(newest.dtype), device=newest.device)
-        self.tensors = {Buffer("weights", site): self._weights for site in sites}
+        self._weights = buffers[Buffer("weights", self.site)]
+        self.tensors = {Buffer("weights", site): self._weights for site in self.sites}
         self.moments: list[Moment] = []
         self.turn = 0
         self._hand_out()
@@ -60,19 +59,28 @@ class _Line:
         """Put the weights of a step that reads the history."""
         *times, at = self._times([*self.moments[-len(self._weights) :], now])
         distance = now.position - self.moments[-1].position
-        found = weights(self.forecast, tuple(times), at, distance, len(self.moments))
+        found = weights(self.rule, tuple(times), at, distance, len(self.moments))
         padded = [*found, *[0.0] * (len(self._weights) - len(found))]
         on_gpu = self._weights.device.type == "cuda"
         # From memory that is not pinned the copy would wait for the device.
         given = torch.tensor(padded, dtype=self._weights.dtype, pin_memory=on_gpu)
         self._weights.copy_(given, non_blocking=True)
 
+    def forecast(self, site: int, now: Moment) -> tuple[Tensor, int] | None:
+        """See ``Histories.forecast``."""
+        if not self.moments:
+            return None
+        self.weigh(now)
+        values = [self.tensors[part] for part in memory(site, len(self._weights))]
+        made = weighted_sum(self._weights, *values, dtype=self._weights.dtype)
+        return made, now.position - self.moments[-1].position
+
     def _times(self, moments: Sequence[Moment]) -> list[float]:
         """Moments on the axis of the policy; by position where a timestep is not known."""
         timesteps = [moment.timestep for moment in moments if moment.timestep is not None]
-        if self.forecast.time in (None, "step") or len(timesteps) < len(moments):
+        if self.rule.time in (None, "step") or len(timesteps) < len(moments):
             return [float(moment.position) for moment in moments]
-        kind, noise = self.forecast.time, self._noise
+        kind, noise = self.rule.time, self._noise
         return [time_of(kind, 0, timestep, noise) for timestep in timesteps]
 
 
@@ -96,11 +104,6 @@ class Histories:
         """What tells recordings apart: which tensors a step reads and writes."""
         return tuple(line.turn for line in self._lines)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(8 * len(line.tensors) for line in self._lines)
-
     def clear(self) -> None:
         """Forget all values."""
         for line in self._lines:
@@ -115,6 +118,18 @@ class Histories:
             elif mode in ("reuse", "partial"):
                 line.weigh(now)
         self._collect()
+
+    def forecast(self, site: int, now: Moment) -> tuple[Tensor, int] | None:
+        """What a step at ``now`` would read of a site, and how many steps old its newest value is.
+
+        None: it has no value yet.
+        """
+        line = next(line for line in self._lines if site in line.sites)
+        return line.forecast(site, now)
+
+    def newest(self, site: int) -> Tensor:
+        """The newest value of a site that has a history."""
+        return self.tensors[Buffer("cache", site, 0)]
 
     def note(self, step: StepPlan, now: Moment) -> None:
         """Note that a step has run."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toca_fx.lower.program import Program
-from toca_fx.plan.plan import Plan, StepPlan
+from toca_fx.plan.plan import KINDS, Plan, StepPlan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class StepRecord:
     ``plan`` is that of its generation. ``seconds`` is the whole call on the host's clock,
     ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
     recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that do
-    not depend on the latents.
+    not depend on the latents. ``reason`` says why it is of its kind: "planned", "nothing kept" or
+    "in doubt", or what a gate saw.
     """
 
     index: int
@@ -41,11 +42,16 @@ class StepRecord:
     plan: Plan
     hoisted_flops: int
     launch: Launch = Launch("queued", "")
+    reason: str = "planned"
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """A site of the model and the tokens per sample it computed on each call."""
+    """A site of the model and the tokens per sample it computed on each call.
+
+    The model itself is a site of kind "state" or "output", with an empty path, where its memory
+    makes steps that run no block.
+    """
 
     path: str
     kind: str
@@ -59,8 +65,8 @@ class Report:
     """What ``session.report()`` returns: calls, sites, work and memory.
 
     ``step_flops`` are the FLOPs of the step graph of each call. ``flops_uncached`` is what as many
-    calls of the uncached model cost. ``cache_bytes`` are those of caches, scores and counters,
-    ``hoisted_bytes`` those of values computed ahead of the steps.
+    calls of the uncached model cost. ``cache_bytes`` are those of caches, histories with their
+    weights, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
     """
 
     steps: tuple[StepRecord, ...]
@@ -93,6 +99,12 @@ class Report:
         return self.flops_uncached / self.flops_done if self.flops_done else 1.0
 
     @property
+    def kinds(self) -> dict[str, int]:
+        """How many steps there were of each kind: full, mixed, partial, skip."""
+        counts = Counter(step.kind for step in self.steps)
+        return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+    @property
     def launches(self) -> dict[str, dict[str, int]]:
         """How many steps of each kind were recorded, or queued for which reason; {} on a CPU."""
         found: dict[str, dict[str, int]] = {}
@@ -107,9 +119,16 @@ class Report:
         """The report as JSON-ready data."""
         return {
             "steps": [
-                {"index": s.index, "kind": s.kind, "branch": s.branch, "seconds": s.seconds}
+                {
+                    "index": s.index,
+                    "kind": s.kind,
+                    "reason": s.reason,
+                    "branch": s.branch,
+                    "seconds": s.seconds,
+                }
                 for s in self.steps
             ],
+            "kinds": self.kinds,
             "sites": [
                 {
                     "path": s.path,
@@ -131,10 +150,9 @@ class Report:
         }
 
     def __str__(self) -> str:
-        kinds = Counter(step.kind for step in self.steps)
         lines = [
             f"{len(self.steps)} steps: "
-            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
+            + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()),
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached "
             f"({self.flops_ratio:.2f}x fewer)",
             f"time       {self.seconds:.2f} s, of which {self.selection_seconds:.3f} s selecting "
@@ -176,7 +194,7 @@ def make_report(
                 ),
             )
             for program in programs
-            for i, site in enumerate(program.analysis.matches.sites)
+            for i, site in enumerate(_plan(program, calls).sites or program.analysis.matches.sites)
         ),
         step_flops=tuple(program.step_flops(record.plan, record.step) for program, record in calls),
         flops_uncached=sum(program.analysis.uncached_flops for program, _ in calls),
@@ -185,6 +203,12 @@ def make_report(
         compiled_graphs=sum(program.compiled_graphs for program in programs),
         warnings=tuple(warnings),
     )
+
+
+def _plan(program: Program, calls: Sequence[tuple[Program, StepRecord]]) -> Plan:
+    """A plan that a program ran by, one with sites if there was one: the uncached plan has none."""
+    plans = [record.plan for other, record in calls if other is program]
+    return next((plan for plan in plans if plan.sites), plans[0])
 
 
 def least_bytes(

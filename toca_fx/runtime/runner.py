@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toca_fx.lower.cuda_graphs import Recordings, recorder_for
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
+from toca_fx.runtime.gate import gate_of
 from toca_fx.runtime.histories import Histories
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.selector import Selector
@@ -64,7 +65,8 @@ class Runner:
         kept = self.program.new_buffers(plan)
         hoisted, selector = self.program.new_hoisted(steps), Selector(plan, kept)
         histories = Histories(plan, kept)
-        storage = Storage((id(plan), steps), kept, hoisted, selector, histories)
+        gate = gate_of(plan, lags=self.program.analysis.inputs.device.type != "cpu")
+        storage = Storage((id(plan), steps), kept, hoisted, selector, histories, gate)
         if self._recorder is not None:
             with self._lock:
                 storage.reason = self._queued_because(storage)

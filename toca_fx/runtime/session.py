@@ -19,6 +19,7 @@ from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime import clock, parts, watch, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
+from toca_fx.runtime.gate import SamplingRun
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import Generations, owned_by_caller
 from toca_fx.runtime.identity import Agreement, Mark, marks_of
@@ -194,9 +195,7 @@ class Session:
         )
         if current is None or decision.place != "on":
             begun = self._begin(known, runner, decision, conditions, path)
-            if decision.place == "branch" and newest is not None and known.told is not None:
-                begun.join(newest, timestep)
-                known.model.several |= timestep is not None and timestep == newest.progress.timestep
+            known.join(begun, decision, newest, timestep)
             way = 0 if head is None or known.told is None else head.direction
             begun.progress = replace(begun.progress, direction=way)
             replaces = decision.place == "generation" and not apart
@@ -226,7 +225,7 @@ class Session:
             decision,
             marks_of(conditions),
             path,
-            object(),
+            SamplingRun(),
             owned_by_caller(),
             None if known.told is None else known.told.timesteps,
             self.warn,
@@ -235,7 +234,8 @@ class Session:
         if decision.num_steps is not None:
             for warning in begun.plan.warnings:
                 self.warn(warning)
-            self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
+            if not settings.scales:
+                self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
 
     def _plan(self, known: Generations, runner: Runner, num_steps: int | None) -> Plan:

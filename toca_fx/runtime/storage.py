@@ -12,6 +12,7 @@ from torch import Tensor
 from toca_fx.lower.cuda_graphs import Recordings
 from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.plan.buffers import Buffer
+from toca_fx.runtime.gate import Gate
 from toca_fx.runtime.histories import Histories
 from toca_fx.runtime.selector import Selector
 
@@ -30,6 +31,7 @@ class Storage:
     hoisted: HoistedValues
     selector: Selector
     histories: Histories
+    gate: Gate | None
     recordings: Recordings | None = None
     reason: str = ""
     mark: Any = None
@@ -42,9 +44,15 @@ class Storage:
         for buffer, tensor in self.buffers.items():
             if not buffer.written_first:
                 tensor.zero_()
-        self.histories.clear()
+        self.forget_steps()
         self.hoisted.clear()
         self.selector.clear()
+
+    def forget_steps(self) -> None:
+        """Read nothing of the steps so far, of which the next ones know by number or by value."""
+        self.histories.clear()
+        if self.gate is not None:
+            self.gate.clear()
 
     def take_over(self, other: Storage) -> bool:
         """Go on with what ``other`` holds, hoisted values aside; False if it holds other things."""
@@ -58,6 +66,7 @@ class Storage:
             for own, given in zip(ours, theirs, strict=True):
                 own.copy_(given)
         self.histories.take_over(other.histories)
+        self.gate = other.gate
         return True
 
     @property

@@ -11,6 +11,30 @@ def reading_waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def _copied(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy of what is on a GPU, and the point of its work at which it is there."""
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(values.device))
+    return pinned, done
+
+
+class Later:
+    """A number on a device, at this point of the device's work."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._found, self._done = value, None
+        if value.device.type == "cuda":
+            self._found, self._done = _copied(value)
+
+    def read(self) -> float:
+        """The number; it waits until the device has come to it, and on a GPU no longer."""
+        if self._done is not None:
+            self._done.synchronize()
+        return float(self._found.item())
+
+
 class Watch:
     """The values of ``flags``, a boolean tensor [n], at this point of the device's work.
 
@@ -21,10 +45,7 @@ class Watch:
         self._found: Tensor | None = None
         self._done: torch.cuda.Event | None = None
         if flags.device.type == "cuda":
-            pinned = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-            self._found = pinned.copy_(flags, non_blocking=True)
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record(torch.cuda.current_stream(flags.device))
+            self._found, self._done = _copied(flags)
         elif flags.device.type == "cpu":
             self._found = flags.clone()
 

@@ -54,6 +54,14 @@ def unseen(first: Timestep) -> str:
     )
 
 
+def unmeasured(signal: str) -> str:
+    """A gate whose signal is of latents that nobody knows."""
+    return (
+        f"gate.signal: {signal} compares latents, and no input of the model is recognised as those "
+        "that its output is made of: every step that the gate decides on is full"
+    )
+
+
 def beyond(num_steps: int) -> str:
     """More calls than were planned."""
     return (

@@ -20,8 +20,6 @@ Grid: TypeAlias = int | Sequence[float]
 Sampler: TypeAlias = Callable[[Grid], Any]
 
 SOLVERS = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-_LAST_SIGMA = 0.999
-"""Where diffusers' DPM-Solver++ starts on flows: at 1 the log-SNR is infinite."""
 
 
 def of_digits() -> Mapping[str, Sampler]:
@@ -65,8 +63,10 @@ def _of_emoji(kind: Any) -> Sampler:
         scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True)
         timesteps = _emoji_timesteps(at)
         scheduler.set_timesteps(len(timesteps))
-        # Diffusers rounds the timesteps of flows down to whole numbers; the model takes any.
-        return _placed(scheduler, timesteps, np.minimum(np.asarray(timesteps) / 1000, _LAST_SIGMA))
+        # Diffusers rounds the timesteps of flows down to whole numbers; the model takes any. It
+        # starts below 1, where the log-SNR is infinite.
+        sigmas = np.minimum(np.asarray(timesteps) / 1000, float(scheduler.sigmas[0]))
+        return _placed(scheduler, timesteps, sigmas)
 
     return solver
 

@@ -147,7 +147,7 @@ def test_json_holds_every_site() -> None:
     data = json.loads(json.dumps(told.to_dict()))
     assert data == told.to_dict()
     assert [site["path"] for site in data["sites"]] == [site.path for site in told.sites]
-    assert len(data["sites"]) == 6
+    assert len(data["sites"]) == 6 + 1, "three blocks, and the model, whose output is kept"
     mlp = data["sites"][3]
     assert (mlp["path"], mlp["influence"], mlp["entropy"]) == (
         "transformer_blocks.1.ff",

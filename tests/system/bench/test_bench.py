@@ -31,7 +31,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention_head_dim": 32,
         "sample_size": 16,
     }
-    monkeypatch.setitem(CASES, "dit-xl-2", Case("dit-xl-2-256", "dit-xl-2", 10, config))
+    monkeypatch.setitem(
+        CASES, "dit-xl-2", Case("dit-xl-2-256", "reference/toca-dit-xl-2", 10, config)
+    )
 
     def inputs(d: Draw) -> dict[str, Any]:
         return {

@@ -63,13 +63,13 @@ def assert_compiled_follows_the_rules(
 
 MASKED = [
     ("reference/opensora", "FFFFPPFPPF", "FFFPPPFPPP"),
-    ("opensora", "FFFPPFPPFP", "FFFPPPPPFP"),
+    ("reference/toca-opensora", "FFFPPFPPFP", "FFFPPPPPFP"),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "full", "cross"),
-    slow_but(MASKED[:1], MASKED, "the recommended policy beside the authors'"),
+    slow_but(MASKED[:1], MASKED, "ours beside the authors'"),
 )
 def test_masked_frames_have_the_modulation_of_the_present_mask(
     name: str, full: str, cross: str
@@ -111,7 +111,7 @@ PIXART_STEPS, PIXART_LAYERS = 8, 2
 PIXART = {
     # Layer 0 re-evaluates the interval on s = 4, as in the authors' run.
     "reference/pixart-alpha": ("FPPPFPFP", "FPPPPPFP", 27),
-    "pixart-alpha": ("FPPPFPPF", "FPPPFPPF", PIXART_LAYERS - 1),
+    "reference/toca-pixart-alpha": ("FPPPFPPF", "FPPPFPPF", PIXART_LAYERS - 1),
 }
 
 
@@ -167,9 +167,9 @@ def tiny_pixart() -> nn.Module:
 
 PADDED = [
     ("reference/pixart-alpha", (10, 4)),
-    ("pixart-alpha", (4, 10)),
+    ("reference/toca-pixart-alpha", (4, 10)),
     ("reference/pixart-alpha", (7, 10, 3, 1)),
-    ("pixart-alpha", (6,)),
+    ("reference/toca-pixart-alpha", (6,)),
 ]
 
 

@@ -37,10 +37,10 @@ MIB = 2**20
 
 # Real widths and few blocks; two equal ones make pieces of a graph.
 CASES: dict[str, tuple[dict[str, int], str]] = {
-    "dit-xl-2-256": ({"num_layers": 3}, "dit-xl-2"),
-    "pixart-alpha-256": ({"num_layers": 3}, "pixart-alpha"),
-    "latte-256": ({"num_layers": 2}, "default-video"),
-    "flux-dev-1024": ({"num_layers": 2, "num_single_layers": 2}, "flux-dev"),
+    "dit-xl-2-256": ({"num_layers": 3}, "reference/toca-dit-xl-2"),
+    "pixart-alpha-256": ({"num_layers": 3}, "reference/toca-pixart-alpha"),
+    "latte-256": ({"num_layers": 2}, "reference/toca-video"),
+    "flux-dev-1024": ({"num_layers": 2, "num_single_layers": 2}, "reference/toca-flux-dev"),
 }
 
 
@@ -170,7 +170,7 @@ def test_what_an_h100_allocated() -> None:
     was allocated before.
     """
     model, inputs = build(PRESETS["flux-dev-1024"], device="meta", dtype=torch.bfloat16)
-    told = toca_fx.explain(model, "flux-dev", **inputs)
+    told = toca_fx.explain(model, "reference/toca-flux-dev", **inputs)
     assert told.peak_bytes + told.listed_bytes == pytest.approx(3584 * MIB, rel=0.01)
     assert told.cache_bytes + told.hoisted_bytes + told.step_bytes < told.peak_bytes
     (line,) = (line for line in str(told).splitlines() if line.startswith("memory"))

@@ -53,9 +53,12 @@ def run(
     between: Callable[[int], None] = lambda step: None,
     inner: Compiler = "eager",
     remade: str = "",
+    **sections: Any,
 ) -> tuple[list[Tensor], Report]:
-    """``remade`` is the input that is a tensor of its own at every call, and gone after it."""
-    policy = make_policy(sampler={"steps": STEPS}, hoisting=hoisting)
+    """``remade`` is the input that is a tensor of its own at every call, and gone after it;
+    ``sections`` are those of the policy.
+    """
+    policy = make_policy(sampler={"steps": STEPS}, hoisting=hoisting, **sections)
     torch._dynamo.reset()
     fast = toca_fx.compile(model, policy, inner=inner)
     outputs = []
@@ -121,20 +124,23 @@ def test_timed_values_are_compiled_for_timesteps_that_are_not_listed_only() -> N
     assert compiled == [compiled[0], compiled[0] + 1, compiled[0] + 1]
 
 
+READING: dict[str, Any] = {"modules": {"cross_attention": "compute"}}
+
+
 def test_a_caption_is_projected_once_and_again_if_it_changes() -> None:
     model, calls = generation("PixArtTransformer2DModel")
     caption = calls[0]["encoder_hidden_states"]
-    once = spent(run(model, calls, ON)[1])
+    once = spent(run(model, calls, ON, **READING)[1])
     assert once[0] > once[1] == once[2]
 
     other = [
         {**call, "encoder_hidden_states": caption if step < 2 else caption.clone()}
         for step, call in enumerate(calls)
     ]
-    copied, report = run(model, calls, ON, remade="encoder_hidden_states")
+    copied, report = run(model, calls, ON, remade="encoder_hidden_states", **READING)
     assert spent(report) == [once[0]] * STEPS, "other tensors, equal or not"
-    assert close(copied, run(model, calls, OFF)[0])
-    assert spent(run(model, other, ON)[1])[1:4] == [once[1], once[0], once[0]]
+    assert close(copied, run(model, calls, OFF, **READING)[0])
+    assert spent(run(model, other, ON, **READING)[1])[1:4] == [once[1], once[0], once[0]]
 
     def write(step: int) -> None:
         if step == 3:
@@ -146,6 +152,15 @@ def test_a_caption_is_projected_once_and_again_if_it_changes() -> None:
     theirs, _ = run(model, calls, OFF, between=write)
     assert close(ours, theirs)
     assert spent(report) == [once[0], once[1], once[1], once[0], once[1], once[1]]
+
+
+def test_a_caption_that_a_step_does_not_read_is_left_to_the_next_that_does() -> None:
+    """Where cross-attention is reused, keys and values of a caption are not projected."""
+    model, calls = generation("PixArtTransformer2DModel")
+    once = spent(run(model, calls, ON)[1])
+    copied, report = run(model, calls, ON, remade="encoder_hidden_states")
+    assert spent(report) == [once[0], once[1], once[1]] * 2
+    assert close(copied, run(model, calls, OFF)[0])
 
 
 def test_a_changed_weight_is_noticed() -> None:

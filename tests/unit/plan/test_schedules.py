@@ -296,29 +296,34 @@ def test_counts_are_those_of_the_vectors(
     ]
 
 
-# What we recommend: the same numbers, one decision per step and type of module
+# ToCa as it was recommended: the same numbers, one decision per step and type of module
 
 
 @pytest.mark.parametrize(
     ("policy", "sites", "full", "mixed"),
     [
         (
-            "dit-xl-2",
+            "reference/toca-dit-xl-2",
             _dit_sites(256),
             [0, 5, 9, 13, 17, 20, 23, 26, 29, 32, 34, 36, 38, 40, 42, 44, 46, 48],
             [],
         ),
-        ("pixart-alpha", _pixart_sites(256), [0, 4, 7, 10, 13, 16, 19], []),
-        ("opensora", _opensora_sites(15, 1590), [0, 1, 2, 8, 14, 20, 26], [5, 11, 17, 23, 29]),
+        ("reference/toca-pixart-alpha", _pixart_sites(256), [0, 4, 7, 10, 13, 16, 19], []),
         (
-            "flux-dev",
+            "reference/toca-opensora",
+            _opensora_sites(15, 1590),
+            [0, 1, 2, 8, 14, 20, 26],
+            [5, 11, 17, 23, 29],
+        ),
+        (
+            "reference/toca-flux-dev",
             _flux_sites(4096, 512),
             [0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46],
             [],
         ),
     ],
 )
-def test_full_steps_of_the_recommended_policies(
+def test_full_steps_of_the_policies_of_toca(
     policy: str, sites: Matches, full: list[int], mixed: list[int]
 ) -> None:
     plan = make_plan(sites, load_policy(policy), aspect=IMAGE)
@@ -326,9 +331,9 @@ def test_full_steps_of_the_recommended_policies(
     assert _mixed(plan) == mixed
 
 
-def test_recommended_flux_policy_computes_what_the_reference_does() -> None:
+def test_the_policy_of_toca_for_flux_computes_what_that_of_the_authors_does() -> None:
     sites = _flux_sites(4096, 512)
     assert (
-        make_plan(sites, load_policy("flux-dev")).steps
+        make_plan(sites, load_policy("reference/toca-flux-dev")).steps
         == make_plan(sites, load_policy("reference/flux-dev-n4")).steps
     )

@@ -45,8 +45,11 @@ def test_shipped_policies_are_these() -> None:
         "default-image",
         "default-video",
         "digits",
+        "digits-fast",
         "dit-xl-2",
+        "dit-xl-2-fast",
         "flux-dev",
+        "flux-dev-fast",
         "opensora",
         "pixart-alpha",
     }
@@ -56,9 +59,11 @@ def test_shipped_policies_are_these() -> None:
     )
     after_toca = ("fora-dit", "taylorseer-dit", "taylorseer-flux", "hicache-flux", "spectrum-flux")
     duca = ("duca-dit", "duca-dit-vnorm")
+    models = ("digits", "dit-xl-2", "flux-dev", "image", "opensora", "pixart-alpha", "video")
+    toca = [f"toca-{model}" for model in models]
     assert shipped_policies().keys() == recommended | {
         f"reference/{name}"
-        for name in (*dit, *flux, "opensora", "pixart-alpha", *after_toca, *duca)
+        for name in (*dit, *flux, "opensora", "pixart-alpha", *after_toca, *duca, *toca)
     }
 
 
@@ -222,12 +227,16 @@ def test_reference_policies_of_flux_hold_the_authors_numbers(base: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("pixart-alpha", "pixart-alpha"), ("opensora", "opensora"), ("flux-dev", "flux-dev-n4")],
+    [
+        ("toca-pixart-alpha", "pixart-alpha"),
+        ("toca-opensora", "opensora"),
+        ("toca-flux-dev", "flux-dev-n4"),
+    ],
 )
-def test_recommended_policies_have_the_numbers_of_the_reference_and_count(
+def test_policies_of_toca_have_the_numbers_of_the_authors_and_count(
     name: str, reference: str
 ) -> None:
-    ours, theirs = load_policy(name), load_policy(f"reference/{reference}")
+    ours, theirs = load_policy(f"reference/{name}"), load_policy(f"reference/{reference}")
     assert (ours.sampler, ours.guidance, ours.modules, ours.spatial) == (
         theirs.sampler,
         theirs.guidance,
@@ -243,8 +252,8 @@ def test_recommended_policies_have_the_numbers_of_the_reference_and_count(
     assert not any(key == "N.extra_full_steps" for rule in ours.rules for key, _ in rule.overrides)
 
 
-def test_recommended_policy_of_dit_mirrors_the_reference() -> None:
-    ours, theirs = load_policy("dit-xl-2"), load_policy("reference/dit-xl-2-ddim50")
+def test_the_policy_of_toca_for_dit_mirrors_that_of_the_authors() -> None:
+    ours, theirs = load_policy("reference/toca-dit-xl-2"), load_policy("reference/dit-xl-2-ddim50")
     assert (ours.sampler.order, ours.N.phase, ours.rules) == ("ascending", "count", ())
     assert (ours.N.base, ours.N.drift) == (theirs.N.base, -theirs.N.drift)
     assert (ours.R.base, ours.R.step_weight) == (theirs.R.base, -theirs.R.step_weight)

@@ -1,0 +1,1 @@
+"""What forecasts do to the final result, measured, and on which steps to compute because of it."""
