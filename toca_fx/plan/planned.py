@@ -17,7 +17,7 @@ def planned_weights(plan: Plan, timeline: Timeline) -> Iterator[tuple[int, Times
     site, forecast = timeline.sites[0], timeline.forecast
     times = _even_times(plan, timeline)
     full: list[int] = []
-    for call, step in enumerate(plan.steps):
+    for call, step in enumerate(plan.fewest):
         mode = step.modes[site]
         if mode == "full":
             full.append(call)
