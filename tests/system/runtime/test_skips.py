@@ -202,5 +202,7 @@ def test_inductor_sums_alike(grain: str, dtype: str) -> None:
         found, report = generation(toca_fx.compile(model, policy, inner=inner), calls)
         assert report.compiled_graphs == 2
         outputs.append(found)
+    # What is computed a little differently may be rounded up here and down there.
+    most = 0.1 if dtype == "float8_e4m3fn" else 0.03
     for ours, theirs in zip(*outputs, strict=True):
-        assert (ours - theirs).float().norm() <= 0.03 * theirs.float().norm()
+        assert (ours - theirs).float().norm() <= most * theirs.float().norm()
