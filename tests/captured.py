@@ -12,7 +12,7 @@ from tests.helpers import capture_calls
 from toca_fx.capture.aten import to_aten
 from toca_fx.graph import roles
 from toca_fx.lower.analysis import Analysis
-from toca_fx.lower.compiler import Inner
+from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.program import Program
 from toca_fx.match.matcher import match
 from toca_fx.plan.plan import Plan
@@ -40,7 +40,7 @@ class Captured:
         """What ``policy`` makes of the model."""
         return self._planner(policy).plan(num_steps)
 
-    def compile(self, policy: Policy, inner: str = "eager") -> Callable[[Flat], Tensor]:
+    def compile(self, policy: Policy, inner: Compiler = "eager") -> Callable[[Flat], Tensor]:
         """What ``toca_fx.compile`` gives, as a function from flat inputs to the first output."""
         program = Program(Analysis(self._aten, self._planner(policy)), Inner(inner))
         runner, key = Runner(program, self.inputs[0]), ModelKey()

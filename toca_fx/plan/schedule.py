@@ -56,7 +56,9 @@ def site_column(
 def state_column(
     state: Site, indices: Sequence[int], skipped: frozenset[int]
 ) -> tuple[Modes, tuple[int, ...]]:
-    """The modes of the model's state: every step that computes it writes its memory."""
+    """The modes of the model's state: every step that computes it writes it, if any reads it."""
+    if not skipped:
+        return ("compute",) * len(indices), (state.tokens,) * len(indices)
     modes = tuple("reuse" if s in skipped else "full" for s in indices)
     return modes, tuple(0 if mode == "reuse" else state.tokens for mode in modes)
 

@@ -2,12 +2,13 @@
 
 Full steps write the tensor that holds the oldest value, which is the newest from then on. Steps
 that read a history get its weights as a tensor [H]; unknown values, of a generation that has just
-begun or lost its memories, weigh nothing.
+begun or lost its memories, are 0 and weigh nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,16 @@ class _Line:
         self._weights = buffers[Buffer("weights", self.site)]
         self.tensors = {Buffer("weights", site): self._weights for site in self.sites}
         self.moments: list[Moment] = []
-        self.turn = 0
+        self.turn, self._written = 0, False
         self._hand_out()
+
+    def clear(self) -> None:
+        """Forget all values: a weight of 0 takes away no NaN that is left of them."""
+        self.moments.clear()
+        if self._written:
+            for value in chain.from_iterable(self._values):
+                value.zero_()
+        self._written = False
 
     def _hand_out(self) -> None:
         """Say which tensor is which: the newest value is that of the ``turn``."""
@@ -52,7 +61,12 @@ class _Line:
 
     def turn_over(self) -> None:
         """Make the oldest value the newest: the step that comes writes it."""
-        self.turn = (self.turn + 1) % len(self._weights)
+        self.turn, self._written = (self.turn + 1) % len(self._weights), True
+        self._hand_out()
+
+    def take_over(self, other: _Line) -> None:
+        """Go on with what ``other`` knows, whose tensors ours hold the values of."""
+        self.moments, self.turn, self._written = list(other.moments), other.turn, True
         self._hand_out()
 
     def weigh(self, now: Moment) -> None:
@@ -107,7 +121,7 @@ class Histories:
     def clear(self) -> None:
         """Forget all values."""
         for line in self._lines:
-            line.moments.clear()
+            line.clear()
 
     def prepare(self, step: StepPlan, now: Moment) -> None:
         """Hand out the tensors and weights of a step that comes."""
@@ -140,6 +154,5 @@ class Histories:
     def take_over(self, other: Histories) -> None:
         """Go on with what ``other`` knows; the tensors hold the same values already."""
         for own, given in zip(self._lines, other._lines, strict=True):
-            own.moments, own.turn = list(given.moments), given.turn
-            own._hand_out()
+            own.take_over(given)
         self._collect()

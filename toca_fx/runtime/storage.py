@@ -42,7 +42,7 @@ class Storage:
     def clear(self) -> None:
         """Begin a generation; what a full step writes before it is read stays."""
         for buffer, tensor in self.buffers.items():
-            if not buffer.written_first:
+            if not buffer.written_first and buffer.role != "cache":  # the histories have those
                 tensor.zero_()
         self.forget_steps()
         self.hoisted.clear()
