@@ -15,7 +15,7 @@ same, and concatenations that are written part by part.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +111,8 @@ class _Value:
     """What a node computes, shared by all views of it.
 
     It lies in ``buffer`` once it is ``written``; until then it is computed from ``reads`` in
-    ``ops`` operations, by a ``fused`` kernel or a reduction.
+    ``ops`` operations, by a ``fused`` kernel or a reduction. ``counted`` are the reads that the
+    compiler knows of when it decides what to write (None: those).
     """
 
     buffer: Allocation
@@ -119,6 +120,7 @@ class _Value:
     ops: int = 0
     fused: bool = True
     written: bool = False
+    counted: Collection[_Read] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ class _View:
         if self.straight:
             return self.value.reads
         return {(buffer, (key, self.key)): False for buffer, key in self.value.reads}
+
+    def counted(self) -> Collection[_Read]:
+        counted = self.value.counted
+        if self.value.written or counted is None:
+            return self.reads()
+        return counted if self.straight else [(buffer, (key, self.key)) for buffer, key in counted]
 
 
 def kernels_of(
@@ -302,6 +310,7 @@ class _Lowering:
             reads = dict.fromkeys(reads, False)
         ops = _OPS.get(name, _OPS_OF_ONE) + sum(view.value.ops for view in operands)
         value = _Value(self._buffer(node, output), reads, ops, fused=name not in _REDUCTIONS)
+        value.counted = set().union(*(view.counted() for view in operands))
         self._seen[node] = _View(value)
         if name in _REDUCTIONS:
             self._write(value)
@@ -309,13 +318,21 @@ class _Lowering:
             self._write_if_reused(node, value, 2 if name in _NORMS else 0)  # mean and variance
 
     def _write_if_reused(self, node: fx.Node, value: _Value, more_reads: int) -> None:
-        """Materialise a value that reads too much, or reads a lot and is used more than once."""
-        reads = len(value.reads) + more_reads
+        """Materialise a value that reads a lot and is used more than once.
+
+        One that reads too much is a buffer for the compiler too, but if it is used once the kernel
+        that reads it also computes it.
+        """
+        counted = value.reads if value.counted is None else value.counted
+        reads = len(counted) + more_reads
         users = sum(2 if operator_name(user.target) in _TWICE else 1 for user in node.users)
-        if not value.written and users:
-            most = _READS_IF_REUSED if users > 1 else _MOST_READS
-            if reads > most or value.ops > _MOST_OPS:
+        if value.written or not users:
+            return
+        if reads > (_READS_IF_REUSED if users > 1 else _MOST_READS) or value.ops > _MOST_OPS:
+            if users > 1:
                 self._write(value)
+            else:
+                value.counted, value.ops = {(value.buffer, None)}, 0
 
 
 def _joined(operands: Iterable[_View]) -> dict[_Read, bool]:

@@ -29,10 +29,11 @@ DTYPES = ("float32", "bfloat16")
 @cache
 @torch.no_grad()
 def lower(
-    model: str, dtype: str, interval: int = 3
+    model: str, dtype: str, interval: int = 3, grain: str = "module", order: int = 0
 ) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
     """The steps of a generation by kind, and what was lowered for each; once for all tests."""
-    policy = make_policy(N={"base": interval})
+    forecast = {"basis": "newton", "order": order}
+    policy = make_policy(N={"base": interval}, cache={"grain": grain}, forecast=forecast)
     steps: dict[str, CompiledStep] = {}
     found: dict[str, Lowered] = {}
     with made_up_cuda():
@@ -107,3 +108,54 @@ def test_launches_of_a_partial_step() -> None:
     assert body.count("extern_kernels.addmm(") == 2
     assert body.count(".run(") <= 5
     assert "device=device(type='cpu')" not in body
+
+
+def body_of(code: str) -> str:
+    """The calls of kernels in generated code."""
+    return code[code.rindex("def call(") :]
+
+
+@pytest.mark.parametrize(
+    "model", slow_but(["DiTTransformer2DModel"], MODELS, "one system lowered for a GPU is enough")
+)
+def test_a_skip_forecasts_in_one_kernel(model: str) -> None:
+    """The sum over a history is fused with what follows, the weights are read on the device, and
+    what a skip leaves out is not there.
+    """
+    steps, found = lower(model, "bfloat16", grain="output", order=2)
+    assert set(steps) == {"full", "skip"}
+    assert not steps["skip"].conditions
+    (code,) = found["skip"].codes
+    assert body_of(code).count(".run(") == len(
+        steps["skip"].graph.module.graph.find_nodes(op="output")[0].all_input_nodes
+    )
+    assert "extern_kernels" not in body_of(code)
+    assert ".cpu()" not in code
+    (kernel, *_) = found["skip"].kernels
+    assert kernel.source.count("tl.load(") == 3 + 3, "values and weights"
+    assert ".to(tl.float32)" in kernel.source
+
+
+def test_a_skip_of_the_state_runs_the_output_layers() -> None:
+    _, found = lower("DiTTransformer2DModel", "bfloat16", grain="model", order=2)
+    (code,) = found["skip"].codes
+    # One product, that to patches. The sum, the norm and the modulation are one kernel; the patches
+    # are put in order by another.
+    products = body_of(code).count("extern_kernels.")
+    assert (products, body_of(code).count(".run(")) == (1, 2)
+    assert not found["skip"].calls("attention")
+
+
+def test_histories_of_modules_add_no_launch() -> None:
+    """The weighted sum is computed where the cache was read."""
+    _, reused = lower("DiTTransformer2DModel", "bfloat16")
+    _, forecast = lower("DiTTransformer2DModel", "bfloat16", order=2)
+    for kind in ("full", "partial"):
+        launches = [
+            sum(body_of(code).count(".run(") for code in each[kind].codes)
+            for each in (reused, forecast)
+        ]
+        if kind == "full":
+            assert launches[0] == launches[1]
+        else:  # the newest value is written besides
+            assert launches[1] <= launches[0] + 1

@@ -36,12 +36,23 @@ from toca_fx.rewrite.tensors import Tensors
 MIB = 2**20
 
 # Real widths and few blocks; two equal ones make pieces of a graph.
-CASES: dict[str, tuple[dict[str, int], str]] = {
-    "dit-xl-2-256": ({"num_layers": 3}, "reference/toca-dit-xl-2"),
-    "pixart-alpha-256": ({"num_layers": 3}, "reference/toca-pixart-alpha"),
-    "latte-256": ({"num_layers": 2}, "reference/toca-video"),
-    "flux-dev-1024": ({"num_layers": 2, "num_single_layers": 2}, "reference/toca-flux-dev"),
+BLOCKS: dict[str, dict[str, int]] = {
+    "dit-xl-2-256": {"num_layers": 3},
+    "pixart-alpha-256": {"num_layers": 3},
+    "latte-256": {"num_layers": 2},
+    "flux-dev-1024": {"num_layers": 2, "num_single_layers": 2},
 }
+CASES: list[tuple[str, str, set[str]]] = [
+    ("dit-xl-2-256", "reference/toca-dit-xl-2", {"full", "partial"}),
+    ("dit-xl-2-256", "reference/taylorseer-dit", {"full", "partial"}),
+    ("dit-xl-2-256", "reference/duca-dit", {"full", "mixed", "partial", "skip"}),
+    ("dit-xl-2-256", "dit-xl-2", {"full", "skip"}),
+    ("pixart-alpha-256", "reference/toca-pixart-alpha", {"full", "partial"}),
+    ("latte-256", "reference/toca-video", {"full", "partial"}),
+    ("flux-dev-1024", "reference/toca-flux-dev", {"full", "partial"}),
+    ("flux-dev-1024", "reference/taylorseer-flux", {"full", "partial"}),
+    ("flux-dev-1024", "reference/spectrum-flux", {"full", "skip"}),
+]
 
 
 class Allocator(TorchDispatchMode):
@@ -106,12 +117,11 @@ def code_on_fakes() -> Iterator[None]:
         yield
 
 
-def analysis(preset: str) -> tuple[Analysis, list[Any], FakeTensorMode]:
+def analysis(preset: str, policy: str) -> tuple[Analysis, list[Any], FakeTensorMode]:
     """A preset with few blocks on the GPU, its inputs, and the mode that they are fake tensors
     of.
     """
-    config, policy = CASES[preset]
-    example = PRESETS[preset]
+    config, example = BLOCKS[preset], PRESETS[preset]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         module, call = fake_example(
@@ -141,16 +151,19 @@ def simulated(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "preset", slow_but(["dit-xl-2-256"], CASES, "real widths lowered for a GPU; one is enough")
+    ("preset", "policy", "kinds"),
+    slow_but(
+        [CASES[0], CASES[3]], CASES, "real widths lowered for a GPU; of each method one is enough"
+    ),
 )
-def test_what_compiled_steps_allocate(preset: str) -> None:
+def test_what_compiled_steps_allocate(preset: str, policy: str, kinds: set[str]) -> None:
     with code_on_fakes():
-        found, inputs, mode = analysis(preset)
+        found, inputs, mode = analysis(preset, policy)
         plan = found.plan(None)
         found.flops(plan)
         peak = predict(found, plan)
         steps = {step.modes: memory._worst(plan, step.modes) for step in plan.steps}
-        assert {step.kind for step in steps.values()} == {"full", "partial"}
+        assert {step.kind for step in steps.values()} == kinds
         worst = 0
         for modes, step in steps.items():
             counted = found.costs(plan)[modes]
