@@ -4,6 +4,7 @@ what their histories may be kept in.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,6 +151,39 @@ def test_a_report_says_what_was_explained(sections: dict[str, Any]) -> None:
     ]
     whole = [site for site in told.sites if not site.path]
     assert all(f"{site.kind:<18}     1" in str(report) for site in whole)
+
+
+class Convolutions(nn.Module):
+    """Blocks without attention and MLP: no site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.embed = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x * self.embed(t[:, None])[:, :, None, None]
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("grain", "skips", "warned"), [("output", 4, False), ("model", 4, True), ("module", 0, True)]
+)
+def test_a_model_without_any_site(
+    grain: str, skips: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    policy = make_policy(sampler={"steps": 6}, N={"base": 3}, cache={"grain": grain})
+    fast = toca_fx.compile(Convolutions(), policy, inner="eager")
+    with torch.no_grad(), toca_fx.session(6) as run:
+        outputs = [fast(x, t / 1000) for x, t, _ in make_inputs(6)]
+    assert run.report().kinds.get("skip", 0) == skips
+    assert [torch.equal(outputs[0], other) for other in outputs[1:3]] == [skips > 0] * 2
+    assert not torch.equal(outputs[0], outputs[3])
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert bool(warnings) == warned
 
 
 # What histories are kept in
