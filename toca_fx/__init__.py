@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toca_fx.match.anchors import register_attention as register_attention
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
+    from toca_fx.quality.calibrate import calibrate as calibrate
     from toca_fx.runtime.context import branch as branch
     from toca_fx.runtime.context import session as session
     from toca_fx.runtime.report import Report as Report
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "toca_fx.backend",
+    "calibrate": "toca_fx.quality.calibrate",
     "explain": "toca_fx.describe.explain",
     "Explanation": "toca_fx.describe.explanation",
     "register_attention": "toca_fx.match.anchors",
@@ -46,6 +48,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "branch",
+    "calibrate",
     "compile",
     "explain",
     "load_policy",

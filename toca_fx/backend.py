@@ -29,6 +29,7 @@ from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
 from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.planner import Planner
+from toca_fx.plan.units import whole_model
 from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
 from toca_fx.runtime.context import current_place
@@ -221,9 +222,10 @@ class Dispatcher:
         if aten.meta["writes"]:
             verify(self._captured, aten, inputs)
         matches = match(aten.graph)
-        if not matches.sites:
+        policy = self._choose(aten.graph)
+        if not matches.sites and not whole_model(policy, matches):
             log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
-        planner = Planner(self._choose(aten.graph), matches, roles.aspect(aten.graph))
+        planner = Planner(policy, matches, roles.aspect(aten.graph))
         runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)
         return runner, aten.meta["updates"]
 

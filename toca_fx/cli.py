@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_validate(subparsers)
     add_explain(subparsers)
+    add_tune(subparsers)
     add_bench(subparsers)
     add_demo(subparsers)
     return parser
@@ -208,6 +209,58 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def add_tune(subparsers: Subparsers) -> None:
+    """Add `tune TARGET`, which makes a policy for a model and its sampler.
+
+    The exit status is 0, 1 for problems, 2 for unknown names.
+    """
+    parser = subparsers.add_parser(
+        "tune",
+        help="make a policy for a model and its sampler",
+        description=(
+            "Place full steps where a model and its sampler need them most: one generation is "
+            "recorded, others refine. Writes a policy, in which the other steps are forecasts."
+        ),
+        epilog="exit status: 0 done, 1 the policy or the runs have problems, 2 no such target",
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help=(
+            "module:function or file.py:function, a function that returns a model (or a diffusers "
+            "pipeline) and a list of runs: functions run(model) that sample and return the final "
+            "latents, or keyword arguments for the pipeline"
+        ),
+    )
+    parser.add_argument(
+        "--place-only",
+        action="store_true",
+        required=True,
+        help="place full steps; there is no other search yet",
+    )
+    parser.add_argument(
+        "--full", type=_positive, default=21, help="number of full steps (default: 21)"
+    )
+    parser.add_argument(
+        "--order", type=int, choices=(0, 1, 2), help="of the forecast (default: 1 or 2, the better)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=8.0,
+        help="uncached generations that the refinement may take the time of (default: 8)",
+    )
+    parser.add_argument("--policy", help="shipped name or path of what to start from")
+    parser.add_argument("--output", metavar="FILE", help="the policy to write (default: print it)")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from toca_fx import tune_command
+
+    return tune_command.main(arguments)
 
 
 def add_bench(subparsers: Subparsers) -> None:

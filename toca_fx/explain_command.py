@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,13 +13,10 @@ from torch import nn
 
 from toca_fx.describe.explain import explain
 from toca_fx.diagnostics import PolicyError, UnsupportedModelError, did_you_mean
+from toca_fx.named import UnknownModelError, function_named
 from toca_fx.policy import load_policy
 
 DONE, PROBLEMS, UNKNOWN = 0, 1, 2
-
-
-class UnknownModelError(LookupError):
-    """No model goes by that name; the message says what does."""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -54,7 +47,7 @@ def _model(name: str, batch: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """The model called ``name`` and the keyword arguments of one call."""
     if ":" not in name:
         return _of_diffusers(name, batch)
-    made = _function(name)(**({} if batch is None else {"batch": batch}))
+    made = function_named(name)(**({} if batch is None else {"batch": batch}))
     if not (
         isinstance(made, tuple)
         and len(made) == 2
@@ -99,39 +92,3 @@ def _of_diffusers(name: str, batch: int | None) -> tuple[nn.Module, dict[str, An
         f"unknown model `{name}`{close} (presets: {', '.join(diffusers.PRESETS)}; else a "
         "transformer class of diffusers, module:function or file.py:function)"
     )
-
-
-def _function(name: str) -> Callable[..., object]:
-    """What ``module:function`` or ``file.py:function`` names."""
-    source, _, attribute = name.rpartition(":")
-    module = _file(source) if source.endswith(".py") else _module(source)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise UnknownModelError(
-            f"{source} has no function `{attribute}`{did_you_mean(attribute, known)}"
-        )
-    found: Callable[..., object] = function
-    return found
-
-
-def _module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as with `python -m`
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # it is there, and something that it imports is not
-        raise UnknownModelError(
-            f"there is no module `{name}` (looked in the current folder and on sys.path)"
-        ) from error
-
-
-def _file(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toca_fx_explained", path)
-    if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise UnknownModelError(f"there is no file `{path}`")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -66,9 +66,9 @@ def main(names: Sequence[str]) -> int:
     print(f"{supported} classes of {len(rows)} with at least {SUPPORTED_SHARE:.0%}")
     if not names:
         unsupported = sorted(UNSUPPORTED.items())
-        rows += [f"| {name} | | | | | | not built: {why} |" for name, why in unsupported]
-    columns = "| class | self | cross | joint | MLP | block FLOPs in sites | |"
-    table = "\n".join([columns, "|---|---|---|---|---|---|---|", *rows])
+        rows += [f"| {name} | | | | | | | not built: {why} |" for name, why in unsupported]
+    columns = "| class | self | cross | joint | MLP | block FLOPs in sites | grain of the model | |"
+    table = "\n".join([columns, "|---|---|---|---|---|---|---|---|", *rows])
     if names:
         print(table)
         return 0
@@ -83,13 +83,13 @@ def _row_or_reason(name: str) -> str:
         return row(name)
     except Exception as error:  # a model may fail in any way: the table says so
         print(f"{name}: {error}", file=sys.stderr)
-        return f"| {name} | | | | | | {type(error).__name__}: {str(error).splitlines()[0]} |"
+        return f"| {name} | | | | | | | {type(error).__name__}: {str(error).splitlines()[0]} |"
 
 
 def row(name: str) -> str:
     """One line of the table."""
     if name in REFUSED:
-        return f"| {name} | | | | | | {REFUSED[name]} |"
+        return f"| {name} | | | | | | | {REFUSED[name]} |"
     model, inputs = build(examples()[name])
     with torch.no_grad():
         # Some make tables of positions at their first call, in ways that Dynamo does not follow.
@@ -104,8 +104,9 @@ def row(name: str) -> str:
     attentions = "" if matched == all_ else f"{matched} of {all_} attentions"
     notes = "; ".join(filter(None, (attentions, PARTLY.get(name))))
     mlps = f"{found.mlps[0]} of {found.mlps[1]}"
+    model_grain = f"its output only: {found.uncut}" if found.uncut else "yes"
     print(name, f"{found.share:.3f}", flush=True)
-    return f"| {name} | {sites} | {mlps} | {found.share:.1%} | {notes} |"
+    return f"| {name} | {sites} | {mlps} | {found.share:.1%} | {model_grain} | {notes} |"
 
 
 if __name__ == "__main__":

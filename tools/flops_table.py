@@ -41,7 +41,7 @@ from toca_fx.graph.network import needed
 from toca_fx.graph.roles import aspect
 from toca_fx.lower.flops import count_flops
 from toca_fx.match.matcher import match
-from toca_fx.match.sites import Matches, Site
+from toca_fx.match.sites import Site
 from toca_fx.plan.plan import Plan, StepPlan
 from toca_fx.plan.planner import make_plan
 from toca_fx.plan.schedule import Modes
@@ -68,7 +68,7 @@ class Model:
     title: str
     stacks: Mapping[str, int]
     build: Callable[[Mapping[str, int]], Built]
-    published: Mapping[str, float]  # by reference policy
+    published: Mapping[str, float | None]  # by reference policy; None: not known to us
 
 
 def _preset(
@@ -97,7 +97,13 @@ MODELS = {
         "DiT-XL/2 256, guidance",
         {"transformer_blocks": 28},
         _preset("dit-xl-2-256", _BLOCKS, 2, torch.float32),
-        {"dit-xl-2-ddim50": 2.32, "dit-xl-2-ddpm250": 2.73},
+        {
+            "dit-xl-2-ddim50": 2.32,
+            "dit-xl-2-ddpm250": 2.73,
+            "fora-dit": None,
+            "taylorseer-dit": 3.57,
+            "duca-dit": None,
+        },
     ),
     "pixart": Model(
         "PixArt-alpha 256, guidance, 27 text tokens",
@@ -109,7 +115,13 @@ MODELS = {
         "FLUX.1-dev 1024, 512 text tokens",
         {"transformer_blocks": 19, "single_transformer_blocks": 38},
         _preset("flux-dev-1024", _BLOCKS, 1, torch.bfloat16),
-        {"flux-dev-n4": 2.94, "flux-dev-n5": 3.30, "flux-dev-n6": 3.76},
+        {
+            "flux-dev-n4": 2.94,
+            "flux-dev-n5": 3.30,
+            "flux-dev-n6": 3.76,
+            "taylorseer-flux": None,
+            "spectrum-flux": None,
+        },
     ),
     "opensora": Model(
         f"Open-Sora 1.2 480p 2 s, guidance, {OPEN_SORA_TEXT} text tokens",
@@ -136,10 +148,11 @@ class Row:
     projections: int
     captions: int
     full_share: float
-    partial_share: float
+    partial_share: float | None
+    skip_share: float | None
     modules: Mapping[str, float]  # by kind, share of the uncached run
     cache_bytes: int
-    published: float
+    published: float | None
 
     @property
     def ratio(self) -> float:
@@ -152,9 +165,9 @@ class Row:
         return self.uncached / (self.done - self.scoring + self.projections + self.captions)
 
     @property
-    def difference(self) -> float:
+    def difference(self) -> float | None:
         """The relative difference of ``ratio_as_published`` from the published figure."""
-        return self.ratio_as_published / self.published - 1
+        return None if self.published is None else self.ratio_as_published / self.published - 1
 
 
 class Count:
@@ -237,8 +250,11 @@ class Count:
         """Count all steps of a reference policy."""
         policy = load_policy(f"reference/{policy_name}")
         shallow = make_plan(self._matches, policy, aspect=self._aspect)
-        sites, like = self._deep
-        plan = make_plan(Matches(sites, ()), policy, aspect=self._aspect)
+        modules, like = self._deep
+        deep = dataclasses.replace(self._matches, sites=modules, misses=())
+        plan = make_plan(deep, policy, aspect=self._aspect)
+        sites, own = plan.sites, len(self._matches.sites)
+        like = (*like, *range(own, own + plan.whole))
         steps: dict[Modes, _Step] = {}
         uncached, once = self.total(self.uncached), self.total(self._once)
         totals: list[int] = []
@@ -261,8 +277,13 @@ class Count:
                 for site, mode in zip(sites, step.modes, strict=True)
                 if mode == "reuse" and site.kind == "joint_attention"
             )
-        done = zip(plan.steps, totals, strict=True)
-        partial = [total for step, total in done if step.kind == "partial"]
+
+        def share(kind: str) -> float | None:
+            found = [
+                total for step, total in zip(plan.steps, totals, strict=True) if step.kind == kind
+            ]
+            return sum(found) / len(found) / uncached if found else None
+
         made = Tensors(self._aten, shallow)
         kept = [made.new(buffer._replace(site=like[buffer.site])) for buffer in plan.kept]
         return Row(
@@ -274,8 +295,9 @@ class Count:
             projections,
             captions,
             totals[0] / uncached,
-            sum(partial) / len(partial) / uncached,
-            Counter(site.kind for site in sites),
+            share("partial"),
+            share("skip"),
+            Counter(site.kind for site in modules),
             sum(tensor.nbytes for tensor in kept),
             self.model.published[policy_name],
         )
@@ -297,7 +319,7 @@ class Count:
             modes[i].add(mode)
         if any(len(found) > 1 for found in modes.values()):
             raise ValueError(f"on step {step.index} blocks differ in mode; use --whole")
-        return tuple(next(iter(modes[i])) for i in range(len(self._matches.sites)))
+        return tuple(next(iter(modes[i])) for i in sorted(modes))
 
     def _step(self, graph: Any, plan: Plan) -> _Step:
         """FLOPs of a step graph, in four parts.
@@ -374,9 +396,9 @@ def rows(name: str, *, whole: bool = False) -> list[Row]:
 
 
 _HEAD = (
-    "| model | policy | sites | uncached TFLOPs: step, run | full step | partial step "
+    "| model | policy | sites | uncached TFLOPs: step, run | full step | partial step | skip "
     "| done: TFLOPs, ratio | of it scoring | as published | published | difference | cache MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -388,15 +410,20 @@ def _line(title: str, row: Row) -> str:
         kinds,
         f"{row.uncached / row.steps / 1e12:.4g}, {row.uncached / 1e12:.5g}",
         f"{row.full_share:.1%}",
-        f"{row.partial_share:.1%}",
+        _or_nothing(row.partial_share, ".1%"),
+        _or_nothing(row.skip_share, ".2%"),
         f"{row.done / 1e12:.5g}, **{row.ratio:.3f}**",
         f"{row.scoring / row.done:.1%}",
         f"**{row.ratio_as_published:.3f}**",
-        f"{row.published:.2f}",
-        f"{row.difference:+.1%}",
+        _or_nothing(row.published, ".2f"),
+        _or_nothing(row.difference, "+.1%"),
         f"{row.cache_bytes / 2**20:.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _or_nothing(figure: float | None, form: str) -> str:
+    return "" if figure is None else format(figure, form)
 
 
 _INTRODUCTION = """\

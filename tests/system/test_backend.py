@@ -335,9 +335,9 @@ def test_the_policy_from_the_environment(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="toca_fx")
-    monkeypatch.setenv("TOCA_POLICY", "default-image")
+    monkeypatch.setenv("TOCA_POLICY", "reference/toca-image")
     assert kinds(toca_fx.compile(model, inner="eager")) == ["full", "full", "partial", "partial"]
-    assert chosen(caplog) == ["policy `default-image` (from TOCA_POLICY)"]
+    assert chosen(caplog) == ["policy `reference/toca-image` (from TOCA_POLICY)"]
     caplog.clear()
     assert kinds(toca_fx.compile(model, SMALLEST, inner="eager")) == ["full", "partial"] * 2
     assert chosen(caplog) == [], "a policy that is given comes first"

@@ -124,7 +124,8 @@ def test_explain_a_function(
     assert main(["explain", "factory:make", "--batch", "4", "--format", "json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["policy"] == "default-image"
-    assert [site["path"] for site in data["sites"]] == ["blocks.0.mlp", "blocks.1.mlp"]
+    sites = {site["path"]: site["kind"] for site in data["sites"]}
+    assert sites == {"blocks.0.mlp": "mlp", "blocks.1.mlp": "mlp", "": "output"}
     assert data["flops"]["uncached"] == 50 * 2 * (2 * 4 * 9 * 8 * 16) * 2
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import toca_fx
+from toca_fx.plan.schedule import full_steps
 from toca_fx.policy import Action, Forecast, Interval, Policy, Ratio, Scores
 from toca_fx.runtime.context import Run
 
@@ -95,8 +96,9 @@ class Field:
 
     def alternatives(self, policy: Policy) -> list[Contestant]:
         """Other caches, as far as they are installed and take this model."""
-        reused = self.toca(f"FORA, N = {policy.N.base}", fora(policy))
-        return [reused, *self._of_diffusers(), *self._of_cache_dit()]
+        reused = fora(policy)
+        ours = self.toca(f"FORA, N = {reused.N.base}", reused)
+        return [ours, *self._of_diffusers(), *self._of_cache_dit()]
 
     def _of_diffusers(self) -> list[Contestant]:
         """First-block cache and pyramid attention broadcast, as their documentation sets them."""
@@ -174,9 +176,19 @@ def _fresh_hooks(model: Any) -> AbstractContextManager[Any]:
 
 
 def fora(policy: Policy) -> Policy:
-    """FORA: between full steps, at the same constant interval, everything is reused."""
+    """FORA: between full steps, at the same constant interval, everything is reused.
+
+    Where full steps are listed, the interval is the one that leaves about as many.
+    """
     reused = tuple((kind, Action("reuse")) for kind, _ in policy.modules)
-    interval = Interval(policy.N.base, first=policy.N.first, last=policy.N.last)
+    steps = range(policy.sampler.steps)
+    listed = policy.N.full_steps is not None
+    base = (
+        round(len(steps) / len(full_steps(policy.N, steps, len(steps))))
+        if listed
+        else policy.N.base
+    )
+    interval = Interval(max(1, base), first=policy.N.first, last=policy.N.last)
     return replace(
         policy,
         name="fora",
@@ -184,6 +196,8 @@ def fora(policy: Policy) -> Policy:
         R=Ratio(1.0),
         modules=reused,
         skip="none",
+        gate=None,
+        cache=replace(policy.cache, grain="module"),
         forecast=Forecast(),
         rules=(),
     )

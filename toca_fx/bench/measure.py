@@ -77,9 +77,11 @@ def run_bench(
     plain, ours = field.uncached(), field.toca("toca", policy)
     # Before there are others, which hold memory too.
     memory = _warm_up_and_weigh(plain, ours, calls, gpu)
-    others = []
+    others = list[Contestant]()
     if alternatives:
-        others = [field.toca("unscored", unscored(policy)), *field.alternatives(policy)]
+        chooses = any("partial" in record.step.modes for record in ours.run.report().steps)
+        others = [field.toca("unscored", unscored(policy))] if chooses else []
+        others += field.alternatives(policy)
     recorded = [] if gpu is None else [field.uncached_recorded()]
     failed = {
         other.name: reason

@@ -235,7 +235,7 @@ def summarize(
         kinds=kinds,
         limits=limits,
         selection=report.selection_seconds
-        / max(1, sum(record.kind != "full" for record in report.steps)),
+        / max(1, sum("partial" in record.step.modes for record in report.steps)),
         scoring=scoring["partial"],
         scoring_full=scoring["full"],
         recordings=report.launches,

@@ -48,10 +48,15 @@ def _steps(result: BenchResult, title: str) -> Table:
     for name, kind in rows:
         least = result.limits.seconds(kind.flops, kind.bytes)
         share, work = kind.seconds / result.uncached.seconds, kind.flops / result.uncached.flops
-        fresh = f"{kind.fresh:.1f}" if kind.kind not in ("uncached", "full") else "all"
+        fresh = {"uncached": "all", "full": "all", "skip": "none"}.get(kind.kind)
         times = [_ms(kind.seconds), *[_ms(kind.host)] * behind]
         table.add_row(
-            name, fresh, *times, f"{share:.3f}", f"{work:.3f}", f"{least / kind.seconds:.0%}"
+            name,
+            fresh or f"{kind.fresh:.1f}",
+            *times,
+            f"{share:.3f}",
+            f"{work:.3f}",
+            f"{least / kind.seconds:.0%}",
         )
     return table
 
@@ -163,7 +168,7 @@ def chart(results: Sequence[BenchResult], path: str) -> None:
             same = [kind for kind in result.kinds if kind.kind == name]
             work = [kind.flops / full.flops for kind in same]
             times = [kind.seconds * 1e3 for kind in same]
-            ax.plot(work, times, "os."[at % 3], color=f"C{at}", label=name)
+            ax.plot(work, times, "os^."[at % 4], color=f"C{at}", label=name)
             if any(kind.host != kind.seconds for kind in same):
                 times = [kind.host * 1e3 for kind in same]
                 ax.plot(work, times, "x", color=f"C{at}", label=f"{name}, host")

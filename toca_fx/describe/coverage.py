@@ -22,13 +22,15 @@ class Coverage:
     ``found`` are the numbers of sites by kind; ``attentions`` and ``mlps`` are pairs, those found
     and all in the blocks. ``share`` is that of the blocks' FLOPs that fall away when all sites are
     taken from their caches. Blocks are the numbered modules that have a residual stream: the layers
-    of a timestep embedder are numbered, too.
+    of a timestep embedder are numbered, too. ``uncut`` says why a step without any block cannot
+    begin at the model's state ("" if it can).
     """
 
     found: dict[str, int]
     attentions: tuple[int, int]
     mlps: tuple[int, int]
     share: float
+    uncut: str
 
 
 def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
@@ -51,4 +53,5 @@ def coverage(module: fx.GraphModule, matches: Matches) -> Coverage:
         attentions=(sum(name not in left_over for name in attentions), len(attentions)),
         mlps=(len(mlps), len(mlps) + missed),
         share=(total - left) / total if total else 0.0,
+        uncut=matches.uncut,
     )

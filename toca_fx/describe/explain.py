@@ -72,7 +72,8 @@ def explain(
     return Explanation(
         model=name,
         policy=chosen.name,
-        steps=tuple((step.index, step.kind) for step in plan.steps),
+        steps=tuple((step.index, step.kind) for step in plan.fewest),
+        full_range=plan.full_range,
         kinds=tuple(_kinds(found, plan)),
         sites=_sites(plan, chosen, _gathers(found, plan), kept_by(found, plan)),
         skipped=tuple(_skipped(miss, found.aten.graph) for miss in found.matches.misses),
@@ -94,7 +95,7 @@ def explain(
 def _kinds(found: Analysis, plan: Plan) -> Iterator[KindExplanation]:
     """How many steps of each kind there are, and their work."""
     for kind in KINDS:
-        work = [found.step_flops(plan, step) for step in plan.steps if step.kind == kind]
+        work = [found.step_flops(plan, step) for step in plan.fewest if step.kind == kind]
         if work:
             share = sum(work) / len(work) / max(1, found.uncached_flops)
             yield KindExplanation(kind, len(work), share)
@@ -135,8 +136,8 @@ def _sites(
             tokens=site.tokens,
             action=own.action.mode,
             says=_says(policy, site.kind, site.path, site.layer),
-            modes=tuple(step.modes[i] for step in plan.steps),
-            computed=tuple(step.fresh[i] for step in plan.steps),
+            modes=tuple(step.modes[i] for step in plan.fewest),
+            computed=tuple(step.fresh[i] for step in plan.fewest),
             influence=path(site.influence),
             entropy=path(site.entropy),
             scores=tuple(own.scores.weights.items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,13 +26,14 @@ class KindExplanation:
 class Explanation:
     """What ``toca_fx.explain`` returns; ``str()`` gives a page to read, ``to_dict()`` everything.
 
-    ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps. ``uncut``
-    says why the output layers cannot be cut off, so that a memory of the model is one of its output
-    ("" if they can). ``cache_bytes`` is what one guidance branch keeps, histories included,
-    ``hoisted_bytes`` what it computes ahead of the steps, of one timestep. ``peak_bytes`` is all
-    that a generation of one branch adds to the weights at its peak on a GPU, rounded as its
-    allocator does. ``step_bytes`` of it is what the worst step takes while it runs;
-    ``listed_bytes`` comes on top in a session that knows its timesteps. On a GPU steps are
+    ``steps`` are (s, kind) in the order of the calls; the FLOPs are those of all steps. Where a
+    gate decides, both are of as few full steps as it may leave, and ``full_range`` is how many may
+    be full, from least to most. ``uncut`` says why the output layers cannot be cut off, so that a
+    memory of the model is one of its output ("" if they can). ``cache_bytes`` is what one guidance
+    branch keeps, histories included, ``hoisted_bytes`` what it computes ahead of the steps, of one
+    timestep. ``peak_bytes`` is all that a generation of one branch adds to the weights at its peak
+    on a GPU, rounded as its allocator does. ``step_bytes`` of it is what the worst step takes while
+    it runs; ``listed_bytes`` comes on top in a session that knows its timesteps. On a GPU steps are
     recorded, and then keep ``recordable_bytes`` between generations, unless ``queued_because`` says
     why not. ``passes`` are lines on what each pass did, by kind of step.
     """
@@ -39,6 +41,7 @@ class Explanation:
     model: str
     policy: str
     steps: tuple[tuple[int, str], ...]
+    full_range: tuple[int, int]
     kinds: tuple[KindExplanation, ...]
     sites: tuple[SiteExplanation, ...]
     skipped: tuple[Skipped, ...]
@@ -71,6 +74,7 @@ class Explanation:
             "model": self.model,
             "policy": self.policy,
             "steps": [{"index": index, "kind": kind} for index, kind in self.steps],
+            "full_steps": list(self.full_range),
             "kinds": [asdict(each) for each in self.kinds],
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [miss.to_dict() for miss in self.skipped],
@@ -99,6 +103,7 @@ class Explanation:
             f"model      {self.model or '(no module)'}",
             f"policy     {self.policy}",
             f"steps      {len(self.steps)}: {', '.join(counts)}",
+            *self._gate(),
             f"work       {', '.join(shares)} of an uncached step",
             f"FLOPs      {self.flops_done:.3e} of {self.flops_uncached:.3e} uncached "
             f"({self.flops_ratio:.2f}x fewer)",
@@ -122,6 +127,11 @@ class Explanation:
         if self.warnings:
             lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         return "\n".join(lines)
+
+    def _gate(self) -> Iterator[str]:
+        least, most = self.full_range
+        if least < most:
+            yield f"gate       {least} to {most} full steps; what follows is of {least}"
 
     def _memory(self) -> str:
         rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes

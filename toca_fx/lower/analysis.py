@@ -147,15 +147,15 @@ class Analysis:
     def wanted(self, step: StepGraph) -> Wanted:
         """What is computed for a step; nothing, if it reads no hoisted value.
 
-        A step that runs no block reads the modulation of the output layers, if any: where less than
-        half of the timed values are read, the others are left out.
+        A step that runs no block reads the modulation of the output layers, if any: where no more
+        than half of the timed values are read, the others are left out.
         """
         return once(self._wanted, step.hoisted, lambda: self._wants(step.hoisted))
 
     def _wants(self, read: frozenset[str]) -> Wanted:
         whole, conditions = self.hoisted.timed, self.hoisted.conditions
         names = tuple(name for name in whole if name in read)
-        if 2 * len(names) >= len(whole):
+        if 2 * len(names) > len(whole):
             names, part, flops = whole, self.timed, self.hoisted_flops[1]
         else:
             part = extract(self.aten, names, given=conditions)

@@ -12,12 +12,13 @@ from toca_fx.plan.times import TIMESTEPS, time_of
 def planned_weights(plan: Plan, timeline: Timeline) -> Iterator[tuple[int, Times]]:
     """The calls that read the history, with its weights, newest first.
 
-    Which timesteps a sampler takes is not known ahead: they count as evenly spaced.
+    Which timesteps a sampler takes is not known ahead: they count as evenly spaced. Where a gate
+    decides, as few steps are full as it may leave.
     """
     site, forecast = timeline.sites[0], timeline.forecast
     times = _even_times(plan, timeline)
     full: list[int] = []
-    for call, step in enumerate(plan.steps):
+    for call, step in enumerate(plan.fewest):
         mode = step.modes[site]
         if mode == "full":
             full.append(call)

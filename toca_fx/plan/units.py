@@ -17,17 +17,12 @@ def units(
 ) -> tuple[tuple[Site, ...], tuple[SitePolicy, ...], str]:
     """The sites of a plan, whole models last, with the policy of each; and a warning, or "".
 
-    With the grain of the model, or of its output, a module has no memory. Where the output layers
-    cannot be cut off the memory is that of the output.
+    With the grain of the model, or of its output, a module has no memory.
     """
     policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in matches.sites)
-    grain, warning = policy.cache.grain, ""
-    whole = matches.outputs if grain == "output" else ()
-    if grain == "model" or policy.skip != "none":
-        whole = matches.states or matches.outputs
-        if not matches.states:
-            warning = _uncut(matches.uncut)
-    if grain in WHOLE_GRAINS:
+    whole = whole_model(policy, matches)
+    warning = _uncut(matches) if _keeps_states(policy) and not matches.states else ""
+    if policy.cache.grain in WHOLE_GRAINS:
         policies = tuple(replace(own, action=Action("compute")) for own in policies)
     own = SitePolicy(
         policy.N,
@@ -40,6 +35,20 @@ def units(
     )
     policies = (*policies, *[own] * len(whole))
     return (*matches.sites, *whole), tuple(_resolved(each, total) for each in policies), warning
+
+
+def whole_model(policy: Policy, matches: Matches) -> tuple[Site, ...]:
+    """What is kept of the whole model, as sites: its states, or where the output layers cannot be
+    cut off its outputs. It is () where every step runs the blocks.
+    """
+    if _keeps_states(policy):
+        return matches.states or matches.outputs
+    return matches.outputs if policy.cache.grain == "output" else ()
+
+
+def _keeps_states(policy: Policy) -> bool:
+    grain = policy.cache.grain
+    return grain == "model" or (grain != "output" and policy.skip != "none")
 
 
 def count_whole(sites: Sequence[Site]) -> int:
@@ -59,9 +68,9 @@ def _resolved(own: SitePolicy, total: int) -> SitePolicy:
     return replace(own, forecast=replace(forecast, ignore=ignored))
 
 
-def _uncut(reason: str) -> str:
+def _uncut(matches: Matches) -> str:
     """The warning that the model has no state to be kept."""
-    return (
-        f"the output layers cannot be cut off ({reason}): what steps without any block take from "
-        "earlier ones is the output of the model"
-    )
+    instead = "what steps without any block take from earlier ones is the output of the model"
+    if not matches.outputs:
+        instead = "no step can do without its blocks"
+    return f"the output layers cannot be cut off ({matches.uncut}): {instead}"

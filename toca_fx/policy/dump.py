@@ -13,7 +13,10 @@ from toca_fx.policy.types import VERSION, Policy, Rule
 
 def to_mapping(policy: Policy) -> dict[str, Any]:
     """The policy as `load_policy` takes it, without what is the default."""
-    return {"version": VERSION, **_keys(policy)}
+    found = {"version": VERSION, **_keys(policy)}
+    if policy.gate is not None and policy.gate.at_most is not None:
+        found["N"].pop("base", None)  # the gate bounds the interval
+    return {name: value for name, value in found.items() if value != {}}
 
 
 def to_yaml(policy: Policy) -> str:

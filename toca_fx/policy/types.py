@@ -300,6 +300,12 @@ class Policy:
     )
     source: str
 
+    def to_yaml(self) -> str:
+        """The text of a file with this policy, without keys that have their defaults."""
+        from toca_fx.policy.dump import to_yaml
+
+        return to_yaml(self)
+
     def for_site(self, kind: str, path: str, layer: int | None) -> SitePolicy:
         """What holds for the module of type `kind` at `path` in layer `layer`: matching rules
         applied in order.

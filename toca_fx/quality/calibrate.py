@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -177,17 +177,21 @@ def _policy(
     sampler = {**kept.get("sampler", {}), "steps": steps}
     if sampler.get("order") == "descending":
         at = tuple(steps - 1 - step for step in reversed(at))
-    made: dict[str, Any] = {
+    cache, forecast = kept.get("cache", {}), kept.get("forecast", {})
+    grain = cache.get("grain") if cache.get("grain") in WHOLE_GRAINS else "model"
+    placed = {
         "description": described,
         "sampler": sampler,
         "N": {"full_steps": {"of": steps, "at": [*at]}},
-        "cache": {"grain": "model", **kept.get("cache", {})},
-        "forecast": {**kept.get("forecast", {}), "basis": best.forecast.basis},
+        "cache": {**cache, "grain": grain},
+        "forecast": {
+            **_without(forecast, "history", "ignore"),
+            "basis": best.forecast.basis,
+            "order": best.forecast.order,
+        },
     }
-    if made["cache"]["grain"] not in WHOLE_GRAINS:
-        made["cache"]["grain"] = "model"
-    made["forecast"]["order"] = best.forecast.order
-    for key in ("history", "ignore"):
-        made["forecast"].pop(key, None)
-    kept.pop("skip", None)
-    return load_policy({**kept, **made})
+    return load_policy({**_without(kept, "skip", "gate"), **placed})
+
+
+def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}

@@ -176,6 +176,25 @@ def test_bench_on_a_gpu_has_two_baselines_the_time_of_the_host_launches_and_memo
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_policy_that_skips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is chosen, and so no contestant shows what choosing costs."""
+    monkeypatch.setattr(Field, "alternatives", lambda self, policy: [])
+    figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["bench", "--rounds", "1", "--policy", "digits", "--dtype", "float32"]
+    assert cli.main([*options, "--json", str(figures), "--chart", str(picture)]) == 0
+    (result,) = json.loads(figures.read_text())["results"]
+    assert result["ratios"].keys() == {"full", "skip"}
+    assert "unscored" not in result["timings"]
+    skips = [kind for kind in result["kinds"] if kind["kind"] == "skip"]
+    assert [kind["flops"] for kind in skips] == [0]
+    printed = capsys.readouterr().out
+    assert "skip" in printed
+    assert not [word for word in ("choosing tokens", "scoring tokens", "nan") if word in printed]
+
+
 @pytest.mark.slow(reason="one more bench from end to end")
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_baseline_that_fails_is_named_with_its_reason(

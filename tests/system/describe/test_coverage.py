@@ -35,6 +35,15 @@ FORA = make_policy(
     sampler={"steps": STEPS}, N={"base": 3}, R={"base": 1.0}, modules={"mlp": "reuse"}
 )
 
+FORECAST = {"basis": "newton", "order": 1}
+
+SKIPS = {
+    grain: make_policy(
+        sampler={"steps": STEPS}, N={"base": 3}, cache={"grain": grain}, forecast=FORECAST
+    )
+    for grain in ("model", "output")
+}
+
 TOKENWISE = make_policy(sampler={"steps": STEPS}, N={"base": 3}, R={"base": 0.5})
 
 
@@ -84,6 +93,16 @@ def test_a_transformer_of_diffusers(name: str) -> None:
         torch.testing.assert_close(outputs[0], expected[0], rtol=1e-3, atol=1e-4)
     for output, right in zip(results[id(NEVER)], expected, strict=True):
         torch.testing.assert_close(output, right, rtol=1e-4, atol=1e-5)
+    for grain, policy in SKIPS.items():
+        skipping = analysis(policy)
+        outputs = _generation(skipping, steps)
+        torch.testing.assert_close(outputs[0], expected[0], rtol=1e-3, atol=1e-4)
+        assert all(output.isfinite().all() for output in outputs)
+        assert torch.equal(outputs[1], outputs[0]) or grain == "model"
+        plan = skipping.plan(None)
+        assert [step.kind for step in plan.steps] == ["full", "skip", "skip"]
+        assert skipping.step_flops(plan, plan.steps[1]) < skipping.uncached_flops / 2
+    assert not never.matches.uncut
     kinds = {site.kind for site in never.matches.sites}
     assert "mlp" in kinds or name in PARTLY
     reused, fresh = results[id(FORA)][1], results[id(TOKENWISE)][1]

@@ -16,6 +16,7 @@ from tests.system.runtime.generations import DEFAULT, fast_twin
 
 KEYS = {
     "steps",
+    "kinds",
     "sites",
     "flops",
     "cache_bytes",

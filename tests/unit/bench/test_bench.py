@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.made_up_gpu import MadeUpGpu
 from toca_fx import cli
@@ -18,11 +19,14 @@ from toca_fx.bench import clock as clock_module
 from toca_fx.bench import limits as limits_module
 from toca_fx.bench.cases import CASES, example_of
 from toca_fx.bench.clock import Taken, Timing, WholeGenerations, medians, paired
+from toca_fx.bench.contestants import fora
 from toca_fx.bench.gpu import Cuda, Launches, Traced, launches, launches_by_kind
 from toca_fx.bench.limits import Limits, measure_limits
 from toca_fx.bench.result import BenchResult, Measured, Work, summarize
+from toca_fx.bench.show import show
 from toca_fx.examples import PRESETS, examples
-from toca_fx.policy import shipped_policies
+from toca_fx.plan.plan import StepPlan
+from toca_fx.policy import Forecast, load_policy, shipped_policies
 from toca_fx.runtime.report import Launch, Report, StepRecord
 
 
@@ -152,6 +156,48 @@ def test_the_quotient_is_taken_against_the_faster_baseline(
     }
     assert (figures["quotient"], figures["ratios"]["partial"]) == (pytest.approx(0.8), 0.25)
     assert figures["recordings"] == {"full": {"queued: too large": 1}, "partial": {"recorded": 2}}
+
+
+def test_steps_that_run_no_block_choose_nothing() -> None:
+    """What a choice costs is a matter of the steps that choose: here of half of a second."""
+
+    def record(index: int, modes: tuple[str, ...], seconds: float) -> StepRecord:
+        step = StepPlan(index, modes, (8 * (modes[0] == "full"), 64), whole=1)
+        plan: Any = SimpleNamespace(sites=())
+        return StepRecord(index, step.kind, "", 1.0, seconds, step, plan, 0)
+
+    steps = (
+        record(0, ("full", "full"), 0.0),
+        record(1, ("partial", "full"), 0.5),
+        record(2, ("skip", "reuse"), 0.0),
+        record(3, ("skip", "reuse"), 0.0),
+    )
+    report = Report(steps, (), (1000, 400, 2, 2), 4000, 0, 0, 3, ())
+    ours = Measured("toca", _steady((6.0, 3.0, 0.1, 0.2), 0.5), 4.0, report)
+    uncached = [Measured("queued", _steady((6.0,) * 4, 3.0), 2.0)]
+    work = Work(50, (40, 20, 6, 6))
+    result = summarize("case", "policy", uncached, ours, [], work, Limits(1.0, 1.0))
+    assert [(kind.kind, kind.count) for kind in result.kinds] == [
+        ("full", 1),
+        ("partial", 1),
+        ("skip", 2),
+    ]
+    assert result.ratios["skip"] == pytest.approx(0.15 / 6)
+    assert (result.selection, result.scoring) == (0.5, None)
+    console = Console(record=True, width=200)
+    show(result, console)
+    (line,) = (line for line in console.export_text().splitlines() if "skip" in line)
+    assert [cell.strip() for cell in line.strip("│").split("│")][:2] == ["skip", "none"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "interval"), [("reference/toca-dit-xl-2", 3), ("digits", 3), ("dit-xl-2", 3)]
+)
+def test_fora_has_about_as_many_full_steps(policy: str, interval: int) -> None:
+    reused = fora(load_policy(policy))
+    assert (reused.N.base, reused.N.full_steps) == (interval, None)
+    assert (reused.cache.grain, reused.gate, reused.skip) == ("module", None, "none")
+    assert reused.forecast == Forecast()
 
 
 def test_launches_are_counted_by_what_the_host_called() -> None:

@@ -467,6 +467,34 @@ def test_listed_steps_hold_for_their_number_of_steps_only(key: str) -> None:
         make_plan(make_matches(), policy, 20)
 
 
+@pytest.mark.parametrize(
+    ("grain", "skip", "kept"),
+    [
+        ("module", "none", []),
+        ("module", "all", ["state"]),
+        ("block", "alternate", ["state"]),
+        ("model", "none", ["state"]),
+        ("output", "none", ["output"]),
+        ("output", "all", ["output"]),
+    ],
+)
+def test_what_is_kept_of_the_whole_model(grain: str, skip: str, kept: list[str]) -> None:
+    found = make_matches(1)
+    state, output = (Site(kind, "", 0, "", kind, kind, (2, 64, 8)) for kind in ("state", "output"))
+    policy = make_policy(cache={"grain": grain}, skip=skip)
+    cut = replace(found, states=(state,), outputs=(output,))
+    plan = make_plan(cut, policy)
+    assert [site.kind for site in plan.sites[2:]] == kept
+    assert not [warning for warning in plan.warnings if "cut off" in warning]
+    uncut = make_plan(replace(cut, states=(), uncut="because"), policy)
+    assert [site.kind for site in uncut.sites[2:]] == ["output"] * len(kept)
+    warned = [warning for warning in uncut.warnings if "cannot be cut off (because)" in warning]
+    assert len(warned) == (kept == ["state"])
+    nothing = make_plan(replace(found, uncut="because"), policy)
+    assert len(nothing.sites) == 2
+    assert not any(step.kind == "skip" for step in nothing.steps)
+
+
 def test_listed_skips_hold_for_their_number_of_steps_only() -> None:
     policy = make_policy(skip=[1, 4])
     make_plan(make_matches(), policy)

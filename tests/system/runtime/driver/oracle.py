@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toca_fx.runtime.clock import Decision
+from toca_fx.runtime.clock import Decision, Progress
+from toca_fx.runtime.gate import Choice, SamplingRun
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import owned_by_caller
 from toca_fx.runtime.report import StepRecord
@@ -40,10 +41,14 @@ class WrongImageError(AssertionError):
 
 @dataclass
 class Made:
-    """A step as the runtime made it: what it decided, and the flat inputs that it was given."""
+    """A step as the runtime made it: what it decided, and the flat inputs that it was given.
+
+    ``begins`` says that it took nothing from the steps before: they were lost, or in doubt.
+    """
 
     generation: Generation
     decision: Decision
+    begins: bool
     timestep: Any
     inputs: Sequence[Any]
     record: StepRecord
@@ -54,9 +59,10 @@ class Made:
 
 
 class Alone:
-    """A generation in fresh state: it repeats the steps that were made, by their kinds only.
+    """A generation in fresh state: it repeats the steps of one image, by their kinds only.
 
-    Every full step begins it anew, so that nothing older can be read.
+    It has seen no other image. What a gate decided is repeated, and not decided again. A full step
+    that took nothing from the steps before it begins it anew, so that nothing older can be read.
     """
 
     def __init__(self) -> None:
@@ -69,29 +75,24 @@ class Alone:
         plan, position = made.generation.plan, made.decision.position
         program = made.generation.runner.program
         of = (program.analysis.code, len(plan.steps))
-        decision = Decision("on", position, len(plan.steps), full=not made.cached)
-        if not made.cached:
-            runner, owner = Runner(program, made.inputs), owned_by_caller()
-            self._twin = Generation(runner, plan, decision, (), (), object(), owner, None, _silent)
+        decision = Decision("on", position, len(plan.steps), full=made.begins)
+        if made.begins:
+            runner, owner, run = Runner(program, made.inputs), owned_by_caller(), SamplingRun()
+            self._twin = Generation(runner, plan, decision, (), (), run, owner, None, _silent)
             self._of = of
         elif self._twin is None or self._of != of or position != self._position + 1:
             return None
         elif self._twin.runner.program is not program:  # captured again: the code is the same
             self._twin.move(Runner(program, made.inputs), plan)
         self._position = position
-        self._twin.progress = _unfinished(self._twin, made.cached, position)
+        self._twin.run.choices[position] = Choice(not made.cached, made.record.reason)
+        # It goes on for ever: it gives its memories back when it is dropped.
+        self._twin.progress = Progress(10**6, position, calls=1, lost=made.begins)
         if self._twin.conditioning is not None:
             lost = self._twin.progress
             self._twin.forget()  # what is hoisted is computed again at every step
             self._twin.progress = lost
         return make_step(self._twin, decision, made.timestep, made.inputs)[0]
-
-
-def _unfinished(twin: Generation, ready: bool, position: int) -> Any:
-    """A progress that lets it go on for ever: it gives its memories back when it is dropped."""
-    from toca_fx.runtime.clock import Progress
-
-    return Progress(10**6, position, calls=1, lost=not ready)
 
 
 def _silent(_: str) -> None:

@@ -194,12 +194,14 @@ class OneRun:
         time = self.times[number]
         planned = made.generation.runner.program.analysis.plan(len(self.times))
         full = planned.steps[number].kind == "full" or not image.calls
+        if planned.settings.gate is not None:  # which made it full, as nothing else did
+            full |= not made.cached and not made.begins
         reason = self.reason(image, path, number, inputs[2])
         image.calls.append(Call(number, time, made.cached, full, reason))
         image.lost = None
         play.log.append(
             f"  turn {play.turn} {image.name} step {number} t={time:g}: {made.record.kind} at "
-            f"{made.decision.position} of {made.decision.num_steps}"
+            f"{made.decision.position} of {made.decision.num_steps}, {made.record.reason}"
             + (f" ({reason})" if reason and not full else "")
         )
         tolerance = 1e-9 if world.dtype == torch.float64 else 1e-3

@@ -164,8 +164,9 @@ class World:
         world, call = self, Session.call
 
         def run_step(of: Generation, decision: Any, timestep: Any, inputs: Any) -> Any:
+            begins = decision.full or of.progress.lost
             found = oracle.make_step(of, decision, timestep, inputs)
-            world.made.append(Made(of, decision, timestep, inputs, found[1]))
+            world.made.append(Made(of, decision, begins, timestep, inputs, found[1]))
             return found
 
         def call_traced(session: Session, *args: Any) -> Any:
