@@ -69,8 +69,10 @@ def _walk(interval: Interval, order: Sequence[int], total: int) -> tuple[set[int
     in_force: dict[int, int] = {}
     threshold, passed = 0, 0  # the interval in force; partial steps since the last full one
     for call, s in enumerate(order):
-        if interval.phase == "modulo":
+        if interval.phase in ("modulo", "due"):
             if call < first or s % threshold == 0:
+                if interval.phase == "due":
+                    full.add(s)
                 threshold = interval_at(s)
                 if s % threshold == 0:
                     full.add(s)

@@ -72,7 +72,8 @@ def full_steps(
     interval is re-evaluated at full steps: N(s) = round_half_even(base / (1 + w - 2 w s / T)), w =
     ``drift`` (ToCa, section 3.3, and the authors' force scheduler). ``phase: modulo`` is the
     authors' rule: a step is full when s is a multiple of the interval in force and of the one
-    re-evaluated at s; either way the latter is in force from then on. With ``growth`` the base
+    re-evaluated at s; either way the latter is in force from then on. With ``phase: due`` the
+    former is enough, as for their first layer. With ``growth`` the base
     grows with each full step past the first ones: floor(base + growth k) after the k-th (Spectrum).
     Where steps are ``gated`` only those are full in any case that are forced or listed.
     """
@@ -95,8 +96,8 @@ def skipped_steps(
     """The step indices s on which no block runs, under the policy's ``interval``.
 
     With the ``grain`` of the model or of its output that is all between full steps. ``alternate``
-    is DuCa's rule: an even number of steps to the next full one, as ``phase: modulo`` counts s mod
-    the interval in force; elsewhere the end of the generation counts as full.
+    is DuCa's rule: an even number of steps to the next full one, as ``phase: modulo`` counts: s mod
+    the interval in force. Elsewhere the end of the generation counts as full.
     """
     full = full_steps(interval, indices, total, gated)
     others = [s for s in indices if s not in full]
@@ -110,7 +111,7 @@ def skipped_steps(
 
 def _steps_left(interval: Interval, indices: Sequence[int], total: int) -> dict[int, int]:
     """By step, how many there are to the next full one."""
-    if interval.phase == "modulo" and interval.full_steps is None:
+    if interval.phase != "count" and interval.full_steps is None:
         return {s: s % current for s, _, current in _walk(interval, indices, total)}
     full, left, until = full_steps(interval, indices, total), dict[int, int](), 1
     for s in reversed(indices):
@@ -134,16 +135,16 @@ def _walk(
     current, since, past_first = 1, 0, 0
     for s in indices:
         since += 1
-        if interval.phase == "modulo":
-            due = s % current == 0
-            if due or s in first:
-                current = _interval_at(interval, s, total)
-            full = (due and s % current == 0) or s in forced
-        else:
+        if interval.phase == "count":
             full = since >= current or s in forced
             if full:
                 past_first += s not in first
                 current, since = _interval_at(interval, s, total, past_first), 0
+        else:
+            due = s % current == 0
+            if due or s in first:
+                current = _interval_at(interval, s, total)
+            full = (due and (s % current == 0 or interval.phase == "due")) or s in forced
         yield s, full, current
 
 

@@ -71,8 +71,8 @@ def _check_growth(policy: Policy, data: _Given, faulty: set[int]) -> Iterator[No
         at = next((key for key in ("growth", "phase") if key in given), None)
         if interval is None or at is None or interval.full_steps is not None:
             continue
-        if interval.growth and interval.phase == "modulo":
-            message = "`growth` needs `phase: count`: `modulo` counts from no full step"
+        if interval.growth and interval.phase != "count":
+            message = f"`growth` needs `phase: count`: `{interval.phase}` counts from no full step"
             yield Note((*path, at), message)
 
 

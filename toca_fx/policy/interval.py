@@ -168,13 +168,14 @@ class Interval:
             examples=(1, 0.05),
         ),
     )
-    phase: Literal["count", "modulo"] = field(
+    phase: Literal["count", "modulo", "due"] = field(
         default="count",
         metadata=key(
             "What a full step is counted from. `count`: a step is full when interval - 1 partial "
             "steps have passed since the last full one. `modulo`: when the step index s is a "
             "multiple of the interval in force, both before and after it is re-evaluated at this "
-            "step (the authors' rule for DiT and PixArt).",
+            "step (the authors' rule for DiT and PixArt). `due`: when it is one before, which is "
+            "when the interval is re-evaluated (their layer 0).",
             replaced_by="full_steps",
         ),
     )

@@ -178,7 +178,7 @@ def _policy(
     if sampler.get("order") == "descending":
         at = tuple(steps - 1 - step for step in reversed(at))
     cache, forecast = kept.get("cache", {}), kept.get("forecast", {})
-    grain = cache.get("grain") if cache.get("grain") in WHOLE_GRAINS else "model"
+    grain = cache.get("grain") if cache.get("grain") in WHOLE_GRAINS else "output"
     placed = {
         "description": described,
         "sampler": sampler,

@@ -51,13 +51,16 @@ def test_a_policy_that_compile_follows(caplog: pytest.LogCaptureFixture) -> None
     assert "single run" not in caplog.text
     full = placed(policy)
     assert (len(full), full[0], policy.sampler.steps) == (5, 0, STEPS)
-    assert (policy.model, policy.cache.grain) == (("DiTTransformer2DModel",), "model")
+    assert (policy.model, policy.cache.grain) == (("DiTTransformer2DModel",), "output")
     assert (policy.forecast.basis, policy.guidance.layout) == ("newton", "none")
     assert "5 of 12 steps, placed by toca_fx.calibrate" in policy.description
     assert "measured on 2 other runs" in policy.description
     fast = toca_fx.compile(model, policy, inner="eager")
     with torch.no_grad(), toca_fx.session(num_steps=STEPS) as session:
-        euler(3)(fast)
+        found = euler(3)(fast)
+    with torch.no_grad():
+        expected = euler(3)(Forecasting(model, policy.forecast, full, 1))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     kinds = ["full" if step in full else "skip" for step in range(STEPS)]
     assert [step.kind for step in session.report().steps] == kinds
 
@@ -76,7 +79,7 @@ def test_a_policy_to_start_from() -> None:
         "description": "Mine.",
         "sampler": {"steps": 30, "order": "descending"},
         "N": {"base": 3, "last": 2},
-        "cache": {"grain": "output", "dtype": "bfloat16"},
+        "cache": {"grain": "model", "dtype": "bfloat16"},
         "forecast": {"basis": "taylor", "order": 1, "history": 4},
         "hoisting": {"memory": 7},
     }
@@ -85,7 +88,7 @@ def test_a_policy_to_start_from() -> None:
     assert policy.description.startswith("Mine. 4 of 12 steps")
     assert policy.sampler.steps == STEPS
     assert placed(policy) == tuple(STEPS - 1 - step for step in reversed(placed(plain)))
-    assert (policy.cache.grain, policy.cache.dtype) == ("output", "bfloat16")
+    assert (policy.cache.grain, policy.cache.dtype) == ("model", "bfloat16")
     assert policy.forecast == Forecast(basis="taylor", order=1)
     assert (policy.N.last, policy.hoisting.memory, policy.name) == (0, 7, "mine")
 

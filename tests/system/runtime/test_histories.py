@@ -153,7 +153,7 @@ def test_a_generation_goes_on_when_the_model_is_captured_again(grain: str) -> No
     with toca_fx.session(num_steps=12):
         expected = run_all(fast, inputs)
     moved = [
-        (x.contiguous(memory_format=torch.channels_last) if call > 6 else x, t, y)
+        (x.contiguous(memory_format=torch.channels_last) if call > 4 else x, t, y)
         for call, (x, t, y) in enumerate(inputs)
     ]
     with toca_fx.session(num_steps=12) as session:

@@ -6,6 +6,8 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from toca_fx.plan.schedule import fresh_tokens, full_steps, skipped_steps
@@ -74,3 +76,37 @@ def test_duca_computes_the_tokens_of_its_authors(name: str) -> None:
         ]
         if layer in DUCA_K:
             assert [count for count in wanted if count] == DUCA_K[layer]
+
+
+def as_duca_walks(base: int) -> list[str]:
+    """By call the letters of three layers: each decides for itself, in their order, and the first
+    that is full renews the interval at once.
+    """
+    found, interval = [], 0
+    for call, s in enumerate(reversed(range(TOTAL))):
+        letters = ""
+        for _ in range(3):
+            if call == 0 or s % interval == 0:
+                letters += "F"
+                interval = 2 if 10 <= s < 20 else round(base / (1.4 - 0.8 * s / TOTAL))
+            else:
+                letters += "P" if s % interval % 2 else "S"
+        found.append(letters)
+    return found
+
+
+@pytest.mark.parametrize("base", range(2, 9))
+@pytest.mark.parametrize("name", ["duca-dit", "duca-dit-vnorm"])
+def test_duca_with_another_interval(name: str, base: int) -> None:
+    """The file with another ``N.base`` is their code with another threshold."""
+    policy = load_policy(f"reference/{name}")
+    policy = replace(policy, N=replace(policy.N, base=base))
+    indices = calls(policy)
+    skipped = skipped_steps(policy.N, policy.skip, policy.cache.grain, indices, TOTAL)
+    columns = []
+    for layer in range(3):
+        own = policy.for_site("mlp", f"transformer_blocks.{layer}.ff", layer)
+        full = full_steps(own.N, indices, TOTAL)
+        columns.append(["F" if s in full else "S" if s in skipped else "P" for s in indices])
+        assert (own.scores.staleness_over or own.N.base) == base
+    assert ["".join(letters) for letters in zip(*columns, strict=True)] == as_duca_walks(base)

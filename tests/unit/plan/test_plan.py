@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import reference
+from tests import reference_schedules as reference
 from tests.helpers import make_policy
 from toca_fx import PolicyError
 from toca_fx.match.sites import Matches, NearMiss, Site
@@ -82,6 +82,7 @@ def full_indices(plan: Plan) -> list[int]:
         (Interval(9, windows=(Window(0.0, 0.28, 1),)), 25, "ascending", [*range(8), 16]),
         # PixArt and FLUX of the method's section 4, and Open-Sora's cross-attention.
         (Interval(3, drift=-0.2, phase="modulo"), 20, "ascending", [0, 6, 9, 12, 15, 18]),
+        (Interval(3, drift=-0.2, phase="due"), 20, "ascending", [0, 4, 6, 9, 12, 15, 18]),
         (Interval(4, first=3), 50, "ascending", [0, 1, 2, *range(6, 50, 4)]),
         (Interval(6, first=3, phase="modulo"), 30, "ascending", [0, 1, 2, 6, 12, 18, 24]),
         (
@@ -153,7 +154,7 @@ def test_full_steps_equal_a_walk_through_the_loop() -> None:
             growth=chance.choice([0.0, 0.0, 0.5, 0.75, 2.0]),
             first=chance.choice([1, 2, 3, 0.1, 0.25]),
             last=chance.choice([0, 1, 2, 0.1]),
-            phase=chance.choice(["count", "modulo"]),
+            phase=chance.choice(["count", "modulo", "due"]),
             windows=(Window(start, start + 0.25, chance.randint(1, 4)),)
             if chance.random() < 0.5
             else (),
