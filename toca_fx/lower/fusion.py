@@ -15,7 +15,7 @@ same, and concatenations that are written part by part.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,8 @@ class _Value:
 
     It lies in ``buffer`` once it is ``written``; until then it is computed from ``reads`` in
     ``ops`` operations, by a ``fused`` kernel or a reduction. ``counted`` are the reads that the
-    compiler knows of when it decides what to write (None: those).
+    compiler counts when it decides what to write: those of values that it would write, but for the
+    kernel that reads them, stand for themselves.
     """
 
     buffer: Allocation
@@ -120,7 +121,7 @@ class _Value:
     ops: int = 0
     fused: bool = True
     written: bool = False
-    counted: Collection[_Read] | None = None
+    counted: dict[_Read, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,10 @@ class _View:
             return self.value.reads
         return {(buffer, (key, self.key)): False for buffer, key in self.value.reads}
 
-    def counted(self) -> Collection[_Read]:
-        counted = self.value.counted
-        if self.value.written or counted is None:
-            return self.reads()
-        return counted if self.straight else [(buffer, (key, self.key)) for buffer, key in counted]
+    def counted(self) -> dict[_Read, bool]:
+        if self.value.written or self.straight:
+            return self.reads() if self.value.written else self.value.counted
+        return {(buffer, (key, self.key)): False for buffer, key in self.value.counted}
 
 
 def kernels_of(
@@ -166,6 +166,7 @@ class _Lowering:
         self._kernels: list[Kernel] = []
         self._seen: dict[fx.Node, _View | list[_View | None]] = {}
         self._sites: dict[fx.Node, int] = {}
+        self._inner: dict[Allocation, _Value] = {}
 
     def run(self) -> list[Kernel]:
         for node in self._graph.nodes:
@@ -305,12 +306,14 @@ class _Lowering:
         return is_complex or foreign or name.startswith(("_scaled_dot_product", "_fft"))
 
     def _fuse(self, node: fx.Node, name: str, output: Tensor, operands: list[_View]) -> None:
-        reads = _joined(operands)
+        reads, counted = _joined(operands), dict[_Read, bool]()
+        for view in operands:
+            counted |= view.counted()
         if name in _MOVING:
-            reads = dict.fromkeys(reads, False)
+            reads, counted = dict.fromkeys(reads, False), dict.fromkeys(counted, False)
         ops = _OPS.get(name, _OPS_OF_ONE) + sum(view.value.ops for view in operands)
-        value = _Value(self._buffer(node, output), reads, ops, fused=name not in _REDUCTIONS)
-        value.counted = set().union(*(view.counted() for view in operands))
+        is_fused = name not in _REDUCTIONS
+        value = _Value(self._buffer(node, output), reads, ops, is_fused, counted=counted)
         self._seen[node] = _View(value)
         if name in _REDUCTIONS:
             self._write(value)
@@ -320,11 +323,10 @@ class _Lowering:
     def _write_if_reused(self, node: fx.Node, value: _Value, more_reads: int) -> None:
         """Materialise a value that reads a lot and is used more than once.
 
-        One that reads too much is a buffer for the compiler too, but if it is used once the kernel
-        that reads it also computes it.
+        One that reads too much is a buffer for the compiler too; but if it is used once, and what
+        reads it is written itself, one kernel computes both.
         """
-        counted = value.reads if value.counted is None else value.counted
-        reads = len(counted) + more_reads
+        reads = len(value.counted) + more_reads
         users = sum(2 if operator_name(user.target) in _TWICE else 1 for user in node.users)
         if value.written or not users:
             return
@@ -332,7 +334,13 @@ class _Lowering:
             if users > 1:
                 self._write(value)
             else:
-                value.counted, value.ops = {(value.buffer, None)}, 0
+                self._inner[value.buffer] = value
+                value.counted, value.ops = {(value.buffer, None): True}, 0
+        elif users > 1:  # it is computed for each of them, of what is written
+            for buffer, _ in value.counted:
+                if buffer in self._inner:
+                    self._write(self._inner.pop(buffer))
+            value.reads = dict(value.counted)
 
 
 def _joined(operands: Iterable[_View]) -> dict[_Read, bool]:

@@ -5,6 +5,7 @@ those that are expected.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,19 @@ DTYPES = ("float32", "bfloat16")
 @cache
 @torch.no_grad()
 def lower(
-    model: str, dtype: str, interval: int = 3, grain: str = "module", order: int = 0
+    model: str,
+    dtype: str,
+    interval: int = 3,
+    grain: str = "module",
+    order: int = 0,
+    reused: bool = False,
 ) -> tuple[dict[str, CompiledStep], dict[str, Lowered]]:
     """The steps of a generation by kind, and what was lowered for each; once for all tests."""
     forecast = {"basis": "newton", "order": order}
-    policy = make_policy(N={"base": interval}, cache={"grain": grain}, forecast=forecast)
+    sections: dict[str, Any] = {"modules": {"mlp": "reuse"}} if reused else {}
+    policy = make_policy(
+        N={"base": interval}, cache={"grain": grain}, forecast=forecast, **sections
+    )
     steps: dict[str, CompiledStep] = {}
     found: dict[str, Lowered] = {}
     with made_up_cuda():
@@ -146,16 +155,16 @@ def test_a_skip_of_the_state_runs_the_output_layers() -> None:
     assert not found["skip"].calls("attention")
 
 
-def test_histories_of_modules_add_no_launch() -> None:
+@pytest.mark.parametrize("grain", ["module", "block"])
+def test_histories_add_no_launch(grain: str) -> None:
     """The weighted sum is computed where the cache was read."""
-    _, reused = lower("DiTTransformer2DModel", "bfloat16")
-    _, forecast = lower("DiTTransformer2DModel", "bfloat16", order=2)
-    for kind in ("full", "partial"):
-        launches = [
-            sum(body_of(code).count(".run(") for code in each[kind].codes)
-            for each in (reused, forecast)
-        ]
-        if kind == "full":
-            assert launches[0] == launches[1]
-        else:  # the newest value is written besides
-            assert launches[1] <= launches[0] + 1
+    launches = []
+    for order in (0, 2):
+        _, found = lower("DiTTransformer2DModel", "bfloat16", 3, grain, order, reused=True)
+        launches.append(
+            {
+                kind: sum(body_of(code).count(".run(") for code in each.codes)
+                for kind, each in found.items()
+            }
+        )
+    assert launches[0] == launches[1]
