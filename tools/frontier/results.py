@@ -46,13 +46,16 @@ class Results:
         self.file, self.conditions = file, dict(conditions)
         self.rows: dict[str, Row] = {}
         self.notes: dict[str, Any] = {}
-        if not file.exists():
+        self._read()
+
+    def _read(self) -> None:
+        if not self.file.exists():
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
-        for key, value in conditions.items():
+        found = json.loads(self.file.read_text(encoding="utf-8"))
+        for key, value in self.conditions.items():
             if found["conditions"][key] != value:
                 raise ValueError(
-                    f"--out {file}: was measured with {key} = {found['conditions'][key]}, not "
+                    f"--out {self.file}: was measured with {key} = {found['conditions'][key]}, not "
                     f"{value}; give another file"
                 )
         self.conditions, self.notes = found["conditions"], found["notes"]
@@ -66,13 +69,15 @@ class Results:
         return row
 
     def put(self, row: Row, **measures: Any) -> Row:
-        """Keep a row, with further measures of it."""
+        """Keep a row, with further measures of it; what others wrote meanwhile stays."""
+        self._read()
         row = self.rows[row.point] = replace(row, **measures)
         self._write()
         return row
 
     def note(self, **notes: Any) -> None:
         """Keep what is said once for the file."""
+        self._read()
         self.notes.update(notes)
         self._write()
 

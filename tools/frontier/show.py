@@ -44,7 +44,7 @@ def _table(results: Results) -> Iterator[str]:
     yield ""
     yield (
         f"PSNR in dB over all pixels, in float64, range 2: to {says['own']} uncached, to as many "
-        f"steps of the same sampler uncached, to {says['converged']}. Time and work are those of "
+        f"steps of the point's own sampler, to {says['converged']}. Time and work are those of "
         f"{says['own']} over those of the point."
     )
     yield from _notes(results)

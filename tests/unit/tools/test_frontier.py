@@ -208,6 +208,15 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
         Results(file, {"samples": 3})
 
 
+def test_two_runs_write_one_file(tmp_path: Path) -> None:
+    setup, file = setup_of("digits"), tmp_path / "frontier.json"
+    bench = Bench(setup, 0, tmp_path / "cache")
+    one, other = Results(file, {}), Results(file, {})
+    for results, text in ((one, "ddim:8"), (other, "ddim:10"), (one, "ddim:12")):
+        measured(bench, parse(text, setup.samplers), results)
+    assert list(Results(file, {}).rows) == ["ddim:8", "ddim:10", "ddim:12"]
+
+
 def test_the_reference_itself_has_no_distance(tmp_path: Path) -> None:
     setup = setup_of("emoji", converged=("ab2", 60))
     row = Bench(setup, 0, tmp_path).row(parse("euler:50", setup.samplers))
