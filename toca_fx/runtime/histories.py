@@ -46,8 +46,13 @@ class _Line:
         self._hand_out()
 
     def clear(self) -> None:
-        """Forget all values: a weight of 0 takes away no NaN that is left of them."""
+        """Forget all values: a weight of 0 takes away no NaN that is left of them.
+
+        The tensors are in their first order again, so that recordings of a generation fit the next.
+        """
         self.moments.clear()
+        self.turn = 0
+        self._hand_out()
         if self._written:
             for value in chain.from_iterable(self._values):
                 value.zero_()
@@ -122,6 +127,7 @@ class Histories:
         """Forget all values."""
         for line in self._lines:
             line.clear()
+        self._collect()
 
     def prepare(self, step: StepPlan, now: Moment) -> None:
         """Hand out the tensors and weights of a step that comes."""

@@ -147,6 +147,39 @@ def test_recorded_generations_are_the_same_as_queued_ones(
     assert [count["recorded"] for count in counts[1:]] == [12, 12, 12]
 
 
+FORECASTS: list[dict[str, Any]] = [
+    CHANGING,
+    {"cache": {"grain": "model"}},
+    {"cache": {"grain": "output"}},
+    {"skip": "alternate"},
+]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("sections", FORECASTS)
+def test_recorded_forecasts_are_the_same_as_queued_ones(
+    sections: dict[str, Any], told: bool, request: pytest.FixtureRequest
+) -> None:
+    """Which tensor of a history is written and read changes from step to step, and comes again at
+    the same step of the next generation.
+    """
+    policy = make_policy(**sections, forecast={"basis": "newton", "order": 2})
+    model = tiny("diffusers", layers=2).double()
+    seeds = [list(make_inputs(seed=seed, dtype=torch.float64)) for seed in range(4)]
+    plain = toca_fx.compile(model, policy, inner="eager")
+    expected = [generation(plain, inputs, told)[0] for inputs in seeds]
+    torch._dynamo.reset()
+    request.getfixturevalue("recorded")
+    fast = toca_fx.compile(model, policy, inner="eager")
+    counts = []
+    for inputs, right in zip(seeds, expected, strict=True):
+        outputs, report = generation(fast, inputs, told)
+        assert same(outputs, right)
+        assert not report.warnings
+        counts.append(launches(report)["recorded"])
+    assert counts[1:] == [12, 12, 12]
+
+
 @pytest.mark.usefixtures("recorded")
 def test_the_report_says_what_was_recorded_and_why_not() -> None:
     fast = toca_fx.compile(tiny("diffusers", layers=2), make_policy(**CHANGING), inner="eager")
