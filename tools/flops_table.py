@@ -272,11 +272,12 @@ class Count:
             totals.append(self.total(fixed) + fresh)
             scoring += extra
             captions += spared
-            projections += sum(
-                2 * math.prod(site.shape) * site.shape[2]
-                for site, mode in zip(sites, step.modes, strict=True)
-                if mode == "reuse" and site.kind == "joint_attention"
-            )
+            if plan.scored:
+                projections += sum(
+                    2 * math.prod(site.shape) * site.shape[2]
+                    for site, mode in zip(sites, step.modes, strict=True)
+                    if mode == "reuse" and site.kind == "joint_attention"
+                )
 
         def share(kind: str) -> float | None:
             found = [
@@ -444,8 +445,8 @@ of the authors' code, counted as they do:
 - no scoring: their attention materialises the map, and the scores are read from it
 - captions: keys and values, and their projections, are computed on every step that reads them; we
   compute them once
-- FLUX: on partial steps the attention's output projections of the double blocks run again on all
-  tokens
+- FLUX, ToCa: on partial steps the attention's output projections of the double blocks run again on
+  all tokens
 
 Text: PixArt-alpha with 27 unpadded tokens; Open-Sora packs captions without padding, and has as
 many here. DiT and PixArt-alpha are in float32, FLUX and Open-Sora in bfloat16, which matters for
