@@ -188,7 +188,16 @@ class Generation:
             return Choice(True, "planned" if planned else "nothing kept" if lost else "in doubt")
         if planned or gate is None:
             return Choice(position >= len(steps), "planned")
+        if position not in self.run.choices:
+            self._check(gate)
         return self.run.choose(position, gate)
+
+    def _check(self, gate: Gate) -> None:
+        """Warn of a gate that decides, and has nothing to measure."""
+        found = self.runner.program.analysis
+        places = {"latents": found.inputs.latents, "output": found.output}
+        if any(places[each] is None for each in gate.signal.needs):
+            self._warn(words.unmeasured(gate.name))
 
     def _facts(self, inputs: Sequence[Any], now: Moment, histories: Histories) -> Facts:
         """What the signal of a gate may know ahead of the step."""
@@ -212,19 +221,8 @@ class Generation:
                 self.runner, storage.hoisted, self.timesteps, self._warn
             )
             self.storage = storage
-            self._check(storage.gate)
             self.cache_bytes, self.hoisted_bytes = storage.nbytes, storage.hoisted.nbytes
         return self.storage, self.conditioning
-
-    def _check(self, gate: Gate | None) -> None:
-        """Warn of a gate that has nothing to measure."""
-        found = self.runner.program.analysis
-        if (
-            gate is not None
-            and gate.signal.of_latents
-            and None in (found.inputs.latents, found.output)
-        ):
-            self._warn(words.unmeasured(gate.name))
 
     def _launch(
         self,

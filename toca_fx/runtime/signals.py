@@ -30,9 +30,12 @@ class Facts(NamedTuple):
 
 
 class Signal:
-    """What is measured from step to step of one generation; ``of_latents`` if it needs them."""
+    """What is measured from step to step of one generation.
 
-    of_latents = True
+    It ``needs`` the model's "latents", or the "output" that is made of them: without, it is None.
+    """
+
+    needs: tuple[str, ...] = ("latents",)
 
     def observe(self, facts: Facts) -> Tensor | None:
         """Ahead of each step: a number [] on the device. None: there is nothing to compare with."""
@@ -59,6 +62,8 @@ class EasyCache(Signal):
     From one of the last two full steps to the other v changed k = ||v - v'|| / ||x - x'|| times as
     much as x. Each step since adds k ||x_t - x_{t-1}|| / ||v||.
     """
+
+    needs = ("latents", "output")
 
     def __init__(self, plan: Plan) -> None:
         self.clear()
@@ -133,7 +138,7 @@ class Surprise(Signal):
 
     def __init__(self, plan: Plan) -> None:
         self._sites = [i for i, site in enumerate(plan.sites) if site.kind in WHOLE]
-        self.of_latents = not self._sites  # without them there is no output to remember
+        self.needs = () if self._sites else ("output",)  # of which there is no memory
         rules = [rule for sites, rule in plan.timelines if not {*sites}.isdisjoint(self._sites)]
         self._power = 1 + max(map(degree, rules), default=0)
         self.clear()

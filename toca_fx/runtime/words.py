@@ -57,8 +57,9 @@ def unseen(first: Timestep) -> str:
 def unmeasured(signal: str) -> str:
     """A gate whose signal is of latents that nobody knows."""
     return (
-        f"gate.signal: {signal} compares latents, and no input of the model is recognised as those "
-        "that its output is made of: every step that the gate decides on is full"
+        f"gate.signal: {signal} compares latents or outputs, and no input of the model is "
+        "recognised as those that its output is made of: every step that the gate decides on is "
+        "full"
     )
 
 

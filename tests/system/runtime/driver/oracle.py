@@ -101,7 +101,10 @@ def _silent(_: str) -> None:
 
 @dataclass
 class Call:
-    """One call of an image: which step of its run, what was made of it, why it is set aside."""
+    """One call of an image: which step of its run, what was made of it, why it is set aside.
+
+    ``cached`` says that nothing kept it from being cached, but perhaps a gate.
+    """
 
     number: int
     timestep: float

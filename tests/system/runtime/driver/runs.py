@@ -194,10 +194,10 @@ class OneRun:
         time = self.times[number]
         planned = made.generation.runner.program.analysis.plan(len(self.times))
         full = planned.steps[number].kind == "full" or not image.calls
-        if planned.settings.gate is not None:  # which made it full, as nothing else did
-            full |= not made.cached and not made.begins
         reason = self.reason(image, path, number, inputs[2])
-        image.calls.append(Call(number, time, made.cached, full, reason))
+        # A gate may have made it full; it could have been cached.
+        free = made.cached or (planned.settings.gate is not None and not made.begins)
+        image.calls.append(Call(number, time, free, full, reason))
         image.lost = None
         play.log.append(
             f"  turn {play.turn} {image.name} step {number} t={time:g}: {made.record.kind} at "
