@@ -13,12 +13,21 @@ from torch import Tensor, nn
 
 from tests.captured import Captured
 from tests.helpers import make_inputs, run_all
+from tests.marks import slow_but
 from tests.reference_forecast import History, Moment
 from tests.system.runtime.grains import GRAINS, TOLERANCE, captured, of_grain, run, same
 
+BASES = ["newton", "taylor", "hermite", "chebyshev"]
 
-@pytest.mark.parametrize("basis", ["newton", "taylor", "hermite", "chebyshev"])
-@pytest.mark.parametrize("grain", GRAINS)
+
+@pytest.mark.parametrize(
+    ("grain", "basis"),
+    slow_but(
+        [*((grain, "newton") for grain in GRAINS), *(("module", basis) for basis in BASES)],
+        [(grain, basis) for grain in GRAINS for basis in BASES],
+        "each grain and each basis once",
+    ),
+)
 def test_order_0_is_reuse(grain: str, basis: str) -> None:
     _, twin = captured(torch.float32)
     constant, reuse = (
@@ -29,7 +38,9 @@ def test_order_0_is_reuse(grain: str, basis: str) -> None:
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", slow_but([torch.float32], [torch.float32, torch.float64], "one dtype is enough")
+)
 def test_an_interval_of_one_is_the_model(grain: str, dtype: torch.dtype) -> None:
     model, twin = captured(dtype)
     policy = of_grain(grain, N={"base": 1})
@@ -88,7 +99,10 @@ POLYNOMIALS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("grain", ["module", "block", "model", "output"])
+@pytest.mark.parametrize(
+    "grain",
+    slow_but(["module", "model"], ["module", "block", "model", "output"], "two grains are enough"),
+)
 @pytest.mark.parametrize("name", POLYNOMIALS)
 def test_polynomials_are_met(name: str, grain: str) -> None:
     """Once enough full steps have run, and not before."""

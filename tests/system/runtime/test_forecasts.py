@@ -18,6 +18,7 @@ from torch import Tensor
 import toca_fx
 from tests.captured import Captured
 from tests.helpers import make_inputs, make_policy, text_inputs, tiny
+from tests.marks import slow_but
 from tests.reference import ReferenceSampler
 from tests.reference_forecast import Moment
 from tests.reference_hooks import Hooks
@@ -32,34 +33,38 @@ Sections = Mapping[str, Any]
 
 DIT: list[tuple[str, Changes]] = [
     ("fora-dit", {}),
-    ("fora-dit", {"N.base": 5}),
     ("taylorseer-dit", {}),
-    ("taylorseer-dit", {"N.base": 3}),
     ("taylorseer-dit", {"N.base": 6, "forecast.order": 1}),
-    ("taylorseer-dit", {"N.first": 4, "forecast.order": 2}),
     ("duca-dit", {}),
     ("duca-dit", {"N.base": 4}),
+    ("duca-dit-vnorm", {"R.base": 0.9}),
+]
+MORE_DIT: list[tuple[str, Changes]] = [
+    ("fora-dit", {"N.base": 5}),
+    ("taylorseer-dit", {"N.base": 3}),
+    ("taylorseer-dit", {"N.first": 4, "forecast.order": 2}),
     ("duca-dit", {"N.base": 2, "R.base": 0.8}),
     ("duca-dit-vnorm", {"N.base": 5}),
-    ("duca-dit-vnorm", {"R.base": 0.9}),
 ]
 
 FLUX: list[tuple[str, Changes]] = [
     ("taylorseer-flux", {}),
+    ("taylorseer-flux", {"N.first": 5, "forecast.order": 3}),
+    ("hicache-flux", {}),
+    ("spectrum-flux", {}),
+    ("spectrum-flux", {"N.growth": 0.4, "N.first": 8}),
+    ("spectrum-flux", {"N.first": 1, "forecast.blend": 0.75}),
+]
+MORE_FLUX: list[tuple[str, Changes]] = [
     ("taylorseer-flux", {"N.base": 6, "forecast.order": 1}),
     ("taylorseer-flux", {"N.base": 3, "forecast.order": 3}),
     ("taylorseer-flux", {"N.first": 1}),
-    ("taylorseer-flux", {"N.first": 5}),
-    ("hicache-flux", {}),
     ("hicache-flux", {"forecast.order": 3, "forecast.sigma": 0.3}),
-    ("spectrum-flux", {}),
     ("spectrum-flux", {"N.growth": 3.0}),
-    ("spectrum-flux", {"N.growth": 0.4, "N.first": 8}),
-    ("spectrum-flux", {"N.first": 1, "forecast.blend": 0.75}),
     ("spectrum-flux", {"forecast.blend": None, "forecast.order": 6}),
     ("spectrum-flux", {"forecast.blend": 1.0, "forecast.history": 6}),
 ]
-
+MORE = "some of the changes are enough"
 
 # Where nothing else is said, half of the tokens of the MLPs (and cross-attentions) are computed.
 NEWTON, TAYLOR = {"basis": "newton", "order": 2}, {"basis": "taylor", "order": 2}
@@ -148,13 +153,13 @@ def changed(name: str, changes: Changes) -> Policy:
     return load_policy(data)
 
 
-@pytest.mark.parametrize(("name", "changes"), DIT, ids=str)
+@pytest.mark.parametrize(("name", "changes"), slow_but(DIT, [*DIT, *MORE_DIT], MORE), ids=str)
 def test_policies_of_dit_and_what_is_near(name: str, changes: Changes) -> None:
     policy = changed(name, changes)
     assert_equal(dit(), policy, dit().refer(policy, 50))
 
 
-@pytest.mark.parametrize(("name", "changes"), FLUX, ids=str)
+@pytest.mark.parametrize(("name", "changes"), slow_but(FLUX, [*FLUX, *MORE_FLUX], MORE), ids=str)
 def test_policies_of_flux_and_what_is_near(name: str, changes: Changes) -> None:
     policy, subject = changed(name, changes), flux()
     expected = []

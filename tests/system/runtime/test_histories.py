@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import make_inputs, newest, programs, run_all, tiny
+from tests.marks import slow_but
 from tests.reference import ReferenceSampler
 from tests.system.runtime.generations import Flaky
 from tests.system.runtime.grains import GRAINS, TOLERANCE, captured, of_grain, run, same
@@ -24,10 +25,12 @@ from toca_fx.plan.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("keep_memories")
 
+TWO = ["tokens", "model"]
+
 
 @pytest.mark.parametrize("grain", [grain for grain in GRAINS if grain != "block"])
 @pytest.mark.parametrize("how", ["forgotten", "after a failure", "after no numbers"])
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize("at", slow_but([4], [4, 6], "one step is enough"))
 def test_lost_memories_begin_anew(grain: str, how: str, at: int) -> None:
     """Ahead of call ``at``, on a partial or a full step: it is full, and the order begins at 0."""
     model, twin = captured()
@@ -99,7 +102,7 @@ def test_what_memory_held_before_is_not_read(grain: str, monkeypatch: pytest.Mon
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", slow_but(TWO, GRAINS, "two grains are enough"))
 def test_a_sample_in_a_batch_equals_the_sample_alone(grain: str) -> None:
     policy = of_grain(grain)
     (_, three), (_, one) = captured(batch=3), captured(batch=1)
@@ -121,20 +124,25 @@ def row_of(value: Any, sample: int) -> Any:
 
 @pytest.mark.parametrize("grain", GRAINS)
 def test_generations_do_not_see_each_other(grain: str) -> None:
-    """One after the other, and step by step in turn."""
+    """One after the other, step by step in turn, and as branches of one run."""
     _, twin = captured()
     fast = twin.compile(of_grain(grain))
-    first, other = twin.inputs, [shifted(each) for each in twin.inputs]
-    alone = run(fast, first), run(fast, other)
+    images = twin.inputs, [shifted(each) for each in twin.inputs]
+    alone = [run(fast, inputs) for inputs in images]
     assert not same(*alone)
-    assert same(run(fast, first), alone[0])
-    runs = [toca_fx.session(num_steps=12) for _ in alone]
+    assert same(run(fast, images[0]), alone[0])
+    sessions = [toca_fx.session(num_steps=12) for _ in images]
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(each) for each in runs]
-        for call, pair in enumerate(zip(first, other, strict=True)):
-            for session, inputs, expected in zip(opened, pair, alone, strict=True):
+        runs = [stack.enter_context(each) for each in sessions]
+        for call in range(12):
+            for session, inputs, expected in zip(runs, images, alone, strict=True):
                 with session:
-                    assert torch.equal(fast(inputs), expected[call])
+                    assert torch.equal(fast(inputs[call]), expected[call])
+    with toca_fx.session(num_steps=12):
+        for call in range(12):
+            for name, inputs, expected in zip("ab", images, alone, strict=True):
+                with toca_fx.branch(name):
+                    assert torch.equal(fast(inputs[call]), expected[call])
 
 
 def shifted(inputs: list[Any]) -> list[Any]:
@@ -145,7 +153,7 @@ def shifted(inputs: list[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("grain", ["tokens", "module", "model"])
+@pytest.mark.parametrize("grain", slow_but(["module"], GRAINS, "one grain is enough"))
 def test_a_generation_goes_on_when_the_model_is_captured_again(grain: str) -> None:
     """Its latents lie otherwise from a partial step on."""
     model, inputs = tiny("diffusers", layers=1).double(), list(make_inputs(dtype=torch.float64))
@@ -163,7 +171,7 @@ def test_a_generation_goes_on_when_the_model_is_captured_again(grain: str) -> No
     assert len(programs(session)) == 2
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", slow_but(TWO, GRAINS, "two grains are enough"))
 def test_values_in_bfloat16_are_summed_in_the_models_precision(grain: str) -> None:
     """Then an error is no larger than what the weights make of the rounding of the values."""
     _, twin = captured()
