@@ -53,7 +53,8 @@ class Forecast:
         default=None,
         metadata=_key(
             "How many values a unit keeps. Each takes as much memory as one. Default: order + 1; "
-            "for `chebyshev` one per full step; for `table` as many as it has weights for.",
+            "for `chebyshev` one per full step, and with a `gate` one per step; for `table` as "
+            "many as it has weights for.",
             minimum=1,
             maximum=MAX_HISTORY,
             examples=(3,),

@@ -257,7 +257,9 @@ class Policy:
             "Decides as the steps come which are full, within what `N` allows: `N.first`, "
             "`N.last`, `N.full_steps` and `N.extra_full_steps` are full in any case, and of "
             "`N.base` - 1 other steps in a row, or `at_most`, the next one. All guidance branches "
-            "of a step are decided on together. Absent: `N` decides, ahead of the run.",
+            "of a step are decided on together. On an accelerator whatever is measured is read one "
+            "step later, so that no step waits for the one before it. Absent: `N` decides, ahead "
+            "of the run.",
             title="a mapping such as {signal: easycache, threshold: 0.05}",
             examples=({"signal": "easycache", "threshold": 0.05, "at_most": 6},),
         ),
