@@ -96,6 +96,8 @@ class Situation:
     conditions tells generations apart. ``current`` is the generation with these conditions,
     ``apart`` if another thread, task or capture of the model ran it; ``head`` is the one called
     last, of the same run. ``several`` says that calls of several branches are expected at a step.
+    ``repeats`` says that at the timestep of the call before it may be another call of that step,
+    even where the timestep is listed twice: it has its very latents, or no condition that stays.
     """
 
     told: Told | None = None
@@ -107,6 +109,7 @@ class Situation:
     apart: bool = False
     head: Progress | None = None
     several: bool = False
+    repeats: bool = False
     seen: tuple[Schedule, ...] = ()
 
 
@@ -237,6 +240,8 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     if fits(listed, expected, t, call.rounding):
         # Neighbours that the model's dtype does not tell apart.
         alike = t == current.timestep and listed[expected] != listed[expected - 1]
+        if call.repeats and t == current.timestep:
+            return _on(current, expected - 1, again=True, warnings=(words.LISTED_TWICE,))
         return _on(current, expected, again=alike)
     if fits(listed, expected - 1, t, call.rounding):
         return _on(current, expected - 1, again=True, warnings=(words.LISTED_ONCE,))

@@ -22,7 +22,7 @@ from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.gate import Choice, Gate, SamplingRun
 from toca_fx.runtime.histories import Histories, Moment
-from toca_fx.runtime.identity import Mark
+from toca_fx.runtime.identity import Agreement, Mark
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
@@ -65,6 +65,7 @@ class Generation:
         self.running = self.repeated = False
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
         self.latest = decision
+        self._latents: Mark | None = None  # of its last call
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False
         self.plan = plan
@@ -128,6 +129,24 @@ class Generation:
         for part in self.parts.values():
             part.forget()
 
+    def may_repeat(self, inputs: Sequence[Any], agrees: Agreement) -> bool:
+        """Whether a call at the timestep of the last one may be of the same step.
+
+        So it is if it has the same latents, or no condition that stays and no name of a branch.
+        """
+        if agrees == "rebuilt" and self.marks and not self.path:
+            return True
+        at = self.runner.program.analysis.inputs.latents
+        return at is not None and self._latents is not None and self._latents.same(inputs[at])
+
+    def _mark(self, latents: Tensor | None) -> Mark | None:
+        """The mark of latents, where it is asked for: where a session lists a timestep twice."""
+        listed = self.timesteps
+        if latents is None or listed is None or len(set(listed)) == len(listed):
+            return None
+        # Nobody counts what is written to tensors made in inference mode.
+        return None if latents.is_inference() else Mark(latents)
+
     def run_step(
         self, decision: Decision, timestep: Timestep | None, inputs: Sequence[Any]
     ) -> tuple[Any, StepRecord]:
@@ -175,6 +194,7 @@ class Generation:
             choice.reason,
         )
         self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
+        self._latents = self._mark(facts.latents)
         if not self._keeps or self.progress.finished:
             self.running = False
             self.close()

@@ -190,6 +190,7 @@ class Session:
                 apart=apart,
                 head=head,
                 several=found.settings.separate or known.model.several,
+                repeats=current is not None and current.may_repeat(inputs, agrees),
                 seen=known.model.schedules.whole,
             )
         )

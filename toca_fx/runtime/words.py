@@ -25,6 +25,11 @@ LISTED_ONCE = (
     "once, so that the next step is full. If they are guidance branches, wrap each kind of call in "
     "toca_fx.branch(name); if a second-order sampler makes them, list the timestep of every call"
 )
+LISTED_TWICE = (
+    "two calls had a timestep that session(timesteps=...) lists twice, and the same latents, or "
+    "conditions made anew at every call, so that they may be two of one step and the next one is "
+    "full. Wrap each kind of call in toca_fx.branch(name), and make captions once, before the loop"
+)
 SAME_STEP = (
     "two calls came with the same step_index and the same conditions, so that the next step is "
     "full; give each branch a name of its own in cache_context(name)"

@@ -235,11 +235,8 @@ class OneRun:
         outer = self.place[0] == "none" and not self.untold
         shared = self.meets_another(image, path, number, y)
         image.doubtful |= (
-            # A timestep that is listed twice may be that of either call.
-            (twice and spec.schedule in REPEATING)
             # Of a session that several runs share, it may be any of them.
-            or (outer and mine == "rebuilt")
-            or (rebuilt and self.swaps)
+            (outer and mine == "rebuilt") or (rebuilt and self.swaps)
         )
         paused = bool(image.calls) and image.calls[-1].number != number - 1
         guided = len(GUIDANCE[spec.guidance]) > 1
@@ -252,7 +249,7 @@ class OneRun:
             (twice, oracle.TWICE),
             (self.outer_is_another, oracle.ANOTHERS),
             (self.place[0] == "none" and mine == "rebuilt", oracle.REBUILT),
-            (rebuilt and guided, oracle.REBUILT),
+            (rebuilt and (guided or spec.schedule in REPEATING), oracle.REBUILT),
             (spec.schedule in REPEATING and not self.lists, oracle.REPEATED),
             (misprinted, oracle.MISPRINT),
         )
