@@ -81,6 +81,8 @@ class Conditioning:
         self._wanted, spent, renewed = wanted, 0, False
         if wanted.conditions:
             spent, renewed = self._renew_conditions(inputs)
+        if renewed and self._found.timed.buffers:  # whether or not this call reads the table
+            self._filled = False
         if not wanted.names:
             self._from_table = False
             return spent

@@ -78,6 +78,11 @@ class Generation:
         """The branch, for reports."""
         return "/".join(self.path)
 
+    @property
+    def unknowable(self) -> bool:
+        """Whether nobody has any of its conditions any more."""
+        return all(mark.gone for mark in self.marks)
+
     def join(self, other: Generation, timestep: Timestep | None) -> None:
         """Be a branch of the run of ``other``, from a call at ``timestep`` on."""
         self.run = other.run

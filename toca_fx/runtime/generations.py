@@ -161,6 +161,9 @@ class Generations:
         """Put a new generation in, in the place of an old one."""
         if instead_of is not None:
             self.drop(instead_of)
+        if self.told is None:  # nothing but its conditions tells it, and they are no more
+            for each in [each for each in self.all if each.unknowable and not each.running]:
+                self.drop(each)
         self.all.append(begun)
         while len(self.all) > self._most:
             idle = next((each for each in self.all if not each.running), None)

@@ -228,6 +228,26 @@ def test_other_timesteps_than_announced_are_computed_in_the_call() -> None:
     )
 
 
+def test_labels_that_change_where_nothing_is_listed_reach_the_listed_steps_behind() -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    listed = timesteps(calls)
+    listed[1] = 1.0
+    found = []
+    for hoisting in (ON, OFF):
+        labels = [torch.tensor([1, 2])]
+
+        def renew(step: int, labels: list[Tensor] = labels) -> None:
+            if step == 1:
+                labels[:] = [torch.tensor([5, 3])]  # the last one is gone
+            calls[step]["class_labels"] = labels[0]
+            calls[step - 1].pop("class_labels", None)
+
+        found.append(run(model, calls, hoisting, listed, between=renew))
+    (ours, report), (theirs, _) = found
+    assert close(ours, theirs)
+    assert [step.kind for step in report.steps].count("partial") > 1
+
+
 def test_too_many_timesteps_for_the_memory_are_computed_one_by_one() -> None:
     model, calls = generation("DiTTransformer2DModel")
     model.double()

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import toca_fx.backend
 import toca_fx.runtime.generations
@@ -61,6 +61,7 @@ WORLDS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+ROUND = 50
 USUAL = ("labels", "text", "easycache")
 
 
@@ -72,22 +73,27 @@ def _many_captures() -> Iterator[None]:
 
 
 def drive(world: World, examples: int, shrinks: bool = True) -> None:
-    """Play that many sequences, the same ones each time; the first failure is made small."""
+    """Play that many sequences, the same ones each time; the first failure is made small.
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink] if shrinks else [Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(sequences())
-    def play(sequence: Sequence) -> None:
-        world.play(sequence)
+    They are drawn in rounds, each from the beginning: in a long one most are variants of a few.
+    """
+    phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
+    for begins in range(0, examples, ROUND):
 
-    play()
+        @seed(begins)
+        @settings(
+            max_examples=min(ROUND, examples - begins),
+            deadline=None,
+            database=None,
+            phases=phases,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(sequences())
+        def play(sequence: Sequence) -> None:
+            world.play(sequence)
+
+        play()
 
 
 def world_of(name: str) -> World:
@@ -95,7 +101,7 @@ def world_of(name: str) -> World:
     return World(kind, **policy)
 
 
-@pytest.mark.parametrize("examples", slow_but([50], [50, 1000], "it takes minutes"))
+@pytest.mark.parametrize("examples", slow_but([100], [100, 2000], "it takes minutes"))
 @pytest.mark.parametrize("name", slow_but(USUAL, WORLDS, "of gates, one is enough"))
 def test_no_wrong_image_and_no_cache_left_out(name: str, examples: int) -> None:
     world = world_of(name)
@@ -150,7 +156,7 @@ def test_planted_faults_are_found(fault: str) -> None:
     world = world_of("skips" if fault in OF_HISTORIES else "text")
     with PLANTED[fault]():
         try:
-            drive(world, 300, shrinks=False)
+            drive(world, 500, shrinks=False)
         except WrongImageError:
             return
     assert world.figures.share < 0.95, str(world.figures)

@@ -291,7 +291,7 @@ class OneRun:
                 continue
             shared = shared or not run.over
             onward = (time - last) * (-1 if spec.schedule != "rising" else 1) > 0
-            if onward:
+            if onward or "restart" in (spec.schedule, run.spec.schedule):
                 image.doubtful = theirs.doubtful = True
         known[who] = (image, self, time)
         return shared
