@@ -23,6 +23,7 @@ from toca_fx.graph import roles
 from toca_fx.graph.autocast import OFF
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
+from toca_fx.lower.locks import let_go
 from toca_fx.lower.once import Recent, once
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
@@ -189,6 +190,13 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
+        try:
+            return self._run(inputs)
+        except BaseException:
+            let_go()
+            raise
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
         values = (inputs[at] for at in self._varying)
         shapes = tuple(
             (value.shape, value.stride()) if isinstance(value, Tensor) else value

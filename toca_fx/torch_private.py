@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -179,6 +179,16 @@ def compiling() -> Iterator[None]:
             yield
         finally:
             torch.compiler._is_compiling_flag = before
+
+
+def end_compiling() -> None:
+    """End what an interrupt has left of ``compiling`` in this thread, which compiles nothing."""
+    with suppress(RuntimeError):  # this thread does not hold it
+        while True:
+            compile_lock.release()
+    if compile_lock.acquire(blocking=False):
+        torch.compiler._is_compiling_flag = False
+        compile_lock.release()
 
 
 def trace(

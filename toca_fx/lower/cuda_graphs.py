@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from toca_fx.lower.locks import new_lock
 from toca_fx.torch_private import end_allocate_to_pool, foreach_copy_, tree_map_only
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._done: torch.cuda.Event | None = None
         self._last: torch.cuda.Stream | None = None
 
@@ -140,12 +141,12 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 @functools.cache
-def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.Lock]:
+def _recording_stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.RLock]:
     """The stream of a device on which recordings are made, and the lock to take for one.
 
     There is one per process: libraries keep a workspace for each stream that they were used on.
     """
-    return torch.cuda.Stream(device), threading.Lock()  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device), new_lock()  # type: ignore[no-untyped-call]
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Generic, TypeVar, overload
 
+from toca_fx.lower.locks import new_lock
 from toca_fx.torch_private import compiling
 
 Key = TypeVar("Key")
@@ -28,7 +28,7 @@ class Recent(MutableMapping[Key, Value]):
     """A mapping of the ``most`` items that were read last."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.RLock()
+        self._most, self._lock = most, new_lock()
         self._items: OrderedDict[Key, Value] = OrderedDict()
 
     def __getitem__(self, key: Key) -> Value:

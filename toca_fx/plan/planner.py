@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 
@@ -39,8 +40,7 @@ class Planner:
         self.settings = resolve(policy)
         self.matches = matches
         self._policy, self._aspect = policy, aspect
-        self._plans: dict[int, Plan] = {}
-        self._lock = threading.Lock()
+        self._plans: OrderedDict[int, Plan] = OrderedDict()  # the one used last is last
 
     def plan(self, num_steps: int | None = None) -> Plan:
         """The plan for a generation of ``num_steps`` model calls; None: the policy's number.
@@ -49,14 +49,15 @@ class Planner:
             PolicyError: see ``make_plan``.
         """
         total = self.settings.steps if num_steps is None else num_steps
-        with self._lock:
-            found = self._plans.pop(total, None)
-            if found is None:
-                found = make_plan(self.matches, self._policy, total, self._aspect)
-            self._plans[total] = found  # the one used last is last
+        found = self._plans.get(total)
+        if found is None:  # two threads may make it, and have the same one
+            made = make_plan(self.matches, self._policy, total, self._aspect)
+            found = self._plans.setdefault(total, made)
+        with suppress(KeyError):  # another thread has been here
+            self._plans.move_to_end(total)
             while len(self._plans) > _MOST_PLANS:
-                del self._plans[next(iter(self._plans))]
-            return found
+                self._plans.popitem(last=False)
+        return found
 
     @cached_property
     def uncached(self) -> Plan:

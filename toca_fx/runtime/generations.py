@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from toca_fx.lower.locks import new_lock
 from toca_fx.runtime.clock import Decision, Told
 from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.identity import Agreement, agreement
@@ -40,7 +41,7 @@ class Generations:
         self._model, self.told = weakref.ref(model), told
         self.calls = 0
         self.moves = self.waits = self.crowded = False
-        self.lock = threading.RLock()
+        self.lock = new_lock()
         self.said: set[str] = set()
         self._last: Timestep | None = None
         self._way = 0.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from toca_fx.lower.locks import new_lock
 from toca_fx.lower.once import Recent
 from toca_fx.runtime.schedules import Schedules
 
@@ -39,7 +39,7 @@ class Models:
 
     def __init__(self) -> None:
         self._keys: Recent[tuple[int, ...], tuple[ModelKey, list[Any]]] = Recent(_MOST)
-        self._lock = threading.RLock()
+        self._lock = new_lock()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -82,7 +82,7 @@ class Models:
 
 
 _of_code: weakref.WeakValueDictionary[Hashable, Models] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 def models_of(code: Hashable) -> Models:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toca_fx.lower.cuda_graphs import Recordings, recorder_for
+from toca_fx.lower.locks import new_lock
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime.gate import gate_of
@@ -30,7 +30,7 @@ class Runner:
 
     def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
         self.program = program
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         self._idle: dict[tuple[int, int], list[Storage]] = {}
         self._recorded: weakref.WeakSet[Storage] = weakref.WeakSet()
         self._seen: set[Hashable] = set()

@@ -6,7 +6,6 @@ The clock says which step of which generation a call is, the plan what the step 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from toca_fx.diagnostics import PolicyError
+from toca_fx.lower.locks import new_lock
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime import clock, parts, watch, words
@@ -56,7 +56,7 @@ class Session:
         self._models: dict[ModelKey, Generations] = {}
         # Outside of any session what is known of a model goes with it: the model has it.
         self._untold: weakref.WeakSet[ModelKey] = weakref.WeakSet()
-        self._lock = threading.RLock()
+        self._lock = new_lock()
         self._calls: list[tuple[Program, StepRecord]] = []
         self._warnings: dict[str, None] = {}
         self._cache_bytes = self._hoisted_bytes = 0

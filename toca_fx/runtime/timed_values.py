@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from toca_fx.lower.locks import new_lock
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.schedules import Timestep
 
@@ -22,7 +22,7 @@ class TimedValues:
     def __init__(self, seen: Seen | None = None, most_bytes: int = 0) -> None:
         self._seen, self._most_bytes = seen, most_bytes
         self._rows: OrderedDict[Timestep, tuple[Tensor, ...]] = OrderedDict()
-        self._bytes, self._lock = 0, threading.Lock()
+        self._bytes, self._lock = 0, new_lock()
 
     def __contains__(self, timestep: Timestep | None) -> bool:
         return timestep in self._rows
