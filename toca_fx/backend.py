@@ -35,7 +35,7 @@ from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
 from toca_fx.runtime.context import current_place
 from toca_fx.runtime.models import models_of
-from toca_fx.runtime.parts import call_of
+from toca_fx.runtime.parts import Call, Lead, call_of
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.told import METHODS, refuse_two_caches
 
@@ -190,13 +190,14 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph."""
+        call, lead = (None, None) if self._whole else call_of(self, 1)
         try:
-            return self._run(inputs)
+            return self._run(inputs, call, lead)
         except BaseException:
             let_go()
             raise
 
-    def _run(self, inputs: Sequence[Any]) -> Any:
+    def _run(self, inputs: Sequence[Any], call: Call | None, lead: Lead | None) -> Any:
         values = (inputs[at] for at in self._varying)
         shapes = tuple(
             (value.shape, value.stride()) if isinstance(value, Tensor) else value
@@ -206,7 +207,6 @@ class Dispatcher:
         key = (shapes, self._numbers.read(inputs))
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
-        call, lead = (None, None) if self._whole else call_of(self, 1)
         with OFF.again():  # its casts are in the graphs
             session = None if lead is None else lead.session()
             if lead is None or session is None:

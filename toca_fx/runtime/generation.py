@@ -79,6 +79,11 @@ class Generation:
         return "/".join(self.path)
 
     @property
+    def over(self) -> bool:
+        """Whether all steps of its run have been made."""
+        return self._keeps and self.progress.finished
+
+    @property
     def unknowable(self) -> bool:
         """Whether nobody has any of its conditions any more."""
         return all(mark.gone for mark in self.marks)

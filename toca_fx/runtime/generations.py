@@ -167,11 +167,12 @@ class Generations:
                 self.drop(each)
         self.all.append(begun)
         while len(self.all) > self._most:
-            idle = next((each for each in self.all if not each.running), None)
-            if idle is None:
+            idle = [each for each in self.all if not each.running]
+            if not idle:
                 break
-            self.crowded = self.crowded or idle.storage is not None
-            self.drop(idle)
+            going = next((each for each in idle if each.over), idle[0])
+            self.crowded = self.crowded or going.storage is not None
+            self.drop(going)
 
     def drop(self, old: Generation) -> None:
         """Forget a generation; its memories go."""
