@@ -204,8 +204,10 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
             return Decision("generation", told.position, told.num_steps)
         again = told.position == expected - 1
         return _on(current, told.position, again, (words.SAME_STEP,) if again else ())
-    if t is None:
-        return _on(current, expected)
+    if t is None:  # one that is further behind than a branch of the same step has missed some
+        return _on(
+            current, expected if call.head is None else max(expected, call.head.position - 1)
+        )
     if told.timesteps is not None:
         return _listed(call, told.timesteps, current, t)
     if t == current.timestep:  # made again, a second-order sampler, or two that share conditions

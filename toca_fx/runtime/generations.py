@@ -6,6 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -147,6 +148,17 @@ class Generations:
             at_once or decision.place == "branch"
         ):
             begun.run.choices = last.run.choices
+
+    def overtake(self, begun: Generation, conditions: Sequence[Tensor]) -> None:
+        """Let those that had the same conditions at another shape or dtype keep nothing.
+
+        ``begun`` may have taken a step of theirs, or more; nobody could tell afterwards.
+        """
+        for each in self.all:
+            other = each.path == begun.path and each.runner is not begun.runner
+            alike = other and len(each.marks) == len(conditions)
+            if alike and agreement(each.marks, conditions) in ("equal", "same"):
+                each.progress = replace(each.progress, lost=True)
 
     def moved(self, timestep: Timestep | None) -> None:
         """Note the timestep of a call; where it turns back another image has begun."""

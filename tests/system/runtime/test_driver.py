@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 import toca_fx.backend
 import toca_fx.runtime.generations
 from tests.marks import slow_but
-from tests.system.runtime.driver.events import Sequence, sequences
+from tests.system.runtime.driver.events import Sampling, Sequence, sequences
 from tests.system.runtime.driver.oracle import WrongImageError
 from tests.system.runtime.driver.world import World
 from toca_fx.runtime.clock import Progress
@@ -108,6 +108,40 @@ def test_no_wrong_image_and_no_cache_left_out(name: str, examples: int) -> None:
     drive(world, examples)
     assert world.figures.sequences >= examples
     assert world.figures.share >= 0.95, str(world.figures)
+
+
+IN_TURN = {count: tuple(at for at in range(count) for _ in range(8)) for count in (1, 2)}
+ONCE_WRONG = {
+    "Heun, guidance whose empty prompt is made anew": Sequence(
+        (
+            Sampling(("block", "main"), schedule="heun", guidance="third", negative="rebuilt"),
+            Sampling(("block", "main"), schedule="heun", guidance="on", prompt="rebuilt", halves=3),
+        ),
+        IN_TURN[2],
+    ),
+    "Heun, two calls of a step with one prompt": Sequence(
+        (Sampling(("block", "main"), schedule="heun", guidance="perturbed", first="uncond"),),
+        IN_TURN[1],
+    ),
+    "labels made anew at steps of another schedule": Sequence(
+        (
+            Sampling(schedule="restart", named=True, batch=1),
+            Sampling(schedule="heun", guidance="late", prompt="rebuilt", batch=1),
+        ),
+        IN_TURN[2],
+        outer="one list",
+    ),
+    "Heun, another dtype and back": Sequence(
+        (Sampling(("handle", "main"), schedule="heun", batch=1),),
+        IN_TURN[1],
+        ((1, "other dtype"), (2, "other dtype")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_what_was_wrong_once(name: str) -> None:
+    world_of("labels").play(ONCE_WRONG[name])
 
 
 class _Never:

@@ -48,6 +48,7 @@ class Case:
     num_steps: int | None = 10
 
 
+SECOND = {"num_steps": 7, "position": 2, "timestep": (800.0,), "trail": HEUN[:2]}
 OLD, NEW = {}, None  # known conditions, and others
 CASES = [
     # In a session: the first call, and the next ones.
@@ -150,10 +151,28 @@ CASES = [
         True,
         head={"position": 5, "timestep": (500.0,)},
     ),
+    Case("after a pause, not read", SESSION, None, OLD, "on", 5, True, head={"position": 6}),
+    Case("second, not read", SESSION, None, OLD, "on", 3, False, head={"position": 4}),
     Case("after a pause, listed", LISTED, 400.0, OLD, "on", 5, True),
     # Two calls of one step that nothing tells apart; a second-order sampler.
     Case("the same timestep", SESSION, 700.0, OLD, "on", 2, True, (TWO_CALLS,), again=True),
     Case("after two at one", SESSION, 600.0, {"calls": 2}, "on", 3, True),
+    Case(
+        "the second call, listed twice", Told(7, HEUN), 800.0, SECOND, "on", 2, False, num_steps=7
+    ),
+    Case(
+        "listed twice, and may be of the same step",
+        Told(7, HEUN),
+        800.0,
+        SECOND,
+        "on",
+        1,
+        True,
+        ("lists twice",),
+        more={"repeats": True},
+        again=True,
+        num_steps=7,
+    ),
     Case(
         "the same timestep, listed",
         LISTED,
