@@ -90,6 +90,7 @@ def _draw(results: Results, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    colours = matplotlib.colormaps["tab20"]
     rows = _rows(results)
     timed = all(row.time is not None for row in rows)
     shown = [name for name in MEASURES if any(getattr(row, name) is not None for row in rows)]
@@ -102,7 +103,7 @@ def _draw(results: Results, file: Path) -> None:
             ax.plot(
                 [row.time if timed else 1 / row.flops_ratio for row in known],
                 [getattr(row, name) for row in known],
-                color=f"C{at % 10}",
+                color=colours(at % 20),
                 marker="o" if known and known[0].policy is None else "*",
                 markersize=4 if known and known[0].policy is None else 10,
                 linewidth=1,
