@@ -33,16 +33,16 @@ def calls_of(example: Example, first: Call, steps: int) -> list[Call]:
     """
     from toca_fx.examples import vary
 
-    one, other = (vary(example, first, end, steps)[example.latent] for end in (0, steps - 1))
+    one, other = (
+        {name: vary(example, first, end, steps)[name] for name in example.latents}
+        for end in (0, steps - 1)
+    )
 
     def between(step: int) -> Any:
         angle = math.pi / 2 * step / max(1, steps - 1)
         return tree_map(lambda a, b: math.cos(angle) * a + math.sin(angle) * b, one, other)
 
-    return [
-        {**vary(example, first, step, steps), example.latent: between(step)}
-        for step in range(steps)
-    ]
+    return [{**vary(example, first, step, steps), **between(step)} for step in range(steps)]
 
 
 @torch.no_grad()

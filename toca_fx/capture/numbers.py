@@ -108,7 +108,7 @@ class Numbers:
         changing = {
             node: role
             for node, role in zip(given, roles, strict=True)
-            if role in ("latents", "timestep")
+            if role in ("latents", "timestep", "other timestep")
         }
         for node, read in self._reads.items():
             for source in sorted(ancestors([read.source]) & changing.keys(), key=str):

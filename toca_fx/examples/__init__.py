@@ -145,9 +145,9 @@ def vary(
     def lower(value: Any) -> Any:
         return (value * (1 - step / steps)).to(value.dtype) if isinstance(value, Tensor) else value
 
-    latent = tree_map(redraw, inputs[example.latent])
-    timestep = tree_map(lower, inputs[example.timestep])
-    return {**inputs, example.latent: latent, example.timestep: timestep}
+    latents = {name: tree_map(redraw, inputs[name]) for name in example.latents}
+    timesteps = {name: tree_map(lower, inputs[name]) for name in example.timesteps}
+    return {**inputs, **latents, **timesteps}
 
 
 def _construct(example: Example, dtype: torch.dtype) -> nn.Module:

@@ -89,7 +89,8 @@ class Example:
 
     ``model`` is the class name, ``config`` the arguments of the constructor, ``inputs`` makes the
     keyword arguments of ``forward``; ``latent`` and ``timestep`` name those that change from step
-    to step. ``batch`` is the usual number of samples in a call: 2 for one image with guidance.
+    to step, ``other_latents`` and ``other_timesteps`` more of them. ``batch`` is the usual number
+    of samples in a call: 2 for one image with guidance.
     """
 
     model: str
@@ -97,4 +98,16 @@ class Example:
     inputs: Inputs
     latent: str = "hidden_states"
     timestep: str = "timestep"
+    other_latents: tuple[str, ...] = ()
+    other_timesteps: tuple[str, ...] = ()
     batch: int = 2
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """The names of all latents."""
+        return self.latent, *self.other_latents
+
+    @property
+    def timesteps(self) -> tuple[str, ...]:
+        """The names of all timesteps, first the one that tells steps apart."""
+        return self.timestep, *self.other_timesteps

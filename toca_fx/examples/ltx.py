@@ -56,6 +56,8 @@ EXAMPLES = (
             "width": 6,
             "audio_num_frames": 20,
         },
+        other_latents=("audio_hidden_states",),
+        other_timesteps=("sigma",),
     ),
     Example(
         "SanaWMLTX2RefinerTransformer3DModel",

@@ -28,6 +28,7 @@ EXAMPLES = (
             "encoder_hidden_states": d.normal(12, 24),
             "context_latents": d.normal(144, 16),
         },
+        other_timesteps=("timestep_r",),
     ),
     Example(
         "LongCatAudioDiTTransformer",
@@ -130,7 +131,9 @@ EXAMPLES = (
                 "supports_local_latent": d.full(1, 72).bool(),
             },
         },
-        latent="local_latents",
-        timestep="local_latents_time",
+        latent="bb_ca",
+        timestep="bb_ca_time",
+        other_latents=("local_latents",),
+        other_timesteps=("local_latents_time",),
     ),
 )

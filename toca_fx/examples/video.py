@@ -193,6 +193,7 @@ EXAMPLES = (
             "timestep": d.full(500.0),
             "pooled_projections": d.normal(20),
         },
+        other_latents=("audio_hidden_states",),
     ),
     Example(
         "Kandinsky6SRTransformer3DModel",
@@ -240,6 +241,7 @@ EXAMPLES = (
             "video_indices": torch.arange(12, 84),
             "audio_indices": torch.arange(84, 104),
         },
+        other_latents=("audio_hidden_states",),
     ),
     Example(
         "MochiTransformer3DModel",

@@ -56,6 +56,7 @@ EXAMPLES = (
             "timestep": d.full(500.0, 3),
             "r_timestep": d.full(400.0, 3),
         },
+        other_timesteps=("r_timestep",),
     ),
     Example(
         "AnyFlowFARTransformer3DModel",
@@ -69,6 +70,7 @@ EXAMPLES = (
             "kv_cache": [_far_cache(d) for _ in range(2)],
             "kv_cache_flag": {"is_cache_step": False, "num_cached_chunks": 1},
         },
+        other_timesteps=("r_timestep",),
     ),
     Example(
         "ChronoEditTransformer3DModel",

@@ -1,23 +1,30 @@
 """The roles of a graph's inputs.
 
-state       a parameter or buffer of the model, or a number: the same at every step
-timestep    what says how noisy the latents are
-latents     what the model's output is shaped like
-condition   all other inputs: captions, labels, masks, sizes, positions
+state           a parameter or buffer of the model, or a number: the same at every step
+timestep        what says how noisy the latents are
+other timestep  where there are several: of the sound beside a video, or where the step leads to
+latents         what the model's output is shaped like; a model may take a list, one per sample
+condition       all other inputs: captions, labels, masks, sizes, positions
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-Role = Literal["state", "timestep", "latents", "condition"]
+Role = Literal["state", "timestep", "other timestep", "latents", "condition"]
 
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")  # arguments of forward, best first
+# Arguments of forward: of timesteps, best first, and of latents.
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "time")
+_LATENTS = ("hidden_states", "x", "sample", "latents")
+# `audio_timestep`, `timestep_r`, `bb_ca_time`; `timestep_cond` and `time_ids` are conditions.
+_OF_ONE_KIND = re.compile(r"(?:\w+_)?(?:timesteps?|sigmas?|times?)(?:_[a-z])?")
+_ARGUMENT = re.compile(r"\['(\w+)'\]$")
+_ITEM = re.compile(r"(?:\[\d+\])+$")
 _ATTRIBUTES = re.compile(
     r"(?:\._orig_mod)*\.(?:__dict__\['_(?:modules|buffers|parameters)'\]|"
     r"_(?:modules|buffers|parameters)\[)"
@@ -62,71 +69,98 @@ def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None
             node.meta["constant"] = node.op != "output" and all(
                 operand.meta["constant"] for operand in node.all_input_nodes
             )
-    timestep = timestep_position(sources, inputs)
-    if timestep is not None:
-        placeholders[timestep].meta["role"] = "timestep"
-    for node in _latents(graph):
+    for order, at in enumerate(timesteps(sources, inputs)):
+        placeholders[at].meta["role"] = "other timestep" if order else "timestep"
+    for node in _latents(graph, dict(zip(placeholders, sources, strict=True))):
         node.meta["role"] = "latents"
 
 
-def timestep_position(sources: Sequence[str], inputs: Sequence[Any]) -> int | None:
-    """The position of the input that holds the timestep, None if it is not clear which one does.
+def timesteps(sources: Sequence[str], inputs: Sequence[Any]) -> tuple[int, ...]:
+    """The positions of the inputs that hold timesteps, first the one that tells steps apart.
 
-    It is found by the name of the forward's argument, or else by its shape.
+    They are found by the names of the forward's arguments, or else there is one, found by its
+    shape. There are none if it is not clear which one it is.
     """
-    for name in _TIMESTEPS:
-        for position, source in enumerate(sources):
-            if source.endswith(f"['{name}']") and isinstance(inputs[position], Tensor):
-                return position
-    # Otherwise it is the one input that has a number for each sample, or for all of them.
     model = model_name(sources)
-    candidates = [
-        position
-        for position, (source, value) in enumerate(zip(sources, inputs, strict=True))
-        if source
-        and not is_state(source, value, model)
-        and isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() <= 1
-    ]
-    return candidates[0] if len(candidates) == 1 else None
+    names = {
+        at: _argument(source)
+        for at, (source, value) in enumerate(zip(sources, inputs, strict=True))
+        if source and isinstance(value, Tensor) and not is_state(source, value, model)
+    }
+    known = [at for best in _TIMESTEPS for at, name in names.items() if name == best]
+    alike = [at for at, name in names.items() if _OF_ONE_KIND.fullmatch(name)]
+    if found := dict.fromkeys((*known, *alike)):
+        return tuple(found)
+    # Otherwise it is the one input that has a number for each sample, or for all of them.
+    numbers = [at for at in names if inputs[at].is_floating_point() and inputs[at].dim() <= 1]
+    return tuple(numbers) if len(numbers) == 1 else ()
 
 
-def _latents(graph: fx.Graph) -> list[fx.Node]:
-    """For each tensor that the model returns, the condition so far that is shaped most like it."""
+def _argument(source: str) -> str:
+    """The name of the forward's argument, of a list or of a dictionary's entry; "" if unknown."""
+    found = _ARGUMENT.search(_list(source) or source)
+    return "" if found is None else found[1]
+
+
+def _latents(graph: fx.Graph, sources: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """For each tensor that the model returns, the conditions so far that are shaped most like it:
+    one of them, or several in one list.
+    """
     (returned,) = graph.find_nodes(op="output")
-    inputs = [
-        node
-        for node in graph.find_nodes(op="placeholder")
+    inputs = {
+        node: source
+        for node, source in sources.items()
         if node.meta["role"] == "condition" and node.meta["val"].is_floating_point()
-    ]
-    found = [
-        _most_like(node.meta["val"].shape, inputs)
+    }
+    shapes = {
+        node.meta["val"].shape
         for node in returned.all_input_nodes
         if isinstance(node.meta.get("val"), Tensor)
-    ]
-    return [node for node in found if node is not None]
+    }
+    return {node for shape in shapes for node in _most_like(shape, inputs)}
 
 
-def _most_like(shape: torch.Size, inputs: Sequence[fx.Node]) -> fx.Node | None:
-    """The first of those of ``inputs`` that are shaped most like an output of this ``shape``.
+def _most_like(shape: torch.Size, inputs: Mapping[fx.Node, str]) -> list[fx.Node]:
+    """Those of ``inputs`` that are shaped most like an output of this ``shape``.
 
     The output may have other channels: a variance as well, or none of a condition that came with
     the latents. It may also be a sequence of patches, to which a text is as alike in the number of
-    axes only; then an image or a video is the better guess.
+    axes only; then an image or a video is the better guess. Of several that are as alike it is the
+    one with the name of latents, or else the first, and what is in one list with it.
     """
-    alike = [node for node in inputs if node.meta["val"].dim() == len(shape)]
-    equal = [_equal_axes(node.meta["val"].shape, shape) for node in alike]
-    images = [node for node in inputs if node.meta["val"].dim() >= 4]
-    if any(axes for axes, _ in equal) or (alike and not images):
-        return alike[equal.index(max(equal))]
-    return images[0] if images else None
+    shapes = {node: node.meta["val"].shape for node in inputs}
+    found = {node: _likeness(own, shape) for node, own in shapes.items() if len(own) == len(shape)}
+    images = [node for node, own in shapes.items() if len(own) >= 4]
+    if images and not any(equal for _, equal, _ in found.values()):
+        found = dict.fromkeys(images, (0, 0, False))
+    if not found:
+        return []
+    best = max(found, key=lambda node: (found[node], _argument(inputs[node]) in _LATENTS))
+    together = _list(inputs[best])
+    return [
+        node
+        for node, likeness in found.items()
+        if node is best
+        or (together and likeness == found[best] and _list(inputs[node]) == together)
+    ]
 
 
-def _equal_axes(one: Sequence[int], other: Sequence[int]) -> tuple[int, bool]:
-    """How many axes behind the first have the same size, and whether the first has."""
+def _likeness(one: Sequence[int], other: Sequence[int]) -> tuple[int, int, bool]:
+    """How alike two shapes of one rank are, as something to compare.
+
+    First comes how few axes differ besides the channels, which are axis 1 or the last one, then how
+    many axes behind the first have the same size, then whether the first has: that is the batch.
+    """
     same = [a == b for a, b in zip(one, other, strict=True)]
-    return sum(same[1:]), bool(same) and same[0]
+    differ = len(same[1:]) - sum(same[1:])
+    channels = len(same) > 1 and not (same[1] and same[-1])
+    return channels - differ, sum(same[1:]), bool(same) and same[0]
+
+
+def _list(source: str) -> str:
+    """The name of the list, or of the list of lists, that an input is in; "" if it is in none."""
+    items = _ITEM.search(source)
+    return "" if items is None else source[: items.start()]
 
 
 def positions(graph: fx.Graph, role: Role) -> tuple[int, ...]:

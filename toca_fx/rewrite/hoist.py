@@ -40,7 +40,13 @@ class Hoisted:
 
 # What a node depends on, in increasing order.
 _STATE, _CONDITION, _TIMED, _VARYING = range(4)
-_ROLES = {"state": _STATE, "condition": _CONDITION, "timestep": _TIMED, "latents": _VARYING}
+_ROLES = {
+    "state": _STATE,
+    "condition": _CONDITION,
+    "timestep": _TIMED,
+    "other timestep": _VARYING,  # the first timestep does not say what it is
+    "latents": _VARYING,
+}
 
 
 def find_hoistable(graph: fx.Graph, sites: Sequence[Site], memory: int) -> Hoisted:

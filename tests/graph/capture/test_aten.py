@@ -16,7 +16,6 @@ from toca_fx import backend
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.sources import clean_path
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.graph.roles import timestep_position
 
 aten = torch.ops.aten
 
@@ -81,24 +80,3 @@ def test_verifying_takes_no_random_numbers_from_the_caller() -> None:
 )
 def test_module_paths_are_as_named_modules_has_them(source: str) -> None:
     assert clean_path(source) == "blocks.0.attn"
-
-
-@pytest.mark.parametrize(
-    ("inputs", "position"),
-    [
-        ({"x": torch.zeros(2, 4, 8, 8), "guidance": torch.zeros(2), "timestep": torch.zeros(2)}, 2),
-        ({"x": torch.zeros(2, 4, 8, 8), "noise_level": torch.zeros(2)}, 1),
-        (
-            {
-                "x": torch.zeros(2, 4, 8, 8),
-                "noise_level": torch.zeros(2),
-                "guidance": torch.zeros(2),
-            },
-            None,
-        ),
-        ({"x": torch.zeros(2, 4, 8, 8), "label": torch.zeros(2, dtype=torch.long)}, None),
-    ],
-    ids=["by name", "the only number per sample", "two of them", "an integer"],
-)
-def test_the_timestep_is_found(inputs: dict[str, Tensor], position: int | None) -> None:
-    assert timestep_position([f"L['{name}']" for name in inputs], list(inputs.values())) == position

@@ -4,6 +4,7 @@ of their values.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -155,16 +156,19 @@ def test_a_number_that_is_none_is_equal_to_itself() -> None:
     ("forward", "role"),
     [
         (lambda x, t, mask: x * t[0].item(), "timestep"),
+        (lambda x, t, r_timestep: x * t * r_timestep[0, 0].item(), "other timestep"),
         (lambda x, t, mask: x * x.abs().max().item(), "latents"),
     ],
-    ids=["timestep", "latents"],
+    ids=["timestep", "other timestep", "latents"],
 )
 def test_a_number_that_changes_at_every_step_names_the_users_line(
     forward: Callable[..., Any], role: str
 ) -> None:
     model = Model(READS["item"])
     model.forward = forward  # type: ignore[method-assign]
-    captured, inputs = capture(model, torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))
+    values = (torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))
+    given = dict(zip(inspect.signature(forward).parameters, values, strict=True))
+    captured, inputs = capture(model, **given)
     with pytest.raises(
         UnsupportedModelError,
         match=rf"reads a number out of the {role} at .*test_numbers\.py:[0-9]+ \(.*item\(\)",

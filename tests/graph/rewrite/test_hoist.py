@@ -172,6 +172,29 @@ def test_a_modulation_of_each_token_stays_where_fresh_tokens_can_be_picked(
     )
 
 
+class TwoTimes(nn.Module):
+    """A block that is modulated by two timesteps, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.shift, self.scale = nn.Linear(1, 8), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, sound_time: Tensor, time: Tensor) -> Tensor:
+        shift, scale = self.shift(time[:, None, None]), self.scale(sound_time[:, None, None])
+        return x + self.blocks[0].mlp(x * scale + shift)
+
+
+def test_only_the_first_timestep_says_what_its_values_are() -> None:
+    times = {"sound_time": torch.rand(2), "time": torch.rand(2)}
+    captured, inputs = capture(TwoTimes(), torch.randn(2, 12, 8), **times)
+    found = analysis_of(captured, inputs, make_policy())
+    assert paths(found, found.hoisted.timed) == ["shift"]
+    assert found.hoisted.conditions == ()
+    assert found.inputs.conditions == ()
+
+
 def test_a_part_computes_what_the_model_computes() -> None:
     model, inputs = build(examples()["PixArtTransformer2DModel"], dtype=torch.float64)
     program = analysis_of(*(given := capture(model, **inputs)), make_policy())

@@ -41,8 +41,8 @@ def generation(name: str) -> tuple[nn.Module, list[dict[str, Any]]]:
     return model, [vary(example, first, step, STEPS) for step in range(STEPS)]
 
 
-def timesteps(calls: list[dict[str, Any]]) -> list[float]:
-    return [float(call["timestep"].flatten()[0]) for call in calls]
+def timesteps(calls: list[dict[str, Any]], name: str = "timestep") -> list[float]:
+    return [float(call[name].flatten()[0]) for call in calls]
 
 
 def run(
@@ -106,6 +106,36 @@ def test_hoisting_changes_no_result(name: str) -> None:
     assert spent(step_by_step) == [spent(step_by_step)[0], *[timed] * (STEPS - 1)]
     assert spent(at_once) == [spent(step_by_step)[0] + (STEPS - 1) * timed, *[0] * (STEPS - 1)]
     assert at_once.flops_done == step_by_step.flops_done <= without.flops_done
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["AceStepTransformer1DModel"],
+        [
+            "AceStepTransformer1DModel",
+            "AnyFlowTransformer3DModel",
+            "Kandinsky6Transformer3DModel",
+            "RFD4ProteinaTransformer",
+            "WanAnimateTransformer3DModel",
+            "ZImageTransformer2DModel",
+        ],
+        "one class with two timesteps is enough",
+    ),
+)
+def test_all_that_changes_at_every_step_is_no_condition(name: str) -> None:
+    """Several timesteps, several latents: the model is cached, and each step has its own."""
+    model, calls = generation(name)
+    with torch.no_grad():
+        model(**calls[0])  # Z-Image makes its tables of positions, which Dynamo does not follow
+    off, _ = run(model, calls, OFF)
+    listed = timesteps(calls, examples()[name].timestep)
+    for known in (None, listed):
+        on, report = run(model, calls, ON, known)
+        assert close(on, off)
+        assert not report.warnings
+        assert {step.kind for step in report.steps} == {"full", "partial"}
+        assert len({step.hoisted_flops for step in report.steps[1:]}) == 1
 
 
 def test_timed_values_are_compiled_for_timesteps_that_are_not_listed_only() -> None:
