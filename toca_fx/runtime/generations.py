@@ -135,7 +135,10 @@ class Generations:
         decide on each.
         """
         if self.told is not None:
-            if decision.place == "branch" and newest is not None:
+            if newest is None:
+                return
+            begun.progress = replace(begun.progress, direction=newest.progress.direction)
+            if decision.place == "branch":
                 begun.join(newest, timestep)
                 same = timestep is not None and timestep == newest.progress.timestep
                 self.model.several |= same

@@ -198,8 +198,6 @@ class Session:
             begun = self._begin(known, runner, decision, conditions, path)
             known.join(begun, decision, newest, timestep)
             known.overtake(begun, conditions)
-            way = 0 if head is None or known.told is None else head.direction
-            begun.progress = replace(begun.progress, direction=way)
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             if known.crowded:
