@@ -45,17 +45,8 @@ class Peer:
     settings: Settings
 
     def configure(self, steps: int) -> Any:
-        """Its own configuration for a number of steps.
-
-        Raises:
-            ValueError: its package is not there, or does not take the settings.
-        """
-        try:
-            return PEERS[self.name](self.settings, steps)
-        except ImportError as error:
-            raise ValueError(f"{self.name}: {error}; {INSTALL[self.package]}") from error
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{self.name}: {error} ({self.package} {self.version})") from error
+        """Its own configuration for a number of steps; it raises what it will."""
+        return PEERS[self.name](self.settings, steps)
 
     @property
     def package(self) -> str:
@@ -77,7 +68,7 @@ def peer_of(source: str, steps: int) -> Peer | None:
     """The peer that ``source`` names, ``PEER[:KEY=VALUE,...]``; None if it names none.
 
     Raises:
-        ValueError: its settings have another form, or ``Peer.configure`` does not take them.
+        ValueError: its package is not there, or does not take the settings.
     """
     name, _, given = source.partition(":")
     if name not in PEERS:
@@ -86,7 +77,12 @@ def peer_of(source: str, steps: int) -> Peer | None:
     if not all(key and value for key, _, value in pairs):
         raise ValueError(f"{source}: expected {name}:KEY=VALUE,... of its own configuration")
     peer = Peer(name, {key: _value(value) for key, _, value in pairs})
-    peer.configure(steps)
+    try:
+        peer.configure(steps)
+    except ImportError as error:
+        raise ValueError(f"{source}: {error}; {INSTALL[peer.package]}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error} ({peer.package} {peer.version})") from error
     return peer
 
 
@@ -153,7 +149,8 @@ class Cached:
         config = peer.configure(len(scheduler.timesteps))
         if getattr(config, "calibrate", False):
             config = _calibrated(setup, config, scheduler)
-        self._caching, self._compiled = PACKAGES[peer.package](setup.model, config), compiled
+        self._caching = PACKAGES[peer.package](setup.model, config)
+        self._run = self._caching.model if compiled else self._counted
         self._ahead: Iterator[At] = iter(())
         self._work = Work()
         if compiled:
@@ -170,8 +167,11 @@ class Cached:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The model's prediction for the next step."""
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        with self._caching.call(next(self._ahead)), nullcontext() if self._compiled else counter:
+        with self._caching.call(next(self._ahead)):
+            return self._run(*args, **kwargs)
+
+    def _counted(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             predicted: tuple[Tensor, ...] = self._caching.model(*args, **kwargs)
         self._work.flops.append(counter.get_total_flops())
         return predicted
