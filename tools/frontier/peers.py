@@ -154,6 +154,9 @@ class Cached:
         self._ahead: Iterator[At] = iter(())
         self._work = Work()
         if compiled:
+            # The hooks of all peers share code, and each is another way through it; cache-dit's
+            # documentation raises the limit so.
+            torch.compiler.config.recompile_limit = 96
             compile_blocks(self._caching.model)
 
     @contextmanager
@@ -280,8 +283,9 @@ PACKAGES: Mapping[str, Callable[[nn.Module, Any], Caching]] = {
     "cache-dit": _of_cache_dit,
 }
 
-# TaylorSeer's own patterns match no module of this class (``attn1``, ``proj_out_2``): these say the
-# same of it. Its factors in float32 as in its example, not in bfloat16.
+# TaylorSeer's own patterns match no module of this class, whose are named ``attn1`` and
+# ``proj_out_2``: these say the same of it. Its factors are in float32 as in its example, not in
+# bfloat16. FasterCache splits the batch of both guidance branches but not its class labels.
 _MODULES = {
     "cache_identifiers": [r"transformer_blocks\.\d+\.(attn1|ff)"],
     "taylor_factors_dtype": torch.float32,
