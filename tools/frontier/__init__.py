@@ -8,7 +8,7 @@
 
 A point is ``SAMPLER:STEPS``, ``SAMPLER:GRID`` (timesteps by name, in the file of ``--grids``) or
 ``POLICY+SAMPLER:STEPS``; in the place of the policy there may be another cache, ``PEER`` or
-``PEER:KEY=VALUE,...`` (see ``PEERS`` in peers.py). Without ``--points`` they are the uncached ones.
+``PEER:KEY=VALUE,...`` (``PEERS`` in caches.py). Without ``--points`` they are the uncached ones.
 What was measured is kept in tools/results/frontier-MODEL.json, and not measured again; --draw makes
 a picture and a table of it.
 """
