@@ -60,7 +60,7 @@ def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -
     return 2 * rows[0] * rows[1] * weight[0]
 
 
-_FORMULAS = {
+FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._weight_int8pack_mm: _packed,
     _SCORED.overloadpacket: _attention_and_columns,
@@ -190,7 +190,7 @@ class _Counting(fx.Interpreter):
 
     def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[int, Any]:
         """The FLOPs of a node, and what it returns."""
-        counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         counter.mod_tracker = _NoModules()
         # Tables that the graph makes by itself are fake too.
         with self._mode, counter:

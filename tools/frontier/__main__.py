@@ -76,6 +76,9 @@ def _asked(arguments: argparse.Namespace, file: Path) -> tuple[Setup, list[Point
     grids = json.loads(arguments.grids.read_text(encoding="utf-8")) if arguments.grids else {}
     texts = arguments.points or setup.baselines
     points = [parse(text, setup.samplers, grids) for text in texts]
+    for point in points:
+        if point.peer is not None and setup.name != "digits":
+            raise ValueError(f"{point.text}: peers are put around the digits' model only")
     conditions = {
         "model": setup.name,
         "weights": setup.weights,

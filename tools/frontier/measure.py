@@ -15,6 +15,7 @@ from torch import Tensor
 import toca_fx
 from toca_fx.demo import digits
 from tools.frontier import measures
+from tools.frontier.peers import Cached
 from tools.frontier.points import Point
 from tools.frontier.results import Row
 from tools.frontier.setups import STEPS, Denoiser, Setup
@@ -77,7 +78,11 @@ class Bench:
         return measures.frechet(measures.features(classifier, real), found)
 
     def denoiser(self, point: Point) -> Denoiser:
-        """The model under the point's policy."""
+        """The model under the point's policy, or under its peer."""
+        if point.peer is not None:
+            return Cached(
+                self.setup, point.peer, self.setup.samplers[point.sampler](point.timesteps)
+            )
         if point.source is None:
             return self.setup.model
         return toca_fx.compile(self.setup.model, point.source, inner="eager")
@@ -96,8 +101,11 @@ class Bench:
 
 
 def generate(setup: Setup, point: Point, denoiser: Denoiser, seed: int) -> tuple[Tensor, Any]:
-    """The images of a point, and the report of its policy, None if it is uncached."""
+    """The images of a point, and the report of its policy or peer, None if it is uncached."""
     scheduler = setup.samplers[point.sampler](point.timesteps)
+    if isinstance(denoiser, Cached):
+        with denoiser.generation(scheduler) as work:
+            return setup.sample(denoiser, scheduler, seed=seed), work
     known = toca_fx.session(timesteps=scheduler.timesteps) if point.policy else nullcontext()
     with known as run:
         images = setup.sample(denoiser, scheduler, seed=seed)

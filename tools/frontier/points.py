@@ -1,4 +1,4 @@
-"""A point of the curve: a sampler on steps or on a grid, under a policy or uncached."""
+"""A point of the curve: a sampler on steps or on a grid, under a policy, a peer or uncached."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from toca_fx.policy import load_policy, shipped_policies
+from tools.frontier.peers import Peer, peer_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Point:
     """One way to sample.
 
     ``text`` names it in results. ``timesteps`` are those of a grid, or the number of even steps.
-    ``source`` is where its policy comes from, ``policy`` what that says; None: uncached.
+    ``source`` is where its policy comes from, ``policy`` what that says; None: uncached. Under a
+    ``peer`` there is no source, and ``policy`` is what the peer says.
     """
 
     text: str
@@ -27,6 +29,7 @@ class Point:
     timesteps: int | tuple[float, ...]
     source: str | None = None
     policy: Mapping[str, Any] | None = None
+    peer: Peer | None = None
 
     @property
     def steps(self) -> int:
@@ -50,8 +53,11 @@ def parse(
 ) -> Point:
     """The point that ``text`` names: ``[POLICY+]SAMPLER:STEPS`` or ``[POLICY+]SAMPLER:GRID``.
 
+    In the place of a policy there may be a peer.
+
     Raises:
-        ValueError: it has another form, or names a sampler or a grid that is not there.
+        ValueError: it has another form, or names a sampler or a grid that is not there, or a peer
+            that is not installed or not set so.
         PolicyError: its policy is not there, or has problems.
     """
     grids = grids or {}
@@ -71,6 +77,9 @@ def parse(
     source = how[: -len(sampler) - 1] if how != sampler else None
     if source is None:
         return Point(text, sampler, timesteps)
+    peer = peer_of(source, timesteps if isinstance(timesteps, int) else len(timesteps))
+    if peer is not None:
+        return Point(text, sampler, timesteps, policy=peer.says, peer=peer)
     name = source if source in shipped_policies() else Path(source).stem
     return Point(f"{name}+{sampler}:{at}", sampler, timesteps, source, _says(source))
 

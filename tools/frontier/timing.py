@@ -11,6 +11,7 @@ import torch
 
 import toca_fx
 from tools.frontier.measure import generate
+from tools.frontier.peers import Cached
 from tools.frontier.points import Point
 from tools.frontier.setups import Denoiser, Setup
 
@@ -20,10 +21,14 @@ Contestant: TypeAlias = tuple[Point, Denoiser]
 def compiled(setup: Setup, points: Sequence[Point]) -> list[Contestant]:
     """The points with their models, compiled as users would; uncached ones share one."""
     uncached: Denoiser = torch.compile(setup.model, fullgraph=True, dynamic=False)
-    return [
-        (point, uncached if point.source is None else toca_fx.compile(setup.model, point.source))
-        for point in points
-    ]
+
+    def of(point: Point) -> Denoiser:
+        if point.peer is not None:
+            scheduler = setup.samplers[point.sampler](point.timesteps)
+            return Cached(setup, point.peer, scheduler, compiled=True)
+        return uncached if point.source is None else toca_fx.compile(setup.model, point.source)
+
+    return [(point, of(point)) for point in points]
 
 
 def time_runs(
