@@ -19,7 +19,7 @@ def new_lock() -> threading.RLock:
 
 
 def let_go() -> None:
-    """Release what this thread holds, once its call has failed.
+    """Release what this thread holds, once its call has failed; no other call is under way in it.
 
     An exception may come anywhere (Ctrl-C, a thread that is told to end), also between the body of
     a ``with`` and its end. The thread itself would not notice; all others would wait for ever.

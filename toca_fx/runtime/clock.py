@@ -22,8 +22,10 @@ class Progress:
     ``position`` is that of its next call, out of ``num_steps``. ``timestep`` is the last one that
     was read, ``direction`` 1 or -1 once two have been (0: not yet), ``trail`` all of them since it
     began (empty if one was not read). ``calls`` is how many calls its last position had: of two
-    nobody knows whose memories are left. ``lost`` says that its memories hold nothing a step may
-    read: none was run yet, the last one failed, or they were given back.
+    nobody knows whose memories are left. ``doubled`` says that there were two at any position,
+    ``second`` that its last call came after another branch's of the same step. ``lost`` says that
+    its memories hold nothing a step may read: none was run yet, the last one failed, or they were
+    given back.
     """
 
     num_steps: int
@@ -32,6 +34,8 @@ class Progress:
     direction: int = 0
     trail: Schedule = ()
     calls: int = 0
+    doubled: bool = False
+    second: bool = False
     lost: bool = True
 
     @property
@@ -69,6 +73,8 @@ class Progress:
             direction=direction,
             trail=trail,
             calls=self.calls + 1 if decision.again else 1,
+            doubled=self.doubled or decision.again,
+            second=decision.second,
             lost=False,
         )
 
@@ -123,7 +129,8 @@ class Decision:
     It goes "on" with the current generation, or begins one: a "branch" of the run of the head, or
     the "generation" of a new run, of ``num_steps`` (None: nobody knows, and no later step reads
     what this one writes). ``full`` says that the step has to be full whatever the plan says,
-    ``again`` that it is another call of the last position. ``warnings`` are what the user has to
+    ``again`` that it is another call of the last position, ``second`` that a branch of the same run
+    had its call of this step before. ``warnings`` are what the user has to
     know, in order.
     """
 
@@ -133,13 +140,17 @@ class Decision:
     full: bool = True
     again: bool = False
     warnings: tuple[str, ...] = ()
+    second: bool = False
 
 
 def decide(situation: Situation) -> Decision:
     """Which step of which generation a call is; it is full where that is in doubt."""
     if situation.told is None:
         return _recognised(situation)
-    return _told(situation, situation.told)
+    decision, head = _told(situation, situation.told), situation.head
+    if head is None or head is situation.current:
+        return decision
+    return replace(decision, second=decision.position == head.position - 1)
 
 
 def start(
@@ -204,10 +215,8 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
             return Decision("generation", told.position, told.num_steps)
         again = told.position == expected - 1
         return _on(current, told.position, again, (words.SAME_STEP,) if again else ())
-    if t is None:  # one that is further behind than a branch of the same step has missed some
-        return _on(
-            current, expected if call.head is None else max(expected, call.head.position - 1)
-        )
+    if t is None:
+        return _on_or_ahead(call, current)
     if told.timesteps is not None:
         return _listed(call, told.timesteps, current, t)
     if t == current.timestep:  # made again, a second-order sampler, or two that share conditions
@@ -240,11 +249,13 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     """The step of a generation whose timesteps are ``listed``."""
     expected = current.position
     if fits(listed, expected, t, call.rounding):
-        # Neighbours that the model's dtype does not tell apart.
-        alike = t == current.timestep and listed[expected] != listed[expected - 1]
-        if call.repeats and t == current.timestep:
+        same = t == current.timestep
+        if same and listed[expected] != listed[expected - 1]:
+            return _on(current, expected, again=True)  # the model's dtype does not tell them apart
+        if same and (call.repeats or current.doubled):
             return _on(current, expected - 1, again=True, warnings=(words.LISTED_TWICE,))
-        return _on(current, expected, again=alike)
+        places = _places(call, listed, t)
+        return _on_or_ahead(call, current, places) if len(places) > 1 else _on(current, expected)
     if fits(listed, expected - 1, t, call.rounding):
         return _on(current, expected - 1, again=True, warnings=(words.LISTED_ONCE,))
     places = _places(call, listed, t)
@@ -254,6 +265,24 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     if places:
         return Decision("generation", places[0], current.num_steps)
     return replace(_on(current, expected, warnings=(words.UNLISTED,)), full=True)
+
+
+def _on_or_ahead(call: Situation, current: Progress, places: list[int] | None = None) -> Decision:
+    """The next step, unless other branches are ahead: then ``current`` has missed some.
+
+    ``places`` are those that the timestep is listed at; None: all.
+
+    A branch that comes second is a step behind the one that came first, and no more. What did not
+    come second the last time may have missed a step.
+    """
+    head, decision = call.head, _on(current, current.position)
+    if head is None or head is current or head.position <= current.position:
+        return decision
+    if head.position - 1 == current.position:
+        return decision if current.second else replace(decision, full=True)
+    ahead = [head.position - 1] if places is None else places
+    at = next((at for at in ahead if at >= head.position - 1), current.position)
+    return replace(_on(current, at), full=True)
 
 
 def _places(call: Situation, listed: Schedule, timestep: Timestep) -> list[int]:

@@ -81,8 +81,6 @@ class Conditioning:
         self._wanted, spent, renewed = wanted, 0, False
         if wanted.conditions:
             spent, renewed = self._renew_conditions(inputs)
-        if renewed and self._found.timed.buffers:  # whether or not this call reads the table
-            self._filled = False
         if not wanted.names:
             self._from_table = False
             return spent
@@ -103,6 +101,8 @@ class Conditioning:
         kept = found.conditions.kept
         renewed = bool(found.hoisted.conditions) and self._changed("conditions", inputs)
         if renewed:
+            if found.timed.buffers:  # first of all, and whether or not this call reads the table
+                self._filled = False
             given = [inputs[position] for position in kept]
             with torch.no_grad():
                 torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))

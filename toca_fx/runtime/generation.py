@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toca_fx.lower.analysis import Inputs
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
@@ -66,6 +67,7 @@ class Generation:
         self.renewed = self.cache_bytes = self.hoisted_bytes = 0
         self.latest = decision
         self._latents: Mark | None = None  # of its last call
+        self._lists_twice = timesteps is not None and len(set(timesteps)) < len(timesteps)
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False
         self.plan = plan
@@ -86,7 +88,7 @@ class Generation:
     @property
     def unknowable(self) -> bool:
         """Whether nobody has any of its conditions any more."""
-        return all(mark.gone for mark in self.marks)
+        return bool(self.marks) and all(mark.gone for mark in self.marks)
 
     def join(self, other: Generation, timestep: Timestep | None) -> None:
         """Be a branch of the run of ``other``, from a call at ``timestep`` on."""
@@ -139,23 +141,20 @@ class Generation:
         for part in self.parts.values():
             part.forget()
 
-    def may_repeat(self, inputs: Sequence[Any], agrees: Agreement) -> bool:
+    def may_repeat(self, inputs: Sequence[Any], roles: Inputs, agrees: Agreement) -> bool:
         """Whether a call at the timestep of the last one may be of the same step.
 
-        So it is if it has the same latents, or no condition that stays and no name of a branch.
+        So it may if it has the same latents (in inference mode nobody knows whether they were
+        written to since), or a condition made anew and no name of a branch.
         """
-        if agrees == "rebuilt" and self.marks and not self.path:
+        if agrees != "equal" and self.marks and not self.path:
             return True
-        at = self.runner.program.analysis.inputs.latents
+        at = roles.latents
         return at is not None and self._latents is not None and self._latents.same(inputs[at])
 
     def _mark(self, latents: Tensor | None) -> Mark | None:
         """The mark of latents, where it is asked for: where a session lists a timestep twice."""
-        listed = self.timesteps
-        if latents is None or listed is None or len(set(listed)) == len(listed):
-            return None
-        # Nobody counts what is written to tensors made in inference mode.
-        return None if latents.is_inference() else Mark(latents)
+        return Mark(latents) if latents is not None and self._lists_twice else None
 
     def run_step(
         self, decision: Decision, timestep: Timestep | None, inputs: Sequence[Any]

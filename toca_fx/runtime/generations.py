@@ -70,10 +70,11 @@ class Generations:
         session with one call per step inputs that are new at every call identify nothing: there it
         is the one that goes on.
         """
-        mine = [each for each in reversed(self.all) if each.path == path and each.runner is runner]
-        mine = mine or self._captured_anew(path, runner)
-        found = {each: agreement(each.marks, conditions) for each in mine}
-        same = [each for each in mine if found[each] in ("equal", "same") and not each.running]
+        known = self._of_one_code(path, runner)
+        found = {each: agreement(each.marks, conditions) for each in known}
+        same = [each for each in known if found[each] in ("equal", "same") and not each.running]
+        same = [each for each in same if each.runner is runner] or same
+        mine = [each for each in known if each.runner is runner] or known
         if len(same) > 1 and not self.moves:  # else threads tell nothing
             same = [each for each in same if each.owner() is caller()][:1]
         if len(same) == 1:
@@ -95,11 +96,17 @@ class Generations:
             return alone, "other", False
         return None, "other", False
 
-    def _captured_anew(self, path: tuple[str, ...], runner: Runner) -> list[Generation]:
-        """The generations that another capture of the same code ran, at the same shapes."""
+    def _of_one_code(self, path: tuple[str, ...], runner: Runner) -> list[Generation]:
+        """The generations that ran the same code at the same shapes, perhaps captured anew."""
         found = [each for each in reversed(self.all) if each.path == path]
-        code = runner.program.analysis.code if found else None
-        return [each for each in found if each.runner.program.analysis.code == code]
+        if all(each.runner is runner for each in found):
+            return found
+        code = runner.program.analysis.code
+        return [
+            each
+            for each in found
+            if each.runner is runner or each.runner.program.analysis.code == code
+        ]
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
         """The only one of ``mine`` that has come as far as its run; None if there are several."""
@@ -151,17 +158,6 @@ class Generations:
             at_once or decision.place == "branch"
         ):
             begun.run.choices = last.run.choices
-
-    def overtake(self, begun: Generation, conditions: Sequence[Tensor]) -> None:
-        """Let those that had the same conditions at another shape or dtype keep nothing.
-
-        ``begun`` may have taken a step of theirs, or more; nobody could tell afterwards.
-        """
-        for each in self.all:
-            other = each.path == begun.path and each.runner is not begun.runner
-            alike = other and len(each.marks) == len(conditions)
-            if alike and agreement(each.marks, conditions) in ("equal", "same"):
-                each.progress = replace(each.progress, lost=True)
 
     def moved(self, timestep: Timestep | None) -> None:
         """Note the timestep of a call; where it turns back another image has begun."""

@@ -190,14 +190,13 @@ class Session:
                 apart=apart,
                 head=head,
                 several=found.settings.separate or known.model.several,
-                repeats=current is not None and current.may_repeat(inputs, agrees),
+                repeats=current is not None and current.may_repeat(inputs, found.inputs, agrees),
                 seen=known.model.schedules.whole,
             )
         )
         if current is None or decision.place != "on":
             begun = self._begin(known, runner, decision, conditions, path)
             known.join(begun, decision, newest, timestep)
-            known.overtake(begun, conditions)
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             if known.crowded:
