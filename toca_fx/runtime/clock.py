@@ -226,7 +226,9 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     head = call.head
     if head is not None and current.position < head.position and not head.turns_back(t):
         # It missed steps; one that is slower is not where the others are.
-        expected = max(expected, head.position - 1 if t == head.timestep else head.position)
+        at = head.position - 1 if t == head.timestep else head.position
+        decision = _on(current, max(expected, at))
+        return decision if current.second else replace(decision, full=True)
     return _on(current, expected)
 
 
