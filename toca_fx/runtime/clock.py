@@ -226,9 +226,7 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     head = call.head
     if head is not None and current.position < head.position and not head.turns_back(t):
         # It missed steps; one that is slower is not where the others are.
-        at = head.position - 1 if t == head.timestep else head.position
-        decision = _on(current, max(expected, at))
-        return decision if current.second else replace(decision, full=True)
+        expected = max(expected, head.position - 1 if t == head.timestep else head.position)
     return _on(current, expected)
 
 
