@@ -208,6 +208,20 @@ class OriginalDiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c))
 
 
+class BrokenDiT(OriginalDiT):
+    """The same, two blocks deep, with a graph break between them."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(depth=2, **config)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        tokens = self.blocks[0](tokens, c)
+        torch._dynamo.graph_break()
+        return self.unpatchify(self.final_layer(self.blocks[1](tokens, c), c))
+
+
 class CrossAttention(nn.Module):
     """From the tokens of an image to those of a text."""
 

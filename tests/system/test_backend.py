@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
 from tests.marks import slow_but
-from tests.models import OriginalDiT
+from tests.models import BrokenDiT, OriginalDiT
 from toca_fx import PolicyError
 from toca_fx.backend import toca
 
@@ -278,16 +278,8 @@ def test_a_graph_break_between_blocks() -> None:
     step.
     """
 
-    class Broken(OriginalDiT):
-        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            tokens = self.x_embedder(x) + self.pos_embed
-            c = self.t_embedder(t) + self.y_embedder(y)
-            tokens = self.blocks[0](tokens, c)
-            torch._dynamo.graph_break()
-            return self.unpatchify(self.final_layer(self.blocks[1](tokens, c), c))
-
     model, inputs = tiny("original", layers=2), make_inputs(4)
-    broken = Broken(depth=2).eval().requires_grad_(False)
+    broken = BrokenDiT().eval().requires_grad_(False)
     broken.load_state_dict(model.state_dict())
     with toca_fx.session():
         expected = run_all(toca_fx.compile(model, SMALLEST, inner="eager"), inputs)

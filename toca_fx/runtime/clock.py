@@ -103,7 +103,7 @@ class Situation:
     ``apart`` if another thread, task or capture of the model ran it; ``head`` is the one called
     last, of the same run. ``several`` says that calls of several branches are expected at a step.
     ``repeats`` says that at the timestep of the call before it may be another call of that step,
-    even where the timestep is listed twice: it has its very latents, or no condition that stays.
+    even where the timestep is listed twice: it has its very latents, or a condition made anew.
     """
 
     told: Told | None = None
@@ -130,8 +130,7 @@ class Decision:
     the "generation" of a new run, of ``num_steps`` (None: nobody knows, and no later step reads
     what this one writes). ``full`` says that the step has to be full whatever the plan says,
     ``again`` that it is another call of the last position, ``second`` that a branch of the same run
-    had its call of this step before. ``warnings`` are what the user has to
-    know, in order.
+    had its call of this step before. ``warnings`` are what the user has to know, in order.
     """
 
     place: Place
@@ -148,9 +147,9 @@ def decide(situation: Situation) -> Decision:
     if situation.told is None:
         return _recognised(situation)
     decision, head = _told(situation, situation.told), situation.head
-    if head is None or head is situation.current:
+    if head is None or head is situation.current or decision.position != head.position - 1:
         return decision
-    return replace(decision, second=decision.position == head.position - 1)
+    return replace(decision, second=True)
 
 
 def start(
@@ -254,8 +253,7 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
             return _on(current, expected, again=True)  # the model's dtype does not tell them apart
         if same and (call.repeats or current.doubled):
             return _on(current, expected - 1, again=True, warnings=(words.LISTED_TWICE,))
-        places = _places(call, listed, t)
-        return _on_or_ahead(call, current, places) if len(places) > 1 else _on(current, expected)
+        return _on_or_ahead(call, current, listed)
     if fits(listed, expected - 1, t, call.rounding):
         return _on(current, expected - 1, again=True, warnings=(words.LISTED_ONCE,))
     places = _places(call, listed, t)
@@ -267,21 +265,24 @@ def _listed(call: Situation, listed: Schedule, current: Progress, t: Timestep) -
     return replace(_on(current, expected, warnings=(words.UNLISTED,)), full=True)
 
 
-def _on_or_ahead(call: Situation, current: Progress, places: list[int] | None = None) -> Decision:
-    """The next step, unless other branches are ahead: then ``current`` has missed some.
-
-    ``places`` are those that the timestep is listed at; None: all.
+def _on_or_ahead(call: Situation, current: Progress, listed: Schedule | None = None) -> Decision:
+    """The next step, unless other branches are ahead: then ``current`` may have missed some.
 
     A branch that comes second is a step behind the one that came first, and no more. What did not
-    come second the last time may have missed a step.
+    come second the last time may have missed a step, unless its timestep is ``listed`` once.
     """
-    head, decision = call.head, _on(current, current.position)
-    if head is None or head is current or head.position <= current.position:
-        return decision
-    if head.position - 1 == current.position:
-        return decision if current.second else replace(decision, full=True)
-    ahead = [head.position - 1] if places is None else places
-    at = next((at for at in ahead if at >= head.position - 1), current.position)
+    head, expected = call.head, current.position
+    if head is None or head is current or head.position <= expected:
+        return _on(current, expected)
+    latest = head.position - 1
+    if latest == expected and current.second:
+        return _on(current, expected)
+    places = [latest]
+    if listed is not None and call.timestep is not None:
+        places = _places(call, listed, call.timestep)
+        if len(places) == 1:
+            return _on(current, expected)
+    at = next((at for at in places if at >= latest), expected)
     return replace(_on(current, at), full=True)
 
 

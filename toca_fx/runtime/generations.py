@@ -102,11 +102,7 @@ class Generations:
         if all(each.runner is runner for each in found):
             return found
         code = runner.program.analysis.code
-        return [
-            each
-            for each in found
-            if each.runner is runner or each.runner.program.analysis.code == code
-        ]
+        return [each for each in found if each.runner.program.analysis.code == code]
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
         """The only one of ``mine`` that has come as far as its run; None if there are several."""
@@ -133,6 +129,7 @@ class Generations:
         begun: Generation,
         decision: Decision,
         newest: Generation | None,
+        conditions: Sequence[Tensor],
         timestep: Timestep | None,
     ) -> None:
         """Put a generation that begins into the run that it is a branch of, if it is of one.
@@ -145,6 +142,7 @@ class Generations:
             if newest is None:
                 return
             begun.progress = replace(begun.progress, direction=newest.progress.direction)
+            self._forget_overtaken(begun, conditions)
             if decision.place == "branch":
                 begun.join(newest, timestep)
                 same = timestep is not None and timestep == newest.progress.timestep
@@ -158,6 +156,17 @@ class Generations:
             at_once or decision.place == "branch"
         ):
             begun.run.choices = last.run.choices
+
+    def _forget_overtaken(self, begun: Generation, conditions: Sequence[Tensor]) -> None:
+        """Let those keep nothing that had the same conditions at another shape or dtype.
+
+        ``begun`` may have taken a step of theirs; where timesteps repeat nobody could tell later.
+        """
+        for each in self.all:
+            other = each.path == begun.path and each.runner is not begun.runner
+            alike = other and len(each.marks) == len(conditions)
+            if alike and agreement(each.marks, conditions) in ("equal", "same"):
+                each.forget()
 
     def moved(self, timestep: Timestep | None) -> None:
         """Note the timestep of a call; where it turns back another image has begun."""

@@ -196,7 +196,7 @@ class Session:
         )
         if current is None or decision.place != "on":
             begun = self._begin(known, runner, decision, conditions, path)
-            known.join(begun, decision, newest, timestep)
+            known.join(begun, decision, newest, conditions, timestep)
             replaces = decision.place == "generation" and not apart
             known.add(begun, current if replaces else None)
             if known.crowded:

@@ -17,6 +17,7 @@ from tests.marks import slow_but
 from toca_fx.examples import build, examples, prediction, vary
 from toca_fx.lower.compiler import Compiler
 from toca_fx.lower.hoisted_values import distance
+from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.report import Report
 
 STEPS = 6
@@ -276,6 +277,39 @@ def test_labels_that_change_where_nothing_is_listed_reach_the_listed_steps_behin
     (ours, report), (theirs, _) = found
     assert close(ours, theirs)
     assert [step.kind for step in report.steps].count("partial") > 1
+
+
+def test_an_interrupt_between_labels_and_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = generation("DiTTransformer2DModel")
+    listed, seen = timesteps(calls), Conditioning._see
+    found = []
+    for interrupted in (True, False):
+        fuse = [2 if interrupted else 0]  # new labels have been seen for the second time
+
+        def see(self: Conditioning, what: str, *rest: Any, fuse: list[int] = fuse) -> None:
+            seen(self, what, *rest)
+            fuse[0] -= what == "conditions"
+            if what == "conditions" and fuse[0] == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Conditioning, "_see", see)
+        torch._dynamo.reset()
+        policy = make_policy(sampler={"steps": STEPS}, hoisting=ON, N={"base": 1})
+        fast = toca_fx.compile(model, policy, inner="eager")
+        labels, outputs = torch.tensor([1, 2]), []
+        with torch.no_grad(), toca_fx.session(timesteps=listed):
+            for step, call in enumerate(calls):
+                if step == 1:
+                    labels = torch.tensor([5, 3])
+                given = {**call, "class_labels": labels}
+                call.pop("class_labels", None)
+                if step == 1 and interrupted:
+                    with pytest.raises(KeyboardInterrupt):
+                        fast(**given)
+                outputs.append(prediction(fast(**given))[0].clone())
+        found.append(outputs)
+        assert fuse[0] <= 0
+    assert close(*found)
 
 
 def test_too_many_timesteps_for_the_memory_are_computed_one_by_one() -> None:

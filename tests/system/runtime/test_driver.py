@@ -131,6 +131,11 @@ ONCE_WRONG = {
         IN_TURN[2],
         outer="one list",
     ),
+    "Heun by its number of steps, another dtype and back": Sequence(
+        (Sampling(("handle", "main"), told="number", schedule="heun", batch=1),),
+        IN_TURN[1],
+        ((1, "other dtype"), (2, "other dtype")),
+    ),
     "Heun, another dtype and back": Sequence(
         (Sampling(("handle", "main"), schedule="heun", batch=1),),
         IN_TURN[1],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import toca_fx
 import toca_fx.runtime.runner
 from tests.helpers import make_policy, tiny
-from tests.models import OriginalDiT
+from tests.models import BrokenDiT, OriginalDiT
 from tests.system.runtime.generations import Flaky
 from toca_fx.runtime.gate import gate_of
 
@@ -283,15 +283,7 @@ def test_what_is_read_late_decides_nearly_alike(
 
 
 def test_parts_of_a_broken_graph_follow_the_first() -> None:
-    class Broken(OriginalDiT):
-        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            tokens = self.x_embedder(x) + self.pos_embed
-            c = self.t_embedder(t) + self.y_embedder(y)
-            tokens = self.blocks[0](tokens, c)
-            torch._dynamo.graph_break()
-            return self.unpatchify(self.final_layer(self.blocks[1](tokens, c), c))
-
-    broken = Broken(depth=2, learn_sigma=False).eval().requires_grad_(False).double()
+    broken = BrokenDiT(learn_sigma=False).eval().requires_grad_(False).double()
     broken.load_state_dict(small().state_dict())
     tokens = policy("sea", MIDDLE["sea"], cache={}, forecast={})
     compiled = torch.compile(broken, backend="toca", options={"policy": tokens, "inner": "eager"})

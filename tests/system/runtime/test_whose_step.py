@@ -429,6 +429,17 @@ def test_guidance_that_begins_later_ends_earlier_or_pauses(
                     assert uncached(model, step, output) == (begins or number % 3 == 0), number
 
 
+def test_guided_latents_may_lie_otherwise_from_step_to_step(model: nn.Module) -> None:
+    images = requests(2)
+    fast = twin_of(model)
+    with toca_fx.session(STEPS) as run:
+        for number, pair in enumerate(zip(*images, strict=True)):
+            for x, t, y in pair:
+                lies = torch.channels_last if number % 2 else torch.contiguous_format
+                call(fast, x.contiguous(memory_format=lies), t, y)
+    assert [step.kind for step in run.report().steps] == [kind for kind in KINDS for _ in pair]
+
+
 def test_a_second_order_sampler_is_no_guidance_and_no_new_image(model: nn.Module) -> None:
     calls = list(make_inputs(11, seed=3))
     order = [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-from toca_fx.examples.parts import dit
-from tools.frontier import solvers
+from tests.tiny_digits import tiny_digits
 from tools.frontier.measure import Bench
 from tools.frontier.points import parse
-from tools.frontier.setups import Setup, guided_digits
+from tools.frontier.setups import Setup
 from tools.frontier.timing import time_runs
 
 POLICY = """
@@ -28,27 +25,7 @@ scores: {staleness: 1.0}
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
-    torch.manual_seed(0)
-    model = dit(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    )
-    classes = torch.arange(2)
-    return Setup(
-        name="tiny",
-        model=model.eval(),
-        guided=partial(guided_digits, classes=classes, guidance=2.0),
-        shape=(2, 1, 8, 8),
-        samplers=solvers.of_digits(),
-        own="ddim",
-        converged=("ddim", 100),
-    )
+    return tiny_digits()
 
 
 def write(folder: Path, interval: int) -> Path:

@@ -16,8 +16,9 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from toca_fx.demo import digits
+from toca_fx.policy import load_policy
 from tools import emoji
-from tools.frontier import measures, show, solvers
+from tools.frontier import measures, points, show, solvers
 from tools.frontier.__main__ import measured
 from tools.frontier.measure import Bench
 from tools.frontier.points import parse
@@ -215,6 +216,15 @@ def test_two_runs_write_one_file(tmp_path: Path) -> None:
     for results, text in ((one, "ddim:8"), (other, "ddim:10"), (one, "ddim:12")):
         measured(bench, parse(text, setup.samplers), results)
     assert list(Results(file, {}).rows) == ["ddim:8", "ddim:10", "ddim:12"]
+
+
+TOKENS = sorted((Path(points.__file__).parent / "tokens").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", TOKENS, ids=lambda file: file.stem)
+def test_policies_of_the_tool_are_valid(file: Path) -> None:
+    assert load_policy(file).name == file.stem
+    assert parse(f"{file}+ddim:50", SAMPLERS["digits"]).source == str(file)
 
 
 def test_the_reference_itself_has_no_distance(tmp_path: Path) -> None:

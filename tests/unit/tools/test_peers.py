@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -12,12 +11,12 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor
 
-from toca_fx.examples.parts import dit
+from tests.tiny_digits import tiny_digits
 from tools.frontier import solvers
 from tools.frontier.measure import Bench, generate
 from tools.frontier.peers import Work, noise_shares
 from tools.frontier.points import Point, parse
-from tools.frontier.setups import Setup, guided_digits
+from tools.frontier.setups import Setup
 
 SAMPLERS = solvers.of_digits()
 STEPS, BLOCKS = 6, 4
@@ -46,30 +45,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return count
 
 
-def small() -> Setup:
-    torch.manual_seed(0)
-    model = dit(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=BLOCKS,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_eps=1e-6,
-    )
-    return Setup(
-        name="digits",
-        model=model.eval(),
-        guided=partial(guided_digits, classes=torch.arange(2), guidance=2.0),
-        shape=(2, 1, 8, 8),
-        samplers=SAMPLERS,
-        own="ddim",
-        converged=("ddim", 20),
-    )
-
-
 def sampled(setup: Setup, text: str) -> tuple[Tensor, Work]:
     bench, point = Bench(setup, 0, Path()), parse(f"{text}+ddim:{STEPS}", SAMPLERS)
     return generate(setup, point, bench.denoiser(point), seed=0)
@@ -79,7 +54,7 @@ def sampled(setup: Setup, text: str) -> tuple[Tensor, Work]:
 @pytest.mark.skipif(not hasattr(diffusers, "SeaCacheConfig"), reason="diffusers has fewer caches")
 def test_the_steps_that_a_peer_skips_are_counted(text: str, ran: list[int]) -> None:
     full, rest = SKIPS[text]
-    setup, point = small(), parse(f"{text}+ddim:{STEPS}", SAMPLERS)
+    setup, point = tiny_digits(BLOCKS), parse(f"{text}+ddim:{STEPS}", SAMPLERS)
     denoiser = Bench(setup, 0, Path()).denoiser(point)
     ran[0] = 0  # MagCache has calibrated itself
     images, work = generate(setup, point, denoiser, seed=0)
@@ -94,7 +69,7 @@ def test_the_steps_that_a_peer_skips_are_counted(text: str, ran: list[int]) -> N
 
 
 def test_a_peer_that_skips_nothing_is_the_model(ran: list[int]) -> None:
-    setup = small()
+    setup = tiny_digits(BLOCKS)
     images, work = sampled(setup, "diffusers/first-block:threshold=-1")
     uncached = generate(setup, Point("", "ddim", STEPS), setup.model, seed=0)[0]
     assert torch.equal(images, uncached)
