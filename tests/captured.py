@@ -20,6 +20,7 @@ from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
 from toca_fx.runtime.context import current_place
 from toca_fx.runtime.models import ModelKey
+from toca_fx.runtime.parts import Attempt
 from toca_fx.runtime.runner import Runner
 
 Flat = list[Any]  # what a backend gets with a call
@@ -48,7 +49,7 @@ class Captured:
         def fast(inputs: Flat) -> Tensor:
             at = current_place()
             with torch.no_grad():
-                return at.session.call(key, runner, inputs, at.path, at.told)[0]
+                return at.session.call(key, runner, inputs, Attempt(), at.path, at.told)[0]
 
         return fast
 

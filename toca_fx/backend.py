@@ -35,7 +35,7 @@ from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
 from toca_fx.runtime.context import current_place
 from toca_fx.runtime.models import models_of
-from toca_fx.runtime.parts import Call, Lead, call_of
+from toca_fx.runtime.parts import Attempt, attempt_of
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.told import METHODS, refuse_two_caches
 
@@ -189,15 +189,19 @@ class Dispatcher:
         self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the model's next step on the flat inputs of Dynamo's graph."""
-        call, lead = (None, None) if self._whole else call_of(self, 1)
+        """Run the model's next step on the flat inputs of Dynamo's graph.
+
+        If it raises, wherever that is, the call was not made.
+        """
+        attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
-            return self._run(inputs, call, lead)
+            return self._run(inputs, attempt)
         except BaseException:
             let_go()
+            attempt.undo()
             raise
 
-    def _run(self, inputs: Sequence[Any], call: Call | None, lead: Lead | None) -> Any:
+    def _run(self, inputs: Sequence[Any], attempt: Attempt) -> Any:
         values = (inputs[at] for at in self._varying)
         shapes = tuple(
             (value.shape, value.stride()) if isinstance(value, Tensor) else value
@@ -208,12 +212,12 @@ class Dispatcher:
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         with OFF.again():  # its casts are in the graphs
-            session = None if lead is None else lead.session()
-            if lead is None or session is None:
+            begun = attempt.session()
+            if begun is None:
                 at = current_place()
-                output = at.session.call(model, runner, inputs, at.path, at.told, call)
+                output = at.session.call(model, runner, inputs, attempt, at.path, at.told)
             else:
-                output = session.follow(lead, model, runner, inputs)
+                output = begun.follow(attempt, model, runner, inputs)
             updates.apply(inputs)
         return output
 

@@ -1,4 +1,4 @@
-"""Models that Dynamo captured in several graphs: all parts of a call are one step.
+"""Calls of a model, whose graph may be broken: all parts of a call are one step, or none.
 
 The first part that runs decides. Those that follow run in frames that the first one's frame has
 called: what Dynamo makes of the code behind a graph break is a function, and a module that it did
@@ -11,15 +11,17 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from toca_fx.runtime.clock import Progress
     from toca_fx.runtime.generation import Generation
+    from toca_fx.runtime.generations import Generations
     from toca_fx.runtime.schedules import Timestep
     from toca_fx.runtime.session import Session
 
@@ -39,55 +41,78 @@ class Call:
     code: weakref.ref[CodeType]
 
 
-@dataclass(frozen=True)
-class Lead:
-    """What the first part of a call has done: a step of ``generation``, in ``session``.
+def _nothing() -> None:
+    """A reference to nothing."""
 
-    ``said`` is what the user was told of the image. ``visits`` counts how often each other part has
-    come since: layers may share their code.
+
+@dataclass
+class Attempt:
+    """A call of a model, as far as it has come: a step of ``generation``, in ``session``.
+
+    ``call`` is where its first part was called (None: there is but one). ``known`` is what is known
+    of the model, ``before`` the progress of the generation ahead of the call (None: it has not come
+    to that). ``visits`` counts how often each other part has come since: layers may share their
+    code.
     """
 
-    call: Call
-    session: weakref.ref[Session]
-    generation: weakref.ref[Generation]
-    timestep: Timestep | None
-    said: set[str]
+    call: Call | None = None
+    session: Callable[[], Session | None] = _nothing
+    known: Callable[[], Generations | None] = _nothing
+    generation: Callable[[], Generation | None] = _nothing
+    timestep: Timestep | None = None
+    before: Progress | None = None
     visits: Counter[Hashable] = field(default_factory=Counter)
+
+    def begin(
+        self,
+        session: Session,
+        known: Generations,
+        generation: Generation,
+        timestep: Timestep | None,
+    ) -> None:
+        """Note whose step it is."""
+        self.session, self.known = weakref.ref(session), weakref.ref(known)
+        self.generation, self.timestep = weakref.ref(generation), timestep
+        self.before = generation.progress
+
+    def undo(self) -> None:
+        """The call failed, wherever that was: it was not made, and memories hold nothing."""
+        generation, known, before = self.generation(), self.known(), self.before
+        if generation is None or known is None or before is None:
+            return
+        generation.progress = replace(before, lost=True)
+        if not before.calls:
+            known.drop(generation)
 
 
 class _Last(threading.local):
-    lead: Lead | None = None
+    attempt: Attempt | None = None
 
 
 _last = _Last()
 
 
-def call_of(part: object, depth: int) -> tuple[Call, Lead | None]:
-    """The call of ``part``, whose frame is ``depth`` up, and what the first part of it has done.
-
-    That is None if ``part`` is the first.
-    """
+def attempt_of(part: object, depth: int) -> Attempt:
+    """The call of ``part``, whose frame is ``depth`` up: a new one if ``part`` is the first."""
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
-    call = Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code))
-    lead = _last.lead
-    if lead is None or lead.call.part() is part or lead.call.frame == call.frame:
-        return call, None
+    begun = Attempt(Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code)))
+    last = _last.attempt
+    if last is None or last.call is None or last.session() is None:
+        return begun
+    lead = last.call
+    if lead.part() is part or lead.frame == id(frame):
+        return begun
     caller: FrameType | None = frame.f_back
     while caller is not None:
-        if id(caller) == lead.call.frame and caller.f_code is lead.call.code():
-            return call, lead
+        if id(caller) == lead.frame and caller.f_code is lead.code():
+            return last
         caller = caller.f_back
-    return call, None
+    return begun
 
 
-def leads(
-    call: Call,
-    session: Session,
-    generation: Generation,
-    timestep: Timestep | None,
-    said: set[str],
-) -> None:
-    """Note what the first part of a call has done (see ``Lead``)."""
-    _last.lead = Lead(call, weakref.ref(session), weakref.ref(generation), timestep, said)
+def leads(attempt: Attempt) -> None:
+    """Let the parts that are called from here on follow the first part of a call."""
+    if attempt.call is not None:
+        _last.attempt = attempt

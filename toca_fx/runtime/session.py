@@ -24,7 +24,7 @@ from toca_fx.runtime.generation import Generation
 from toca_fx.runtime.generations import Generations, owned_by_caller
 from toca_fx.runtime.identity import Agreement, Mark, marks_of
 from toca_fx.runtime.models import ModelKey
-from toca_fx.runtime.parts import Call, Lead
+from toca_fx.runtime.parts import Attempt
 from toca_fx.runtime.report import Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
@@ -82,49 +82,44 @@ class Session:
         model: ModelKey,
         runner: Runner,
         inputs: Sequence[Any],
+        attempt: Attempt,
         path: tuple[str, ...] = (),
         told: Told | None = None,
-        call: Call | None = None,
     ) -> Any:
         """Run the model's next step, in the branch ``path``; returns its outputs.
 
-        If it raises, wherever that is, the call was not made, and memories hold nothing. ``told``
-        is what came with the call, if anything did. ``call`` is where it was made, for a model that
-        may have been captured in several graphs.
+        If it raises, the caller undoes the ``attempt``. ``told`` is what came with the call, if
+        anything did.
         """
         if self.closed:
             raise RuntimeError(words.CLOSED)
-        known, generation, before = self._known(model, runner), None, None
+        known, generation = self._known(model, runner), None
         try:
             with known.lock:
                 timestep = self._read(known, runner, inputs, told)
                 generation, decision = self._place(known, runner, inputs, path, told, timestep)
-                before, generation.running = generation.progress, True
+                attempt.begin(self, known, generation, timestep)
+                generation.running = True
             outputs, record = generation.run_step(decision, timestep, inputs)
             with known.lock:
                 self._note(known, generation, decision, runner, record)
-            if call is not None:
-                parts.leads(call, self, generation, timestep, known.said)
+            parts.leads(attempt)
             return outputs
-        except BaseException:  # whatever was done, the caller has no output
-            if generation is not None and before is not None:
-                generation.progress = replace(before, lost=True)
-                if not before.calls:
-                    known.drop(generation)
-            raise
         finally:
             if generation is not None:
                 generation.running = False
 
-    def follow(self, lead: Lead, model: ModelKey, runner: Runner, inputs: Sequence[Any]) -> Any:
-        """Run another part of the call that ``lead`` began; returns its outputs."""
-        whole = lead.generation()
-        if whole is None:
+    def follow(
+        self, attempt: Attempt, model: ModelKey, runner: Runner, inputs: Sequence[Any]
+    ) -> Any:
+        """Run another part of the call that ``attempt`` began; returns its outputs."""
+        known, whole = attempt.known(), attempt.generation()
+        if known is None or whole is None:
             raise AssertionError("the first part of the call has just run")
-        self._say(lead.said, (words.BROKEN,))
+        self._say(known.said, (words.BROKEN,))
         decision, which = whole.latest, (model, runner)
-        lead.visits[which] += 1
-        key = (*which, lead.visits[which])
+        attempt.visits[which] += 1
+        key = (*which, attempt.visits[which])
         part = whole.parts.get(key)
         if part is None:
             plan = runner.program.analysis.plan(decision.num_steps)
@@ -134,7 +129,7 @@ class Session:
             )
         missed = part.progress.position != decision.position
         decision = replace(decision, full=decision.full or missed)
-        outputs, record = part.run_step(decision, lead.timestep, inputs)
+        outputs, record = part.run_step(decision, attempt.timestep, inputs)
         if not self._implicit:
             self._calls.append((runner.program, record))
         return outputs

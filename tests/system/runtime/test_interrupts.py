@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import toca_fx
-from tests.helpers import Call, call, make_inputs
+from tests.helpers import Call, call, make_inputs, make_policy
 from tests.marks import slow_but
+from tests.models import OriginalDiT
 from tests.system.runtime.generations import fast_twin, same
+from toca_fx.capture.updates import Updates
 
 PACKAGE = str(Path(toca_fx.__file__).parent)
 STEPS = 6
@@ -112,3 +114,69 @@ def test_an_interrupted_call_was_not_made_or_its_memories_are_lost(
         assert later is not None, f"{interrupt.where}: another thread waits for ever"
         assert same(later, alone), f"{interrupt.where}: later"
     assert cached >= 2 * len(range(0, counted.lines, stride)), "the rest of the run is cached"
+
+
+class Timeless(nn.Module):
+    """A model that is not told of the time: a call that was not made looks like any other.
+
+    It counts its calls, which is done behind the step. Its graph may break.
+    """
+
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dit, self.breaks = OriginalDiT(depth=2).double(), breaks
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        tokens, c = self.dit.x_embedder(x) + self.dit.pos_embed, self.dit.y_embedder(y)
+        tokens = self.dit.blocks[0](tokens, c)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        tokens = self.dit.blocks[1](tokens, c)
+        return self.dit.unpatchify(self.dit.final_layer(tokens, c))
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_call_that_failed_behind_its_step_was_not_made(
+    breaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model keeps is written then, and further parts of a broken graph run."""
+    model = Timeless(breaks).eval().requires_grad_(False)
+    options = {"policy": make_policy(sampler={"steps": STEPS}), "inner": "eager"}
+    fast = torch.compile(model, backend="toca", options=options)
+    x, _, y = next(iter(make_inputs(1, dtype=torch.float64)))
+    inputs = torch.randn(STEPS, *x.shape, dtype=torch.float64) + x
+    updates = Updates.apply
+    fails = [False]
+
+    def apply(self: Updates, inputs: Sequence[Any]) -> None:
+        if fails[0] and (self.values is not None or breaks):
+            fails[0] = breaks and self.values is not None  # the first of the parts counts calls
+            if not fails[0]:
+                raise KeyboardInterrupt
+        updates(self, inputs)
+
+    monkeypatch.setattr(Updates, "apply", apply)
+
+    def run(at: int = -1, lost: int = -1) -> list[Tensor]:
+        outputs = []
+        with torch.no_grad(), toca_fx.session(STEPS) as session:
+            for number, each in enumerate(inputs):
+                if number == lost:
+                    session.invalidate()
+                if number == at:
+                    fails[0] = True
+                    with pytest.raises(KeyboardInterrupt):
+                        fast(each, y)
+                outputs.append(fast(each, y).clone())
+        return outputs
+
+    with torch.no_grad():
+        uncached = [model(each, y) for each in inputs]
+    for at in range(STEPS):
+        found, expected = run(at), run(lost=at)
+        assert same(found, expected), f"step {at}"
+        cached = sum(not same([a], [b]) for a, b in zip(found, uncached, strict=True))
+        assert cached >= 3
