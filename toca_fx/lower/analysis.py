@@ -144,6 +144,22 @@ class Analysis:
         """
         return extract(self.aten, self.hoisted.timed, given=self.hoisted.conditions)
 
+    @traced_once
+    def first_block(self) -> StepGraph:
+        """The part that computes ``matches.first_block``, of the inputs alone."""
+        return extract(self.aten, self.matches.first_block)
+
+    @traced_once
+    def first_block_flops(self) -> int:
+        """FLOPs of ``first_block``."""
+        return self._flops_of(self.first_block.module)
+
+    def gate_flops(self, plan: Plan) -> int:
+        """FLOPs of what the gate of ``plan`` runs ahead of each step, if it has one."""
+        said = plan.settings.gate
+        runs = said is not None and said.signal == "first_block" and self.matches.first_block
+        return self.first_block_flops if runs else 0
+
     def wanted(self, step: StepGraph) -> Wanted:
         """What is computed for a step; nothing, if it reads no hoisted value.
 
@@ -221,9 +237,9 @@ class Analysis:
         return done + self.hoisted_flops[0]
 
     def step_flops(self, plan: Plan, step: StepPlan) -> int:
-        """FLOPs of one step of ``plan``, with those of the timed values that it reads."""
+        """FLOPs of one step of ``plan``, of its gate, and of the timed values that it reads."""
         cost = self.costs(plan)[step.modes]
-        return cost.flops(step) + self.wanted(cost.graph).flops
+        return cost.flops(step) + self.wanted(cost.graph).flops + self.gate_flops(plan)
 
     def nbytes(self, plan: Plan) -> int:
         """Bytes of the caches, histories, scores and counters of a generation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Program:
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
         self._kept: Recent[int, tuple[Plan, dict[Buffer, Tensor]]] = Recent(_MOST_PLANS)
-        self._timed: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._parts: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.compiled_graphs = 0
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
@@ -90,7 +90,15 @@ class Program:
 
     def timed(self, wanted: Wanted) -> Callable[..., Any]:
         """The compiled part of the wanted timed values, for one timestep."""
-        return once(self._timed, wanted.names, lambda: self._compiled_part(wanted.part.module))
+        return once(self._parts, wanted.names, lambda: self._compiled_part(wanted.part.module))
+
+    def first_block(self, inputs: Sequence[Any]) -> Tensor:
+        """What the first block adds to the residual stream, for a call with these inputs."""
+        part, names = self.analysis.first_block, self.analysis.matches.first_block
+        run = once(self._parts, names, lambda: self._compiled_part(part.module))
+        before, behind = run(*(inputs[at] for at in part.kept))
+        added: Tensor = behind - before
+        return added
 
     def _compiled_part(self, part: fx.GraphModule) -> Callable[..., Any]:
         module = fx.GraphModule(part, copy.deepcopy(part.graph))

@@ -29,7 +29,7 @@ from toca_fx.match.branches import Found, unexplained
 from toca_fx.match.judge import related
 from toca_fx.match.mlp import mlp_sites, mlps_of
 from toca_fx.match.sites import Matches, NearMiss, Site
-from toca_fx.match.states import outputs_of, states_of
+from toca_fx.match.states import first_block_of, outputs_of, states_of
 
 
 def match(graph: fx.Graph) -> Matches:
@@ -42,7 +42,14 @@ def match(graph: fx.Graph) -> Matches:
     found, refused = _without_sequence_first(found)
     sites = tuple(related(found, flow))
     states, uncut = states_of(graph, sites, flow)
-    return Matches(sites, (*misses, *refused), outputs_of(graph), states, uncut)
+    return Matches(
+        sites,
+        (*misses, *refused),
+        outputs_of(graph),
+        states,
+        uncut,
+        first_block_of(graph, sites, states),
+    )
 
 
 def _candidates(graph: fx.Graph, flow: Flow) -> Iterator[Found | NearMiss]:

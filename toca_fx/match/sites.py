@@ -60,7 +60,9 @@ class Matches:
     """All sites of a graph in execution order, and what came close.
 
     ``outputs`` are what the model returns, and ``states`` what it is in front of the output layers,
-    as sites of these kinds; if there are no states, ``uncut`` says why.
+    as sites of these kinds; if there are no states, ``uncut`` says why. ``first_block`` are the
+    residual stream in front of the first block and behind it, nodes of one shape; () if there is no
+    block.
     """
 
     sites: tuple[Site, ...]
@@ -68,3 +70,4 @@ class Matches:
     outputs: tuple[Site, ...] = ()
     states: tuple[Site, ...] = ()
     uncut: str = ""
+    first_block: tuple[str, ...] = ()

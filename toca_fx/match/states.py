@@ -63,6 +63,27 @@ def outputs_of(graph: fx.Graph) -> tuple[Site, ...]:
     return tuple(_site("output", node) for node in returned if _is_made(node, varying))
 
 
+def first_block_of(
+    graph: fx.Graph, sites: Sequence[Site], states: Sequence[Site]
+) -> tuple[str, ...]:
+    """The stream of the latents in front of the first block, and behind it; () if there is none.
+
+    Where a block has several streams, it is that of the tokens that the state has.
+    """
+    nodes, varying = {node.name: node for node in graph.nodes}, _varying(graph)
+    tokens = {state.tokens for state in states}
+    found = [site for site in sites if site.stream and nodes[site.stream] in varying]
+    found = [site for site in found if site.tokens in tokens] or found
+    inside = [
+        site for site in found if (site.block, site.layer) == (found[0].block, found[0].layer)
+    ]
+    if not inside:
+        return ()
+    before, behind = inside[0].stream, inside[-1].residual
+    alike = len({getattr(nodes[each].meta["val"], "shape", ()) for each in (before, behind)}) == 1
+    return (before, behind) if alike else ()
+
+
 def _varying(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that depend on the latents."""
     found = set[fx.Node]()

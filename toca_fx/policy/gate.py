@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from toca_fx.policy.keys import key
 
-Signal: TypeAlias = Literal["easycache", "sea", "surprise"]
+Signal: TypeAlias = Literal["easycache", "first_block", "sea", "surprise"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Gate:
         metadata=key(
             "What is measured. `easycache`: how much the model's output changes, guessed from how "
             "much its latents do and from the ratio of both over the last two full steps; the sum "
-            "over the steps since the last full one (EasyCache). `sea`: how much the latents "
-            "change once each of their frequencies is weighed by its signal in the noise, in sum "
-            "(SeaCache); needs `sampler.noise`. `surprise`: how far the last full step was from "
-            "its forecast, e after d0 steps, is e (d / d0)^(order + 1) after d steps; needs a "
+            "over the steps since the last full one (EasyCache). `first_block`: how far what the "
+            "first block adds to the residual stream is from what it added at the last full step "
+            "(First Block Cache); that block is run ahead of every step. `sea`: how much the "
+            "latents change once each of their frequencies is weighed by its signal in the noise, "
+            "in sum (SeaCache); needs `sampler.noise`. `surprise`: how far the last full step was "
+            "from its forecast, e after d0 steps, is e (d / d0)^(order + 1) after d steps; needs a "
             "memory of the model (`cache.grain: model` or `output`, or `skip`) and a `forecast` of "
             "order 1 or more. All are relative changes, of the row that changes most.",
             examples=("easycache",),

@@ -181,7 +181,8 @@ class Generation:
             gate.begin(facts, step.kind == "full")
         storage.histories.prepare(step, now)
         wanted = self.runner.program.analysis.wanted(compiled.graph)
-        hoisted_flops = conditioning.prepare(inputs, position, timestep, wanted)
+        beside_flops = conditioning.prepare(inputs, position, timestep, wanted)
+        beside_flops += self.runner.program.analysis.gate_flops(self.plan)
         outputs, launch, selection_seconds = self._launch(
             compiled, step, inputs, position, storage, conditioning
         )
@@ -198,7 +199,7 @@ class Generation:
             selection_seconds,
             step,
             self.plan,
-            hoisted_flops,
+            beside_flops,
             launch,
             choice.reason,
         )
@@ -224,15 +225,23 @@ class Generation:
     def _check(self, gate: Gate) -> None:
         """Warn of a gate that decides, and has nothing to measure."""
         found = self.runner.program.analysis
-        places = {"latents": found.inputs.latents, "output": found.output}
+        places = {
+            "latents": found.inputs.latents,
+            "output": found.output,
+            "first block": found.matches.first_block or None,
+        }
         if any(places[each] is None for each in gate.signal.needs):
             self._warn(words.unmeasured(gate.name))
 
     def _facts(self, inputs: Sequence[Any], now: Moment, histories: Histories) -> Facts:
         """What the signal of a gate may know ahead of the step."""
-        at = self.runner.program.analysis.inputs
+        program = self.runner.program
+        found, at = program.analysis, program.analysis.inputs
         latents = None if at.latents is None else inputs[at.latents]
-        return Facts(latents, None if at.timestep is None else inputs[at.timestep], now, histories)
+        timesteps = None if at.timestep is None else inputs[at.timestep]
+        runs = bool(found.matches.first_block)
+        first_block = (lambda: program.first_block(inputs)) if runs else None
+        return Facts(latents, timesteps, now, histories, first_block)
 
     def _moment(self, position: int, timestep: Timestep | None) -> Moment:
         """The step at ``position``, for forecasts; one of several timesteps counts as unknown."""

@@ -28,9 +28,9 @@ class StepRecord:
 
     ``plan`` is that of its generation. ``seconds`` is the whole call on the host's clock,
     ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
-    recording). ``hoisted_flops`` is what the call spent beside its step graph, on values that do
-    not depend on the latents. ``reason`` says why it is of its kind: "planned", "nothing kept" or
-    "in doubt", or what a gate saw.
+    recording). ``beside_flops`` is what the call spent beside its step graph: on values that do
+    not depend on the latents, and on what a gate measures. ``reason`` says why it is of its kind:
+    "planned", "nothing kept" or "in doubt", or what a gate saw.
     """
 
     index: int
@@ -40,7 +40,7 @@ class StepRecord:
     selection_seconds: float
     step: StepPlan
     plan: Plan
-    hoisted_flops: int
+    beside_flops: int
     launch: Launch = Launch("queued", "")
     reason: str = "planned"
 
@@ -81,7 +81,7 @@ class Report:
     @property
     def flops_done(self) -> int:
         """FLOPs of all calls, hoisted values included."""
-        return sum(self.step_flops) + sum(step.hoisted_flops for step in self.steps)
+        return sum(self.step_flops) + sum(step.beside_flops for step in self.steps)
 
     @property
     def seconds(self) -> float:

@@ -21,18 +21,23 @@ from toca_fx.runtime.histories import Histories, Moment
 
 
 class Facts(NamedTuple):
-    """What is known ahead of a call: inputs of the model (None: not recognised), and memories."""
+    """What is known ahead of a call: inputs of the model (None: not recognised), and memories.
+
+    ``first_block`` computes what the first block adds to the residual stream; None: there is none.
+    """
 
     latents: Tensor | None
     timesteps: Tensor | None
     now: Moment
     histories: Histories
+    first_block: Callable[[], Tensor] | None = None
 
 
 class Signal:
     """What is measured from step to step of one generation.
 
-    It ``needs`` the model's "latents", or the "output" that is made of them: without, it is None.
+    It ``needs`` the model's "latents", the "output" that is made of them, or a "first block":
+    without, it is None.
     """
 
     needs: tuple[str, ...] = ("latents",)
@@ -171,8 +176,45 @@ class Surprise(Signal):
         return float(observed[-1] * distance**self._power)
 
 
+class FirstBlock(Signal):
+    """How far what the first block adds is from what it added at the last full step.
+
+    That is how First Block Cache (ParaAttention, diffusers) decides, on means of absolute values.
+    Measured are changes by step: ||r - r'|| / (d ||r'||), d steps after the last full one.
+    """
+
+    needs = ("first block",)
+
+    def __init__(self, plan: Plan) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """See ``Signal``."""
+        self._last: Tensor | None = None
+        self._full: Tensor | None = None
+        self._since = 0
+
+    def observe(self, facts: Facts) -> Tensor | None:
+        """See ``Signal``."""
+        if facts.first_block is None:
+            return None
+        self._last, self._since = facts.first_block(), self._since + 1
+        if self._full is None:
+            return None
+        return relative(self._last - self._full, self._full).max() / self._since
+
+    def end(self, facts: Facts, output: Tensor | None) -> None:
+        """See ``Signal``."""
+        self._full, self._since = self._last, 0
+
+    def estimate(self, observed: Sequence[float], distance: int) -> float:
+        """See ``Signal``."""
+        return observed[-1] * distance
+
+
 SIGNALS: dict[str, Callable[[Plan], Signal]] = {
     "easycache": EasyCache,
+    "first_block": FirstBlock,
     "sea": Sea,
     "surprise": Surprise,
 }

@@ -95,6 +95,23 @@ def test_the_state_is_the_end_of_the_last_block(kind: str) -> None:
     assert not found.uncut
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_block_is_all_of_its_sites(kind: str) -> None:
+    found = match(capture_tiny(kind, layers=2)[0].graph)
+    sites = [site for site in found.sites if site.layer == 0]
+    assert len(sites) == 2
+    assert found.first_block == (sites[0].stream, sites[-1].residual)
+
+
+def test_the_first_block_of_the_latents_may_come_behind_others() -> None:
+    """Those of the timestep, say; and it may have the text's tokens in it."""
+    embedder = nn.Sequential(Block(Mlp()))
+    found, _ = found_in(Model(Block(Attention(), Mlp()), text=3, embedder=embedder))
+    assert [site.block for site in found.sites] == ["embedder", "blocks", "blocks"]
+    assert found.first_block == (found.sites[1].stream, found.sites[2].residual)
+    assert found_in(nn.Linear(WIDTH, WIDTH), torch.randn(2, 8, WIDTH))[0].first_block == ()
+
+
 def test_what_nothing_reads_of_a_state_is_not_kept() -> None:
     found, graph = found_in(Model(Block(Attention()), text=3))
     (state,) = found.states

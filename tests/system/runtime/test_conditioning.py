@@ -72,7 +72,7 @@ def run(
 
 
 def spent(report: Report) -> list[int]:
-    return [step.hoisted_flops for step in report.steps]
+    return [step.beside_flops for step in report.steps]
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -136,7 +136,7 @@ def test_all_that_changes_at_every_step_is_no_condition(name: str) -> None:
         assert close(on, off)
         assert not report.warnings
         assert {step.kind for step in report.steps} == {"full", "partial"}
-        assert len({step.hoisted_flops for step in report.steps[1:]}) == 1
+        assert len({step.beside_flops for step in report.steps[1:]}) == 1
 
 
 def test_timed_values_are_compiled_for_timesteps_that_are_not_listed_only() -> None:

@@ -16,6 +16,7 @@ import toca_fx.runtime.runner
 from tests.helpers import make_policy, tiny
 from tests.models import BrokenDiT, OriginalDiT
 from tests.system.runtime.generations import Flaky
+from toca_fx.lower.program import Program
 from toca_fx.runtime.gate import gate_of
 
 STEPS = 12
@@ -27,7 +28,7 @@ PACE = 0.2
 SKIPS = {"cache": {"grain": "output"}, "forecast": {"basis": "newton", "order": 1}}
 TOKENS: dict[str, Any] = {}
 # Thresholds that some steps are above, and some are not.
-MIDDLE = {"easycache": 0.2, "sea": 0.4, "surprise": 0.3}
+MIDDLE = {"easycache": 0.2, "first_block": 0.1, "sea": 0.4, "surprise": 0.3}
 SIGNALS = tuple(MIDDLE)
 
 
@@ -280,6 +281,40 @@ def test_what_is_read_late_decides_nearly_alike(
     assert cached(found[False]) >= 3
     assert abs(cached(found[True]) - cached(found[False])) <= 2
     assert cached(found[True]) >= 2
+
+
+def test_the_first_block_is_run_ahead_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, added, seen = small(), [], []
+    program_call = Program.first_block
+
+    def call(self: Program, inputs: Sequence[Any]) -> Tensor:
+        seen.append(program_call(self, inputs))
+        return seen[-1]
+
+    monkeypatch.setattr(Program, "first_block", call)
+    fast = toca_fx.compile(model, policy("first_block", 10.0), inner="eager")
+    x, y = latents(), torch.tensor([3, 3])
+    with torch.no_grad(), toca_fx.session(timesteps=TIMES) as run:
+        for at in range(STEPS):
+            x = latents(seed=at)
+            fast(x, t=TIMES[at].expand(2), y=y)
+            block = model.blocks[0].register_forward_hook(
+                lambda module, given, made: added.append(made - given[0])
+            )
+            model(x, t=TIMES[at].expand(2), y=y)
+            block.remove()
+    assert kinds(run).count("f") == 5
+    assert cached(kinds(run)) == 7
+    assert len(seen) == len(added) == STEPS
+    for measured, expected in zip(seen, added, strict=True):
+        assert torch.allclose(measured, expected, atol=1e-10)
+    (program,) = {program for program, _ in run.session.calls}
+    found = program.analysis
+    share = found.first_block_flops / found.uncached_flops
+    assert 0.3 < share < 0.6, "one block of two"
+    spent = [step.beside_flops for step in run.report().steps]
+    assert min(spent) >= found.first_block_flops
+    assert found.gate_flops(found.plan(None)) == found.first_block_flops
 
 
 def test_parts_of_a_broken_graph_follow_the_first() -> None:

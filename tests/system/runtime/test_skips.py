@@ -75,14 +75,14 @@ def test_skips_prepare_what_they_read(name: str, grain: str) -> None:
     assert close(on, off)
     assert close(ahead, off)
     assert [step.kind for step in report.steps] == KINDS
-    of_skips = {step.hoisted_flops for step in report.steps if step.kind == "skip"}
-    of_full = {step.hoisted_flops for step in report.steps[1:] if step.kind == "full"}
+    of_skips = {step.beside_flops for step in report.steps if step.kind == "skip"}
+    of_full = {step.beside_flops for step in report.steps[1:] if step.kind == "full"}
     assert len(of_full) == 1
     if grain == "output":
         assert of_skips == {0}
     else:
         assert 0 < max(of_skips) < max(of_full)
-    assert [step.hoisted_flops for step in at_once.steps[1:]] == [0] * (STEPS - 1)
+    assert [step.beside_flops for step in at_once.steps[1:]] == [0] * (STEPS - 1)
     assert not at_once.warnings
     assert report.flops_done <= plain.flops_done
 
@@ -96,7 +96,7 @@ def test_a_caption_that_is_made_anew_is_left_to_full_steps(grain: str) -> None:
     off, _ = generation(toca_fx.compile(model, policy_of(grain, hoisting=0), inner="eager"), remade)
     on, report = generation(toca_fx.compile(model, policy_of(grain), inner="eager"), remade)
     assert close(on, off)
-    spent = [step.hoisted_flops for step in report.steps]
+    spent = [step.beside_flops for step in report.steps]
     assert len({flops for flops, kind in zip(spent, KINDS, strict=True) if kind == "full"}) == 1
     assert (
         max(flops for flops, kind in zip(spent, KINDS, strict=True) if kind == "skip")

@@ -17,7 +17,7 @@ from toca_fx.plan.plan import Plan
 from toca_fx.plan.planner import make_plan
 from toca_fx.plan.times import time_of
 from toca_fx.runtime.histories import Histories, Moment
-from toca_fx.runtime.signals import EasyCache, Facts, Sea, Signal, Surprise
+from toca_fx.runtime.signals import EasyCache, Facts, FirstBlock, Sea, Signal, Surprise
 
 OUTPUT = Site("output", "", 0, "", "out", "out", (2, 3, 4))
 
@@ -176,3 +176,25 @@ def test_the_power_of_other_bases_is_their_degree() -> None:
     assert estimate(basis="taylor") == 2**2
     assert estimate(basis="chebyshev", order=3) == 2**4
     assert estimate(basis="table", weights=[[2, -1], [3, -3, 1]]) == 2**3
+
+
+def test_first_block_is_the_change_since_the_last_full_step() -> None:
+    plan = planned("first_block")
+    signal, added = FirstBlock(plan), drawn(5)
+    histories, seen = Loop(signal, plan).histories, []
+    for position, value in enumerate(added):
+        facts = Facts(None, None, Moment(position, None), histories, lambda value=value: value)
+        found = signal.observe(facts)
+        seen.append(None if found is None else found.item())
+        if position in (0, 3):
+            signal.end(facts, None)
+    assert seen[0] is None
+    for at, full in ((1, 0), (2, 0), (3, 0), (4, 3)):
+        change = zip(rows(added[at] - added[full]), rows(added[full]), strict=True)
+        expected = max(one / other for one, other in change)
+        value = seen[at]
+        assert value is not None
+        assert signal.estimate([9.0, value], at - full) == pytest.approx(expected, rel=1e-6)
+    signal.clear()
+    assert signal.observe(Facts(None, None, Moment(5, None), histories, lambda: added[0])) is None
+    assert signal.observe(Facts(None, None, Moment(5, None), histories)) is None
