@@ -110,6 +110,14 @@ class Analysis:
             return rewrite(self.aten, plan.step(modes, self.hoisted.names))
 
     @traced_once
+    def sizes(self) -> tuple[tuple[str, str], ...]:
+        """The role and the shape of each tensor that may be another one at another call."""
+        nodes = self.aten.graph.find_nodes(op="placeholder")
+        values = ((node.meta["role"], node.meta["val"]) for node in nodes)
+        tensors = ((role, value) for role, value in values if isinstance(value, Tensor))
+        return tuple((role, str(tuple(value.shape))) for role, value in tensors if role != "state")
+
+    @traced_once
     def code(self) -> bytes:
         """What the model computes of its tensors, the same for every capture of it at these shapes.
 

@@ -105,10 +105,20 @@ class Generations:
         return [each for each in found if each.runner.program.analysis.code == code]
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
-        """The only one of ``mine`` that has come as far as its run; None if there are several."""
+        """The only one of ``mine`` that has come as far as its run; None if there are several.
+
+        Nor is there one if calls of another dtype came since: they may have been its own.
+        """
         if not mine:
             return None
         newest = mine[0]
+        mine_is = newest.runner.program.analysis
+        for later in self.all[self.all.index(newest) + 1 :]:
+            is_of = later.runner.program.analysis
+            if later.path != newest.path or later.run is not newest.run:
+                continue
+            if is_of.sizes == mine_is.sizes and is_of.code != mine_is.code:
+                return None
         abreast = [
             each
             for each in mine

@@ -60,6 +60,15 @@ WORLDS: dict[str, tuple[str, dict[str, Any]]] = {
             "gate": {"signal": "surprise", "threshold": 1.5},
         },
     ),
+    "first block": (
+        "labels",
+        {
+            "N": {"base": 4},
+            "cache": {"grain": "output"},
+            "forecast": LINE,
+            "gate": {"signal": "first_block", "threshold": 1.5},
+        },
+    ),
 }
 ROUND = 50
 USUAL = ("labels", "text", "easycache")
@@ -141,12 +150,17 @@ ONCE_WRONG = {
         IN_TURN[1],
         ((1, "other dtype"), (2, "other dtype")),
     ),
+    "Heun by its number of steps, another dtype and back, captions made anew": Sequence(
+        (Sampling(("block", "thread"), told="number", schedule="heun", halves=1),),
+        IN_TURN[1],
+        ((2, "other dtype"), (3, "other dtype")),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ONCE_WRONG)
 def test_what_was_wrong_once(name: str) -> None:
-    world_of("labels").play(ONCE_WRONG[name])
+    world_of("skips" if "captions" in name else "labels").play(ONCE_WRONG[name])
 
 
 class _Never:
