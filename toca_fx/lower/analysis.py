@@ -113,7 +113,7 @@ class Analysis:
     def sizes(self) -> tuple[tuple[str, str], ...]:
         """The role and the shape of each tensor that may be another one at another call."""
         nodes = self.aten.graph.find_nodes(op="placeholder")
-        values = ((node.meta["role"], node.meta["val"]) for node in nodes)
+        values = ((node.meta["role"], node.meta.get("val")) for node in nodes)
         tensors = ((role, value) for role, value in values if isinstance(value, Tensor))
         return tuple((role, str(tuple(value.shape))) for role, value in tensors if role != "state")
 
