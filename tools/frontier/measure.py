@@ -85,6 +85,7 @@ class Bench:
             )
         if point.source is None:
             return self.setup.model
+        torch._dynamo.reset()  # which takes eight backends of one model, and a point needs one
         return toca_fx.compile(self.setup.model, point.source, inner="eager")
 
     def _uncached(self, point: Point) -> Tensor:
