@@ -68,8 +68,21 @@ class Generations:
 
         None: there is none, or nobody can tell which. How far its conditions agree comes too. In a
         session with one call per step inputs that are new at every call identify nothing: there it
-        is the one that goes on.
+        is the one that goes on. One that another dtype was called instead of has missed a call, for
+        all that anybody knows, and keeps nothing.
         """
+        found = self._find(conditions, path, runner, timestep)
+        if found[0] is not None and self._overtaken(found[0]):
+            found[0].forget()
+        return found
+
+    def _find(
+        self,
+        conditions: Sequence[Tensor],
+        path: tuple[str, ...],
+        runner: Runner,
+        timestep: Timestep | None,
+    ) -> tuple[Generation | None, Agreement, bool]:
         known = self._of_one_code(path, runner)
         found = {each: agreement(each.marks, conditions) for each in known}
         same = [each for each in known if found[each] in ("equal", "same") and not each.running]
@@ -96,6 +109,17 @@ class Generations:
             return alone, "other", False
         return None, "other", False
 
+    def _overtaken(self, found: Generation) -> bool:
+        """Whether its branch of its run was called since, at the same sizes in another dtype."""
+        own = found.runner.program.analysis
+        for later in self.all[self.all.index(found) + 1 :]:
+            if later.runner is found.runner or later.path != found.path:
+                continue
+            other = later.runner.program.analysis
+            if later.run is found.run and other.sizes == own.sizes and other.code != own.code:
+                return True
+        return False
+
     def _of_one_code(self, path: tuple[str, ...], runner: Runner) -> list[Generation]:
         """The generations that ran the same code at the same shapes, perhaps captured anew."""
         found = [each for each in reversed(self.all) if each.path == path]
@@ -105,20 +129,10 @@ class Generations:
         return [each for each in found if each.runner.program.analysis.code == code]
 
     def _alone(self, mine: Sequence[Generation]) -> Generation | None:
-        """The only one of ``mine`` that has come as far as its run; None if there are several.
-
-        Nor is there one if calls of another dtype came since: they may have been its own.
-        """
+        """The only one of ``mine`` that has come as far as its run; None if there are several."""
         if not mine:
             return None
         newest = mine[0]
-        mine_is = newest.runner.program.analysis
-        for later in self.all[self.all.index(newest) + 1 :]:
-            is_of = later.runner.program.analysis
-            if later.path != newest.path or later.run is not newest.run:
-                continue
-            if is_of.sizes == mine_is.sizes and is_of.code != mine_is.code:
-                return None
         abreast = [
             each
             for each in mine

@@ -155,6 +155,20 @@ ONCE_WRONG = {
         IN_TURN[1],
         ((2, "other dtype"), (3, "other dtype")),
     ),
+    "Heun by its number of steps, another dtype and back to captions that are kept": Sequence(
+        (
+            Sampling(
+                ("block", "thread"),
+                told="number",
+                schedule="heun",
+                guidance="on",
+                negative="pool 2",
+                batch=1,
+            ),
+        ),
+        IN_TURN[1],
+        ((2, "other dtype"), (4, "other dtype")),
+    ),
 }
 
 
