@@ -38,6 +38,7 @@ CASES = {
     "flux-dev-1024": Case(
         "flux-dev-1024", "flux-dev", 50, {"num_layers": 1, "num_single_layers": 1}
     ),
+    "flux-768": Case("flux-768", "flux-dev", 50, {"num_layers": 3, "num_single_layers": 6}),
     "wan-1.3b": Case("wan-1.3b-480p", "default-video", 50, {"num_layers": 1}),
 }
 """Latte stands for Open-Sora, which diffusers does not have: spatial and temporal blocks, a

@@ -107,8 +107,11 @@ def _latte(frames: int, side: int, text: int = 120) -> Example:
     )
 
 
-def _flux_dev(side: int) -> Example:
-    """FLUX.1-dev on ``side`` x ``side`` packed latents: pixels / 16."""
+def _flux_dev(side: int, text: int = 512, **other: object) -> Example:
+    """FLUX.1-dev on ``side`` x ``side`` packed latents, pixels / 16, and ``text`` tokens.
+
+    ``other`` is what its configuration has otherwise.
+    """
     return Example(
         "FluxTransformer2DModel",
         {
@@ -122,20 +125,21 @@ def _flux_dev(side: int) -> Example:
             "pooled_projection_dim": 768,
             "guidance_embeds": True,
             "axes_dims_rope": (16, 56, 56),
+            **other,
         },
-        lambda d: _flux_inputs(d, side),
+        lambda d: _flux_inputs(d, side, text),
         batch=1,
     )
 
 
-def _flux_inputs(d: Draw, side: int) -> dict[str, object]:
+def _flux_inputs(d: Draw, side: int, text: int) -> dict[str, object]:
     return {
         "hidden_states": d.normal(side * side, 64),
-        "encoder_hidden_states": d.normal(512, 4096),
+        "encoder_hidden_states": d.normal(text, 4096),
         "pooled_projections": d.normal(768),
         "timestep": d.full(0.5),
         "img_ids": grid(1, side, side),
-        "txt_ids": torch.zeros(512, 3),
+        "txt_ids": torch.zeros(text, 3),
         "guidance": d.full(3.5),
     }
 
@@ -179,10 +183,20 @@ PRESETS = {
     "latte-256": _latte(16, 32),
     "flux-dev-512": _flux_dev(32),
     "flux-dev-1024": _flux_dev(64),
+    "flux-768": _flux_dev(
+        32,
+        text=256,
+        num_layers=3,
+        num_single_layers=6,
+        num_attention_heads=12,
+        attention_head_dim=64,
+        axes_dims_rope=(8, 28, 28),
+    ),
     "wan-1.3b-480p": _wan_1_3b(9, 60, 104),
 }
 """Examples in real size by name.
 
 The batch is 1 for flux-dev, which is distilled from guidance, and for Wan (480p, 33 frames), whose
-pipeline calls the model once with the prompt and once without; it is 2 for the others.
+pipeline calls the model once with the prompt and once without; it is 2 for the others. ``flux-768``
+has FLUX's blocks at a width of 768: with 1,280 tokens, attention is much of its work.
 """

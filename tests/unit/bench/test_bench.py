@@ -290,7 +290,7 @@ def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "sdxl"]) == 2
     assert (
         "unknown case `sdxl`; there are dit-xl-2, dit-xl-2-512, pixart-alpha, pixart-alpha-1024, "
-        "latte, flux-dev, flux-dev-1024, wan-1.3b"
+        "latte, flux-dev, flux-dev-1024, flux-768, wan-1.3b"
     ) in capsys.readouterr().err
 
 
