@@ -23,6 +23,7 @@ from toca_fx.match.matcher import match
 from toca_fx.plan.planner import Planner
 from toca_fx.policy import Policy
 from toca_fx.runtime.models import ModelKey
+from toca_fx.runtime.parts import Attempt
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.session import Session
 from tools.coverage_table import PARTLY, REFUSED, SUPPORTED_SHARE
@@ -51,7 +52,7 @@ def _generation(analysis: Analysis, steps: list[list[Any]]) -> list[Tensor]:
     runner = Runner(Program(analysis, Inner("eager")), steps[0])
     run, key = Session(STEPS), ModelKey()
     with torch.no_grad():
-        return [run.call(key, runner, inputs)[0].clone() for inputs in steps]
+        return [run.call(key, runner, inputs, Attempt())[0].clone() for inputs in steps]
 
 
 # An image, a video and a sound.
