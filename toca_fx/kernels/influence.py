@@ -11,7 +11,8 @@ one of three ways, fastest first; all return the attention's output to rounding:
 
     in blocks   CPU, float32 or float64, a map of moderate size: softmax over blocks of queries
                 that stay in the cache of the processor. Both products are those of the attention
-                itself, so s1 costs a sum over the block.
+                itself, so s1 costs a sum over the block. Of several blocks they take longer than
+                the fused kernel does, which only s1 of most queries makes up for.
     fused       CPU otherwise, and CUDA: the fused kernel returns the row log-sum-exp, and a second
                 product gives the columns; on CUDA in one operator (``columns``).
     recomputed  masks, causal or grouped attention, other devices: scaled_dot_product_attention as
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 # holds; the map of a cross-attention is 256 MiB at most.
 _BLOCK_ELEMENTS = 2**22
 _MOST_BLOCKS = 16
+_SPARSE = 2  # from every third query on the second product is cheaper than several blocks are
 _MAP_ELEMENTS = 2**26
 
 
@@ -171,7 +173,7 @@ def attention_and_influence(
     )
     if plain and query.device.type == "cpu":
         if query.dtype in (torch.float32, torch.float64):
-            blocks = _blocks(query, key)
+            blocks = _blocks(query, key, every)
             if blocks is not None:
                 return _in_blocks(query, key, value, factor, every, *blocks)
         if query.shape[-1] == value.shape[-1]:
@@ -192,17 +194,19 @@ def attention_and_influence(
     return output, influence(query, key, factor, None, attn_mask, every)
 
 
-def _blocks(query: Tensor, key: Tensor) -> tuple[int, int] | None:
+def _blocks(query: Tensor, key: Tensor, every: int) -> tuple[int, int] | None:
     """How many samples, and queries of each, have a map that stays in the cache.
 
     Blocks are whole maps as long as one fits: a product of few queries with all keys, for many
-    samples, is slow. None if there would be more blocks than a graph should have.
+    samples, is slow. None if there would be more blocks than a graph should have, or than are worth
+    it for every ``every``-th query.
     """
     batch, heads, queries, _ = query.shape
     of_query = max(1, heads * key.shape[2])
     samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
     rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
-    return (samples, rows) if -(batch // -samples) * -(queries // -rows) <= _MOST_BLOCKS else None
+    count = -(batch // -samples) * -(queries // -rows)
+    return (samples, rows) if count <= (1 if every > _SPARSE else _MOST_BLOCKS) else None
 
 
 def _in_blocks(

@@ -111,13 +111,15 @@ def test_the_size_of_a_block_changes_nothing(samples: int, rows: int, every: int
 
 def test_blocks_are_whole_maps_as_long_as_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, _ = operands(100, batch=5)
-    found = []
+    found, sparse = [], []
     for queries in (1000, 200, 100, 99, 34, 33, 31):  # that fit
         monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", HEADS * 100 * queries)
-        found.append(attention._blocks(query, key))
+        found.append(attention._blocks(query, key, every=2))
+        sparse.append(attention._blocks(query, key, every=3))
     assert found == [(10, 100), (2, 100), (1, 100), (1, 99), (1, 34), None, None], (
         "16 blocks at most"
     )
+    assert sparse == [(10, 100), *[None] * 6], "one, if few queries count"
 
 
 def test_a_key_for_all_samples(kernels: list[str]) -> None:
@@ -203,7 +205,7 @@ def test_every_nth_query_is_looked_at(
     way: str, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way == "fused":
-        monkeypatch.setattr(attention, "_blocks", lambda query, key: None)
+        monkeypatch.setattr(attention, "_blocks", lambda query, key, every: None)
     query, key, value = operands(1100)
     added = torch.zeros(1100, 1100, dtype=torch.float64)
     options: dict[str, Any] = {}
