@@ -25,7 +25,7 @@ from tools.frontier import measures
 from tools.frontier.setups import STEPS, Setup, digits_setup, emoji_setup
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-POLICIES = {"digits": ("digits", "digits-fast"), "emoji": ("default-image", "flux-dev-fast")}
+POLICIES = {"digits": ("digits", "digits-fast"), "emoji": ("flux-dev", "flux-dev-fast")}
 CONDITIONAL = {"digits": 0, "emoji": 1}  # the half of the batch
 
 Values: TypeAlias = Sequence[tuple[int, Tensor]]  # of the full steps so far, the newest last
