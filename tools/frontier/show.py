@@ -95,7 +95,7 @@ def _draw(results: Results, file: Path) -> None:
     timed = all(row.time is not None for row in rows)
     shown = [name for name in MEASURES if any(getattr(row, name) is not None for row in rows)]
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(6 * len(shown), 5), squeeze=False, layout="constrained"
+        1, len(shown), figsize=(6 * len(shown) + 2, 5), squeeze=False, layout="constrained"
     )
     for name, ax in zip(shown, axes[0], strict=True):
         for at, (line, group) in enumerate(groupby(rows, series)):
@@ -112,6 +112,6 @@ def _draw(results: Results, file: Path) -> None:
         ax.set_xlabel(f"{'time' if timed else 'work'}, of {results.conditions['own']}")
         ax.set_ylabel(MEASURES[name].format(**results.conditions))
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=100)
     plt.close(figure)
