@@ -117,6 +117,13 @@ class Analysis:
         tensors = ((role, value) for role, value in values if isinstance(value, Tensor))
         return tuple((role, str(tuple(value.shape))) for role, value in tensors if role != "state")
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the latents; None: none were recognised."""
+        at = self.inputs.latents
+        nodes = self.aten.graph.find_nodes(op="placeholder")
+        return None if at is None else nodes[at].meta["val"].dtype
+
     @traced_once
     def code(self) -> bytes:
         """What the model computes of its tensors, the same for every capture of it at these shapes.

@@ -68,7 +68,7 @@ def first_block_of(
 ) -> tuple[str, ...]:
     """The stream of the latents in front of the first block, and behind it; () if there is none.
 
-    Where a block has several streams, it is that of the tokens that the state has.
+    Where a block has several streams, it is that of the tokens that the state has, or of the most.
     """
     nodes, varying = {node.name: node for node in graph.nodes}, _varying(graph)
     tokens = {state.tokens for state in states}
@@ -79,6 +79,8 @@ def first_block_of(
     ]
     if not inside:
         return ()
+    most = max(site.tokens for site in inside)  # the latents' are more than the text's
+    inside = [site for site in inside if site.tokens == most]
     before, behind = inside[0].stream, inside[-1].residual
     alike = len({getattr(nodes[each].meta["val"], "shape", ()) for each in (before, behind)}) == 1
     return (before, behind) if alike else ()

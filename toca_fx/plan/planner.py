@@ -23,7 +23,7 @@ from toca_fx.plan.schedule import (
     state_column,
 )
 from toca_fx.plan.units import WHOLE, count_whole, units
-from toca_fx.policy import Gate, Policy, SitePolicy
+from toca_fx.policy import WHOLE_GRAINS, Gate, Policy, SitePolicy
 
 _MOST_PLANS = 32
 
@@ -72,13 +72,20 @@ def resolve(policy: Policy) -> Settings:
         steps=policy.sampler.steps,
         seed=policy.seed,
         shared=policy.guidance.selection == "shared",
-        scales=policy.N.full_steps is not None and not policy.N.by_index,
+        scales=_scales(policy),
         noise=policy.sampler.noise,
         separate=policy.guidance.layout == "separate",
         hoisting_bytes=policy.hoisting.memory_bytes,
         recording_bytes=policy.recording.memory_bytes,
         gate=_bounded(policy),
     )
+
+
+def _scales(policy: Policy) -> bool:
+    """Whether it says the same of any number of steps: no slopes, windows or numbers of steps."""
+    if policy.gate is not None and policy.cache.grain in WHOLE_GRAINS:
+        return True
+    return policy.N.full_steps is not None and not policy.N.by_index
 
 
 def _bounded(policy: Policy) -> Gate | None:

@@ -116,7 +116,7 @@ class Generations:
             if later.runner is found.runner or later.path != found.path:
                 continue
             other = later.runner.program.analysis
-            if later.run is found.run and other.sizes == own.sizes and other.code != own.code:
+            if later.run is found.run and other.sizes == own.sizes and other.dtype != own.dtype:
                 return True
         return False
 

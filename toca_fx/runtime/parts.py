@@ -1,4 +1,7 @@
-"""Calls of a model, whose graph may be broken: all parts of a call are one step, or none.
+"""Calls of a model, whose graph may be broken: all parts of a call are one step.
+
+If one of them fails the call was not made. What fails in the user's own code between them is not
+seen here.
 
 The first part that runs decides. Those that follow run in frames that the first one's frame has
 called: what Dynamo makes of the code behind a graph break is a function, and a module that it did
@@ -50,9 +53,9 @@ class Attempt:
     """A call of a model, as far as it has come: a step of ``generation``, in ``session``.
 
     ``call`` is where its first part was called (None: there is but one). ``known`` is what is known
-    of the model, ``before`` the progress of the generation ahead of the call (None: it has not come
-    to that). ``visits`` counts how often each other part has come since: layers may share their
-    code.
+    of the model, and had ``calls`` before; ``before`` is the progress of the generation ahead of
+    the call (None: it has not come to that). ``visits`` counts how often each other part has come
+    since, by its identity: layers may share their code.
     """
 
     call: Call | None = None
@@ -60,6 +63,7 @@ class Attempt:
     known: Callable[[], Generations | None] = _nothing
     generation: Callable[[], Generation | None] = _nothing
     timestep: Timestep | None = None
+    calls: int = 0
     before: Progress | None = None
     visits: Counter[Hashable] = field(default_factory=Counter)
 
@@ -73,6 +77,7 @@ class Attempt:
         """Note whose step it is."""
         self.session, self.known = weakref.ref(session), weakref.ref(known)
         self.generation, self.timestep = weakref.ref(generation), timestep
+        self.calls = known.calls
         self.before = generation.progress
 
     def undo(self) -> None:
@@ -81,6 +86,7 @@ class Attempt:
         if generation is None or known is None or before is None:
             return
         generation.progress = replace(before, lost=True)
+        known.calls = min(known.calls, self.calls)
         if not before.calls:
             known.drop(generation)
 

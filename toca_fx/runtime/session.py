@@ -117,9 +117,9 @@ class Session:
         if known is None or whole is None:
             raise AssertionError("the first part of the call has just run")
         self._say(known.said, (words.BROKEN,))
-        decision, which = whole.latest, (model, runner)
+        decision, which = whole.latest, (id(model), id(runner))
         attempt.visits[which] += 1
-        key = (*which, attempt.visits[which])
+        key = (model, runner, attempt.visits[which])
         part = whole.parts.get(key)
         if part is None:
             plan = runner.program.analysis.plan(decision.num_steps)
@@ -371,6 +371,7 @@ class Session:
             shared = len(came) > 1 and steps >= (self.num_steps or head.num_steps)
             if not head.finished and not shared:
                 self.warn(words.ended_early(head.num_steps, head.position))
+        self.warn(words.never_open([record for _, record in self._calls]))
 
     def close(self) -> None:
         """Free the memories; records and report stay.

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from toca_fx.runtime.schedules import Timestep
+
+if TYPE_CHECKING:
+    from toca_fx.runtime.report import StepRecord
 
 _SESSION = "`with toca_fx.session(timesteps=...)` around the sampling run"
 
@@ -60,12 +66,27 @@ def unseen(first: Timestep) -> str:
 
 
 def unmeasured(signal: str) -> str:
-    """A gate whose signal is of latents that nobody knows."""
+    """A gate whose signal is of what nobody knows."""
     return (
-        f"gate.signal: {signal} compares latents or outputs, and no input of the model is "
-        "recognised as those that its output is made of: every step that the gate decides on is "
-        "full"
+        f"gate.signal: {signal} measures latents, outputs or the first block, and what it needs is "
+        "not recognised in this model: every step that the gate decides on is full. "
+        "`print(toca_fx.explain(model, policy, **inputs))` shows what is"
     )
+
+
+def never_open(records: Sequence[StepRecord]) -> str | None:
+    """A gate that measured, and left no step to be cached; None: there is none."""
+    if any(record.kind != "full" for record in records):
+        return None
+    for record in records:
+        gate = record.plan.settings.gate
+        if gate is not None and record.reason.startswith(f"{gate.signal} "):
+            return (
+                f"gate: {gate.signal} was at {gate.threshold:g} or more at every step it decided "
+                "on, so that nothing was cached; run.report() has its values. Take a higher "
+                "`threshold`, or place full steps with toca_fx.calibrate"
+            )
+    return None
 
 
 def beyond(num_steps: int) -> str:

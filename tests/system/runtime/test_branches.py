@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import Inputs, call, make_inputs, make_policy, run_all, tiny
+from tests.models import OriginalDiT
 from tests.system.runtime.generations import DEFAULT, Flaky, fast_twin, in_session, same, uncached
 
 
@@ -198,3 +199,61 @@ def test_generations_of_one_call_do_not_mix(model: nn.Module) -> None:
         step = (latents[number], torch.full((2,), 999), torch.tensor([1, 2]))
         with torch.no_grad():
             assert uncached(model, step, call(fast, *step)), f"generation {number}"
+
+
+class Weaker(nn.Module):
+    """A model that can leave out a block, for skip-layer guidance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = OriginalDiT(depth=2)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, skip: bool = False) -> Tensor:
+        dit = self.dit
+        tokens, c = dit.x_embedder(x) + dit.pos_embed, dit.t_embedder(t) + dit.y_embedder(y)
+        for block in dit.blocks[1:] if skip else dit.blocks:
+            tokens = block(tokens, c)
+        found: Tensor = dit.unpatchify(dit.final_layer(tokens, c))
+        return found
+
+
+def test_a_call_by_other_code_is_nobody_elses() -> None:
+    """It has the sizes and the prompt of another branch, and nobody names them."""
+    fast = fast_twin(Weaker().eval().requires_grad_(False))
+    negative, prompt = torch.tensor([1, 1]), torch.tensor([2, 2])
+    with toca_fx.session() as run, torch.no_grad():
+        for x, t, _ in make_inputs():
+            fast(x, t, negative)
+            fast(x, t, prompt)
+            fast(x, t, prompt, skip=True)
+    kinds = [step.kind for step in run.report().steps]
+    assert kinds.count("partial") >= 3 * 7
+    assert kinds[:3] == ["full"] * 3
+
+
+class Embedded(nn.Module):
+    """A model whose prompt is an embedding of any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = OriginalDiT(depth=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        dit = self.dit
+        tokens, c = dit.x_embedder(x) + dit.pos_embed, dit.t_embedder(t) + y.float()
+        for block in dit.blocks:
+            tokens = block(tokens, c)
+        found: Tensor = dit.unpatchify(dit.final_layer(tokens, c))
+        return found
+
+
+def test_prompts_may_have_dtypes_of_their_own() -> None:
+    fast = fast_twin(Embedded().eval().requires_grad_(False))
+    prompts = torch.randn(2, 32), torch.randn(2, 32).bfloat16()
+    with toca_fx.session() as run, torch.no_grad():
+        for x, t, _ in make_inputs():
+            for prompt in prompts:
+                fast(x, t, prompt)
+    assert [step.kind for step in run.report().steps] == [
+        kind for kind in DEFAULT for _ in range(2)
+    ]

@@ -117,6 +117,7 @@ def test_what_changes_at_every_step_is_computed_at_every_step(signal: str) -> No
     assert reasons[:2] == ["planned", "planned"]
     assert reasons[-1] == "planned"
     assert all(reason.startswith(signal) for reason in reasons[2:-1])
+    assert any(f"gate: {signal} was at 0.1 or more" in each for each in run.report().warnings)
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -382,7 +383,7 @@ def test_latents_that_nobody_recognises_are_warned_of(caplog: pytest.LogCaptureF
         for t in TIMES:
             fast(torch.arange(16)[None], t=t.expand(1).float())
     assert kinds(run) == "f" * STEPS
-    assert sum("easycache compares latents" in message for message in caplog.messages) == 1
+    assert sum("easycache measures latents" in message for message in caplog.messages) == 1
 
 
 def test_gates_keep_no_graph_of_their_own() -> None:

@@ -97,3 +97,13 @@ def test_a_plan_of_any_number_of_steps_has_the_bound() -> None:
     policy = make_policy(sampler={"steps": 10}, N={"base": 4, "first": 0.2}, gate=EASY)
     plan = make_plan(Matches((MLP,), ()), policy, 15)
     assert kinds(plan.fewest) == "fffpppfpppfpppf"
+
+
+@pytest.mark.parametrize(
+    ("grain", "scales"), [("output", True), ("model", True), ("module", False)]
+)
+def test_a_gate_that_skips_suits_any_number_of_steps(grain: str, scales: bool) -> None:
+    policy = make_policy(
+        N={"first": 2, "last": 0.1}, cache={"grain": grain}, gate={**EASY, "at_most": 3}
+    )
+    assert make_plan(Matches((MLP,), (), (OUTPUT,)), policy).settings.scales == scales
