@@ -180,3 +180,28 @@ def test_a_call_that_failed_behind_its_step_was_not_made(
         assert same(found, expected), f"step {at}"
         cached = sum(not same([a], [b]) for a, b in zip(found, uncached, strict=True))
         assert cached >= 3
+
+
+def test_a_first_call_that_failed_behind_its_step_starts_no_run(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was at the third timestep of a list, as from the middle of an image."""
+    fast, steps = fast_twin(model), list(make_inputs(STEPS))
+    timesteps = torch.stack([t for _, t, _ in steps])
+    fails = [True]
+    updates = Updates.apply
+
+    def apply(self: Updates, inputs: Sequence[Any]) -> None:
+        if fails.pop() if fails else False:
+            raise KeyboardInterrupt
+        updates(self, inputs)
+
+    monkeypatch.setattr(Updates, "apply", apply)
+    with torch.no_grad(), toca_fx.session(timesteps=timesteps) as run:
+        with pytest.raises(KeyboardInterrupt):
+            call(fast, *steps[2])
+        for step in steps:
+            call(fast, *step)
+    kinds = [step.kind for step in run.report().steps[1:]]
+    assert kinds == ["full", "partial", "partial"] * 2
+    assert not any("list" in warning for warning in run.report().warnings)
