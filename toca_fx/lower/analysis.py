@@ -117,7 +117,7 @@ class Analysis:
         tensors = ((role, value) for role, value in values if isinstance(value, Tensor))
         return tuple((role, str(tuple(value.shape))) for role, value in tensors if role != "state")
 
-    @property
+    @traced_once
     def dtype(self) -> torch.dtype | None:
         """That of the latents; None: none were recognised."""
         at = self.inputs.latents
@@ -172,7 +172,7 @@ class Analysis:
     def gate_flops(self, plan: Plan) -> int:
         """FLOPs of what the gate of ``plan`` runs ahead of each step, if it has one."""
         said = plan.settings.gate
-        runs = said is not None and said.signal == "first_block" and self.matches.first_block
+        runs = said is not None and said.probes and self.matches.first_block
         return self.first_block_flops if runs else 0
 
     def wanted(self, step: StepGraph) -> Wanted:

@@ -53,3 +53,8 @@ class Gate:
             examples=(6,),
         ),
     )
+
+    @property
+    def probes(self) -> bool:
+        """Whether the first block is run ahead of every step."""
+        return self.signal == "first_block"

@@ -38,8 +38,8 @@ class Gate:
     def __init__(
         self, name: str, signal: Signal, threshold: float, at_most: int | None, lags: bool
     ) -> None:
-        self.name, self.signal = name, signal
-        self._threshold, self._at_most, self._lags = threshold, at_most, lags
+        self.name, self.signal, self.threshold = name, signal, threshold
+        self._at_most, self._lags = at_most, lags
         self.clear()
 
     def clear(self) -> None:
@@ -79,7 +79,7 @@ class Gate:
         if self._estimate is None:
             return Choice(True, f"{self.name} not measured yet")
         # Not a number is no small one.
-        full = not self._estimate < self._threshold
+        full = not self._estimate < self.threshold
         return Choice(full, f"{self.name} {self._estimate:.3g}")
 
     @torch.no_grad()

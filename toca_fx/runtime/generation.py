@@ -218,9 +218,14 @@ class Generation:
             return Choice(True, "planned" if planned else "nothing kept" if lost else "in doubt")
         if planned or gate is None:
             return Choice(position >= len(steps), "planned")
-        if position not in self.run.choices:
-            self._check(gate)
-        return self.run.choose(position, gate)
+        if position in self.run.choices:
+            return self.run.choose(position, gate)
+        self._check(gate)
+        choice, later = self.run.choose(position, gate), steps[position + 1 :]
+        is_last = all(step.kind == "full" for step in later)
+        if is_last and all(each.full for each in self.run.choices.values()):
+            self._warn(words.never_open(gate.name, gate.threshold))
+        return choice
 
     def _check(self, gate: Gate) -> None:
         """Warn of a gate that decides, and has nothing to measure."""
@@ -239,8 +244,8 @@ class Generation:
         found, at = program.analysis, program.analysis.inputs
         latents = None if at.latents is None else inputs[at.latents]
         timesteps = None if at.timestep is None else inputs[at.timestep]
-        runs = bool(found.matches.first_block)
-        first_block = (lambda: program.first_block(inputs)) if runs else None
+        known = found.matches.first_block
+        first_block = (lambda: program.first_block(inputs)) if known else None
         return Facts(latents, timesteps, now, histories, first_block)
 
     def _moment(self, position: int, timestep: Timestep | None) -> Moment:

@@ -32,16 +32,15 @@ def caller() -> Any:
 class Generations:
     """The generations of one ``model``, least recently called first; there are ``most`` at most.
 
-    ``told`` is what was said of the run, None outside of any session. ``calls`` is how many the
-    model has had here; ``moves`` says that a generation went from one thread or task to another,
+    ``told`` is what was said of the run, None outside of any session. ``begun`` says that the model
+    has been called here, ``moves`` that a generation went from one thread or task to another,
     ``waits`` that reading a timestep waited for the device, ``crowded`` that a generation had to go
     in its middle, and ``said`` is what the user was told of the image under way.
     """
 
     def __init__(self, model: ModelKey, told: Told | None, most: int) -> None:
         self._model, self.told = weakref.ref(model), told
-        self.calls = 0
-        self.moves = self.waits = self.crowded = False
+        self.begun = self.moves = self.waits = self.crowded = False
         self.lock = new_lock()
         self.said: set[str] = set()
         self._last: Timestep | None = None
@@ -68,21 +67,8 @@ class Generations:
 
         None: there is none, or nobody can tell which. How far its conditions agree comes too. In a
         session with one call per step inputs that are new at every call identify nothing: there it
-        is the one that goes on. One that another dtype was called instead of has missed a call, for
-        all that anybody knows, and keeps nothing.
+        is the one that goes on.
         """
-        found = self._find(conditions, path, runner, timestep)
-        if found[0] is not None and self._overtaken(found[0]):
-            found[0].forget()
-        return found
-
-    def _find(
-        self,
-        conditions: Sequence[Tensor],
-        path: tuple[str, ...],
-        runner: Runner,
-        timestep: Timestep | None,
-    ) -> tuple[Generation | None, Agreement, bool]:
         known = self._of_one_code(path, runner)
         found = {each: agreement(each.marks, conditions) for each in known}
         same = [each for each in known if found[each] in ("equal", "same") and not each.running]
@@ -109,8 +95,11 @@ class Generations:
             return alone, "other", False
         return None, "other", False
 
-    def _overtaken(self, found: Generation) -> bool:
-        """Whether its branch of its run was called since, at the same sizes in another dtype."""
+    def overtaken(self, found: Generation) -> bool:
+        """Whether its branch of its run was called since, at the same sizes in another dtype.
+
+        Then ``found`` has missed a call, for all that anybody knows.
+        """
         own = found.runner.program.analysis
         for later in self.all[self.all.index(found) + 1 :]:
             if later.runner is found.runner or later.path != found.path:
@@ -236,7 +225,7 @@ class Generations:
         """
         if generation in self.all:  # at once: an interrupt may come in between
             self.all = [*(each for each in self.all if each is not generation), generation]
-        self.calls += 1
+        self.begun = True
         for each in self.all:
             behind = generation.progress.position - each.progress.position
             if each.run is generation.run and behind > _MANY_STEPS and not each.running:

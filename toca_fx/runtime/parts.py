@@ -53,9 +53,9 @@ class Attempt:
     """A call of a model, as far as it has come: a step of ``generation``, in ``session``.
 
     ``call`` is where its first part was called (None: there is but one). ``known`` is what is known
-    of the model, and had ``calls`` before; ``before`` is the progress of the generation ahead of
-    the call (None: it has not come to that). ``visits`` counts how often each other part has come
-    since, by its identity: layers may share their code.
+    of the model, which may have ``begun`` before; ``before`` is the progress of the generation
+    ahead of the call (None: it has not come to that). ``visits`` counts how often each other part
+    has come since, by its identity: layers may share their code.
     """
 
     call: Call | None = None
@@ -63,7 +63,7 @@ class Attempt:
     known: Callable[[], Generations | None] = _nothing
     generation: Callable[[], Generation | None] = _nothing
     timestep: Timestep | None = None
-    calls: int = 0
+    begun: bool = False
     before: Progress | None = None
     visits: Counter[Hashable] = field(default_factory=Counter)
 
@@ -77,7 +77,7 @@ class Attempt:
         """Note whose step it is."""
         self.session, self.known = weakref.ref(session), weakref.ref(known)
         self.generation, self.timestep = weakref.ref(generation), timestep
-        self.calls = known.calls
+        self.begun = known.begun
         self.before = generation.progress
 
     def undo(self) -> None:
@@ -86,7 +86,7 @@ class Attempt:
         if generation is None or known is None or before is None:
             return
         generation.progress = replace(before, lost=True)
-        known.calls = min(known.calls, self.calls)
+        known.begun = self.begun
         if not before.calls:
             known.drop(generation)
 
@@ -103,19 +103,22 @@ def attempt_of(part: object, depth: int) -> Attempt:
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
-    begun = Attempt(Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code)))
     last = _last.attempt
-    if last is None or last.call is None or last.session() is None:
-        return begun
-    lead = last.call
-    if lead.part() is part or lead.frame == id(frame):
-        return begun
-    caller: FrameType | None = frame.f_back
+    if last is not None and last.session() is not None and _follows(part, frame, last.call):
+        return last
+    return Attempt(Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code)))
+
+
+def _follows(part: object, frame: FrameType, lead: Call | None) -> bool:
+    """Whether ``part`` runs in a frame that the frame of ``lead``, another part, has called."""
+    if lead is None or lead.part() is part or lead.frame == id(frame):
+        return False
+    caller = frame.f_back
     while caller is not None:
         if id(caller) == lead.frame and caller.f_code is lead.code():
-            return last
+            return True
         caller = caller.f_back
-    return begun
+    return False
 
 
 def leads(attempt: Attempt) -> None:

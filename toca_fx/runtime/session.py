@@ -164,12 +164,14 @@ class Session:
         found = runner.program.analysis
         conditions = [inputs[at] for at in found.inputs.conditions]
         current, agrees, foreign = known.find(conditions, path, runner, timestep)
+        if current is not None and known.overtaken(current):
+            current.forget()
         apart = foreign or (current is not None and current.runner is not runner)
         at = found.inputs.timestep
         rounding = 0.0 if at is None else rounding_of(inputs[at])
         newest = known.head(current)
         head = None if newest is None else newest.progress
-        if head is None and known.told is not None and not known.calls:
+        if head is None and known.told is not None and not known.begun:
             known.told, warning = clock.start(
                 self._told(runner), timestep, rounding, self._others(known), self.num_steps
             )
@@ -242,7 +244,7 @@ class Session:
         try:
             return found.plan(num_steps)
         except PolicyError as error:
-            if not known.calls and not self._calls:
+            if not known.begun and not self._calls:
                 raise
             self.warn(words.misfit(str(error)))
             return found.uncached
@@ -371,7 +373,6 @@ class Session:
             shared = len(came) > 1 and steps >= (self.num_steps or head.num_steps)
             if not head.finished and not shared:
                 self.warn(words.ended_early(head.num_steps, head.position))
-        self.warn(words.never_open([record for _, record in self._calls]))
 
     def close(self) -> None:
         """Free the memories; records and report stay.

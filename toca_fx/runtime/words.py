@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from toca_fx.runtime.schedules import Timestep
-
-if TYPE_CHECKING:
-    from toca_fx.runtime.report import StepRecord
 
 _SESSION = "`with toca_fx.session(timesteps=...)` around the sampling run"
 
@@ -74,19 +68,13 @@ def unmeasured(signal: str) -> str:
     )
 
 
-def never_open(records: Sequence[StepRecord]) -> str | None:
-    """A gate that measured, and left no step to be cached; None: there is none."""
-    if any(record.kind != "full" for record in records):
-        return None
-    for record in records:
-        gate = record.plan.settings.gate
-        if gate is not None and record.reason.startswith(f"{gate.signal} "):
-            return (
-                f"gate: {gate.signal} was at {gate.threshold:g} or more at every step it decided "
-                "on, so that nothing was cached; run.report() has its values. Take a higher "
-                "`threshold`, or place full steps with toca_fx.calibrate"
-            )
-    return None
+def never_open(signal: str, threshold: float) -> str:
+    """A gate that left no step of a run to be cached."""
+    return (
+        f"gate: {signal} was at {threshold:g} or more at every step it decided on, so that nothing "
+        "was cached; run.report() has its values. Take a higher `threshold`, or place full steps "
+        "with toca_fx.calibrate"
+    )
 
 
 def beyond(num_steps: int) -> str:

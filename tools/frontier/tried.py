@@ -52,11 +52,15 @@ class Skipping:
 
 def newton(values: Values, at: int, order: int) -> Tensor:
     """The polynomial through the last ``order`` + 1 values, as policies have it."""
-    rule = Forecast(basis="newton", order=order)
-    times = tuple(float(time) for time, _ in values)
-    found = weights(rule, times[-order - 1 :], float(at), at - values[-1][0], len(values))
-    # The weight of the newest value comes first.
+    found = newton_weights([time for time, _ in values], at, order)
     return sum_of(found, [value for _, value in reversed(values)])
+
+
+def newton_weights(times: Sequence[int], at: int, order: int) -> tuple[float, ...]:
+    """The weights of the values at ``times``, the newest first."""
+    used = tuple(map(float, times[-order - 1 :]))
+    rule = Forecast(basis="newton", order=order)
+    return weights(rule, used, float(at), at - times[-1], len(times))
 
 
 def sum_of(given: Sequence[float], values: Sequence[Tensor]) -> Tensor:
@@ -95,13 +99,7 @@ def fitted(outputs: Sequence[Tensor], full: Sequence[int], count: int, ridge: fl
     for at in (at for at in range(len(outputs)) if at not in full):
         known = [(time, outputs[time]) for time in full if time < at]
         used = [value.double().flatten() for _, value in known[-count:][::-1]]
-        line = weights(
-            Forecast(basis="newton", order=1),
-            tuple(float(time) for time, _ in known[-2:]),
-            float(at),
-            at - known[-1][0],
-            len(known),
-        )
+        line = newton_weights([time for time, _ in known], at, 1)
         prior = torch.zeros(len(used), dtype=torch.float64)
         prior[: len(line)] = torch.tensor(line, dtype=torch.float64)[: len(used)]
         matrix = torch.stack(used)

@@ -23,6 +23,12 @@ from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.storage import Storage
 
 LINE = {"basis": "newton", "order": 1}
+SKIPS: dict[str, Any] = {"cache": {"grain": "output"}, "forecast": LINE}
+
+
+def gated(signal: str, threshold: float, **sections: Any) -> dict[str, Any]:
+    return {"N": {"base": 4}, "gate": {"signal": signal, "threshold": threshold}, **sections}
+
 
 # By name the model's kind of prompt, and the policy. Latents are drawn anew at every step, so that
 # all signals of gates are about 1 a step: of the thresholds some steps are above, some below.
@@ -34,41 +40,10 @@ WORLDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"N": {"base": 2}, "cache": {"grain": "output"}, "forecast": {**LINE, "order": 2}},
     ),
     "skips": ("text", {"N": {"base": 3}, "skip": "alternate", "forecast": LINE}),
-    "easycache": (
-        "text",
-        {
-            "N": {"base": 4},
-            "cache": {"grain": "model"},
-            "forecast": LINE,
-            "gate": {"signal": "easycache", "threshold": 1.5},
-        },
-    ),
-    "sea": (
-        "text",
-        {
-            "sampler": {"steps": 6, "noise": "linear"},
-            "N": {"base": 4},
-            "gate": {"signal": "sea", "threshold": 2},
-        },
-    ),
-    "surprise": (
-        "labels",
-        {
-            "N": {"base": 4},
-            "cache": {"grain": "output"},
-            "forecast": LINE,
-            "gate": {"signal": "surprise", "threshold": 1.5},
-        },
-    ),
-    "first block": (
-        "labels",
-        {
-            "N": {"base": 4},
-            "cache": {"grain": "output"},
-            "forecast": LINE,
-            "gate": {"signal": "first_block", "threshold": 1.5},
-        },
-    ),
+    "easycache": ("text", gated("easycache", 1.5, cache={"grain": "model"}, forecast=LINE)),
+    "sea": ("text", gated("sea", 2, sampler={"steps": 6, "noise": "linear"})),
+    "surprise": ("labels", gated("surprise", 1.5, **SKIPS)),
+    "first block": ("labels", gated("first_block", 1.5, **SKIPS)),
 }
 ROUND = 50
 USUAL = ("labels", "text", "easycache")

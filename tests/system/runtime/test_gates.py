@@ -120,6 +120,26 @@ def test_what_changes_at_every_step_is_computed_at_every_step(signal: str) -> No
     assert any(f"gate: {signal} was at 0.1 or more" in each for each in run.report().warnings)
 
 
+def test_a_gate_that_never_opens_says_so_once_an_image(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a session too, and whatever the number of branches."""
+    fast = toca_fx.compile(small(), policy("sea"), inner="eager")
+    labels = torch.full((2,), 3), torch.full((2,), 7)
+
+    def guided() -> None:
+        wild = noise()
+        with torch.no_grad():
+            for t in TIMES:
+                x = wild(latents())
+                for y in labels:
+                    fast(x, t=t.expand(2), y=y)
+
+    guided()  # its schedule is seen for the first time
+    for count in (1, 2):
+        guided()
+        said = [each for each in caplog.messages if "gate: sea was at 0.1 or more" in each]
+        assert len(said) == count
+
+
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_lower_thresholds_have_more_full_steps_and_smaller_errors(signal: str) -> None:
     model = small()
