@@ -17,7 +17,7 @@ from tools.frontier import measures, show
 from tools.frontier.measure import Bench
 from tools.frontier.points import Point, parse
 from tools.frontier.results import Results, Row
-from tools.frontier.setups import STEPS, Setup, digits_setup, emoji_setup
+from tools.frontier.setups import STEPS, Setup, setup_of
 from tools.frontier.timing import compiled, time_runs
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -60,19 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _setup(arguments: argparse.Namespace) -> Setup:
-    if arguments.model == "digits":
-        return digits_setup(arguments.samples or 40)
-    if arguments.frechet:
-        raise ValueError("--frechet: the emoji model has no classifier; digits have")
-    if arguments.weights is None:
-        raise ValueError("emoji: --weights is needed, the folder of the model's weights")
-    return emoji_setup(arguments.samples or 16, arguments.weights)
-
-
 def _asked(arguments: argparse.Namespace, file: Path) -> tuple[Setup, list[Point], Results]:
     """What is to be measured, and what is known of it. Raises ValueError and OSError."""
-    setup = _setup(arguments)
+    if arguments.frechet and arguments.model != "digits":
+        raise ValueError("--frechet: the emoji model has no classifier; digits have")
+    setup = setup_of(arguments.model, arguments.samples, arguments.weights)
     grids = json.loads(arguments.grids.read_text(encoding="utf-8")) if arguments.grids else {}
     texts = arguments.points or setup.baselines
     points = [parse(text, setup.samplers, grids) for text in texts]

@@ -118,3 +118,17 @@ def emoji_setup(samples: int, folder: Path) -> Setup:
         own="euler",
         converged=("ab2", 300),
     )
+
+
+def setup_of(model: str, samples: int | None, weights: Path | None) -> Setup:
+    """The setup of "digits" or "emoji", of 40 digits or 16 emoji unless said otherwise.
+
+    Raises:
+        ValueError: no such ``samples``, or the emoji model without its ``weights``.
+        OSError: there are no weights.
+    """
+    if model == "digits":
+        return digits_setup(samples or 40)
+    if weights is None:
+        raise ValueError("emoji: --weights is needed, the folder of the model's weights")
+    return emoji_setup(samples or 16, weights)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from toca_fx.plan.forecast import weights
-from toca_fx.policy import Forecast, load_policy
+from toca_fx.policy import Forecast, Policy, load_policy
 from tools.frontier import measures
-from tools.frontier.setups import STEPS, Setup, digits_setup, emoji_setup
+from tools.frontier.setups import STEPS, Setup, setup_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 POLICIES = {"digits": ("digits", "digits-fast"), "emoji": ("flux-dev", "flux-dev-fast")}
@@ -145,33 +145,45 @@ def recorded(setup: Setup, seed: int) -> list[Tensor]:
     return outputs
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all rules, and keep what was found."""
-    parser = argparse.ArgumentParser(prog="python -m tools.frontier.tried", description=__doc__)
+def asked(prog: str, argv: Sequence[str] | None) -> Setup:
+    """What the command line of ``prog`` asks for; it ends the process if that cannot be had."""
+    parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("model", choices=POLICIES)
     parser.add_argument("--weights", type=Path, help="the folder of the emoji model's weights")
-    parser.add_argument("--samples", type=int)
+    parser.add_argument("--samples", type=int, help="default: 40 digits, 16 emoji")
     arguments = parser.parse_args(argv)
-    if arguments.model == "digits":
-        setup = digits_setup(arguments.samples or 40)
-    elif arguments.weights is None:
-        parser.error("emoji: --weights is needed, the folder of the model's weights")
-    else:
-        setup = emoji_setup(arguments.samples or 16, arguments.weights)
+    try:
+        return setup_of(arguments.model, arguments.samples, arguments.weights)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def placed(policy: Policy) -> list[int]:
+    """The full steps that a policy lists."""
+    return [int(at) for at in policy.N.full_steps.at]  # type: ignore[union-attr]
+
+
+def keep(setup: Setup, what: str, **found: Any) -> None:
+    """Write what was found."""
+    says = {"weights": setup.weights, "samples": setup.shape[0], **found}
+    file = RESULTS / f"frontier-{setup.name}-{what}.json"
+    file.write_text(json.dumps(says, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all rules, and keep what was found."""
+    setup = asked("python -m tools.frontier.tried", argv)
     outputs = recorded(setup, seed=1)
     expected = setup.sample(setup.model, setup.samplers[setup.own](STEPS), seed=0)
     found: dict[str, dict[str, float]] = {}
-    for name in POLICIES[arguments.model]:
-        placed = load_policy(name).N.full_steps
-        full = [int(at) for at in placed.at]  # type: ignore[union-attr]
-        for rule_name, rule in rules(arguments.model, outputs, full).items():
+    for name in POLICIES[setup.name]:
+        full = placed(load_policy(name))
+        for rule_name, rule in rules(setup.name, outputs, full).items():
             denoiser = Skipping(setup.model, full, rule)
             images = setup.sample(denoiser, setup.samplers[setup.own](STEPS), seed=0)
             found.setdefault(rule_name, {})[name] = measures.psnr(expected, images)
             print(f"{name:16} {rule_name:60} {found[rule_name][name]:.1f}", flush=True)
-    says = {"weights": setup.weights, "samples": setup.shape[0], "psnr": found}
-    file = RESULTS / f"frontier-{arguments.model}-tried.json"
-    file.write_text(json.dumps(says, indent=1) + "\n", encoding="utf-8")
+    keep(setup, "tried", psnr=found)
 
 
 if __name__ == "__main__":

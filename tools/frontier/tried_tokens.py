@@ -5,31 +5,29 @@
 
 Between the full steps of `digits` and `flux-dev`, modules or the model's hidden state are forecast,
 and a tenth of the tokens is computed: MLPs and cross-attention of tokens in the modules' grain, all
-blocks against remembered keys and values in the model's. What its work would buy as full steps is
-what the other tables of docs/quality.md say. PSNRs are to the uncached 50 steps.
+blocks against remembered keys and values in the model's. PSNRs are to the uncached 50 steps, and
+work is what ``torch.utils.flop_counter`` counts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from toca_fx.lower.flops import FORMULAS
 from toca_fx.policy import load_policy
 from tools.frontier import measures
-from tools.frontier.setups import STEPS, Setup, digits_setup, emoji_setup
+from tools.frontier.setups import STEPS, Denoiser, Setup
+from tools.frontier.tried import POLICIES, asked, keep, placed
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-POLICIES = {"digits": "digits", "emoji": "flux-dev"}
 CLUSTERS = 16
 
 
@@ -42,9 +40,9 @@ class Scheme:
     ``keep``: a fresh token is forgotten, overwrites the newest value of its history as if it had
     been there at the full step (`overwrite`), or with its own time (`renew`), or is one more value
     of its token's history (`append`).
-    ``spread``: the others of its cluster move this share of the way to the fresh one's value
-    (ClusCa), or take over the error of its forecast as far as both moved alike (`error`, after
-    ResCa).
+    ``spread``: the newest values of the others of its cluster move this share of the way to the
+    fresh one (after ClusCa), or they take over the error of its forecast as far
+    as both moved alike (`error`, after ResCa).
     """
 
     grain: Literal["module", "model"]
@@ -55,9 +53,9 @@ class Scheme:
 
     def __str__(self) -> str:
         if not self.share:
-            return f"{self.grain}s forecast, no tokens"
+            return f"grain {self.grain}, no tokens"
         spread = f", spread {self.spread}" if self.spread else ""
-        return f"{self.grain}s forecast, {self.share:.0%} {self.pick}, {self.keep}{spread}"
+        return f"grain {self.grain}, {self.share:.0%} {self.pick}, {self.keep}{spread}"
 
 
 class History:
@@ -95,10 +93,6 @@ class History:
                     weight = weight * (at - time) / (self.times[i] - time)
             found += weight[..., None] * value
         return found
-
-    def surprise(self, value: Tensor, at: int) -> Tensor:
-        """The error of the forecast of ``value`` [B, N, D] by token, [B, N]."""
-        return (value - self.forecast(at)).norm(dim=-1)
 
 
 class Tokens:
@@ -149,7 +143,7 @@ class Tokens:
         if self._scheme.grain == "model":
             change(blocks[0], self._enter)
             change(blocks[-1], self._leave)
-        elif self._is_full and self._scheme.pick == "cluster":
+        if self._is_full and self._scheme.pick == "cluster":
             change(blocks[-1], self._clustered)
         try:
             yield
@@ -174,22 +168,27 @@ class Tokens:
     def _unit(
         self, unit: nn.Module, forward: Any, given: Tensor, *args: Any, tokens: bool, **kwargs: Any
     ) -> Tensor:
-        history = self._histories.setdefault(unit, History(self._order))
         if self._is_full:
-            value: Tensor = forward(given, *args, **kwargs)
-            if history.values:
-                self._surprise[unit] = history.surprise(value, self._step)
-            history.add(value, self._step)
-            return value
-        found = history.forecast(self._step)
+            return self._remember(unit, forward(given, *args, **kwargs))
         if not tokens or not self._scheme.share:
-            return found
+            return self._histories[unit].forecast(self._step)
         rows = self._choose(unit, given)
-        fresh = forward(given.gather(1, _wide(rows, given)), *args, **kwargs)
-        return self._renewed(history, found, rows, fresh)
+        return self._merge(
+            unit, rows, forward(given.gather(1, _wide(rows, given)), *args, **kwargs)
+        )
 
-    def _renewed(self, history: History, found: Tensor, rows: Tensor, fresh: Tensor) -> Tensor:
-        """``found`` with what is fresh, which the history keeps as the scheme says."""
+    def _remember(self, unit: nn.Module, value: Tensor) -> Tensor:
+        """The ``value`` of a full step, which is in the history from here on."""
+        history = self._histories.setdefault(unit, History(self._order))
+        if history.values:
+            self._surprise[unit] = (value - history.forecast(self._step)).norm(dim=-1)
+        history.add(value, self._step)
+        return value
+
+    def _merge(self, unit: nn.Module, rows: Tensor, fresh: Tensor) -> Tensor:
+        """The forecast with what is fresh, which the history keeps as the scheme says."""
+        history = self._histories[unit]
+        found = history.forecast(self._step)
         wide = _wide(rows, found)
         if self._scheme.spread:
             own = self._clusters  # the cluster of each token; row i of `rows` is cluster i's
@@ -238,20 +237,12 @@ class Tokens:
     def _leave(
         self, block: nn.Module, forward: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        history = self._histories.setdefault(block, History(self._order))
+        if not self._is_full and not self._scheme.share:
+            return self._histories[block].forecast(self._step)
+        value = forward(hidden_states, *args, **kwargs)
         if self._is_full:
-            value: Tensor = forward(hidden_states, *args, **kwargs)
-            if history.values:
-                self._surprise[block] = history.surprise(value, self._step)
-            history.add(value, self._step)
-            if self._scheme.pick == "cluster":
-                self._cluster(value)
-            return value
-        found = history.forecast(self._step)
-        if not self._scheme.share:
-            return found
-        fresh = forward(hidden_states, *args, **kwargs)
-        return self._renewed(history, found, self._rows, fresh)
+            return self._remember(block, value)
+        return self._merge(block, self._rows, value)
 
     def _clustered(
         self, block: nn.Module, forward: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
@@ -280,64 +271,42 @@ def _wide(rows: Tensor, like: Tensor) -> Tensor:
 def schemes() -> list[Scheme]:
     """All that is tried."""
     found = [Scheme(grain) for grain in ("model", "module")]
-    for keep in ("nothing", "overwrite", "renew", "append"):
+    for kept in ("nothing", "overwrite", "renew", "append"):
         for pick in ("random", "surprise"):
-            found.append(Scheme("module", 0.1, pick, keep))
+            found.append(Scheme("module", 0.1, pick, kept))
     found.append(Scheme("module", 0.3, "surprise", "nothing"))
     found.append(Scheme("module", 0.3, "surprise", "append"))
     for spread in (0.0, 0.005, 0.1, "error"):
         found.append(Scheme("module", CLUSTERS / 256, "cluster", "overwrite", spread))
     found.append(Scheme("module", CLUSTERS / 256, "cluster", "nothing", "error"))
     for pick in ("random", "surprise"):
-        for keep in ("nothing", "append"):
-            found.append(Scheme("model", 0.1, pick, keep))
+        for kept in ("nothing", "append"):
+            found.append(Scheme("model", 0.1, pick, kept))
     found.append(Scheme("model", 0.3, "surprise", "nothing"))
     found.append(Scheme("model", CLUSTERS / 256, "cluster", "nothing", "error"))
     return found
 
 
-def work(setup: Setup, full: int, scheme: Scheme) -> float:
-    """FLOPs of the 50 steps, as a share of the uncached ones.
-
-    Counted by linear layers, of which these models' blocks have 12 parts for each token (attention
-    4, MLP 8) and 4 more with cross-attention (2 of them for text, left out); the rest is small.
-    """
-    crosses = setup.model.transformer_blocks[0].attn2 is not None  # type: ignore[index, union-attr]
-    parts = 12 + 2 * crosses
-    done = parts if scheme.grain == "model" else parts - 4
-    return (full + (STEPS - full) * scheme.share * done / parts) / STEPS
+def sampled(setup: Setup, denoiser: Denoiser) -> tuple[Tensor, int]:
+    """The images of a run, and its FLOPs."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        images = setup.sample(denoiser, setup.samplers[setup.own](STEPS), seed=0)
+    return images, counter.get_total_flops()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all schemes, and keep what was found."""
-    parser = argparse.ArgumentParser(prog="python -m tools.frontier.tried_tokens")
-    parser.add_argument("model", choices=POLICIES)
-    parser.add_argument("--weights", type=Path, help="the folder of the emoji model's weights")
-    parser.add_argument("--samples", type=int)
-    arguments = parser.parse_args(argv)
-    if arguments.model == "digits":
-        setup = digits_setup(arguments.samples or 40)
-    elif arguments.weights is None:
-        parser.error("emoji: --weights is needed, the folder of the model's weights")
-    else:
-        setup = emoji_setup(arguments.samples or 16, arguments.weights)
-    policy = load_policy(POLICIES[arguments.model])
-    full = [int(at) for at in policy.N.full_steps.at]  # type: ignore[union-attr]
-    expected = setup.sample(setup.model, setup.samplers[setup.own](STEPS), seed=0)
+    setup = asked("python -m tools.frontier.tried_tokens", argv)
+    policy = load_policy(POLICIES[setup.name][0])
+    full, order = placed(policy), policy.forecast.order
+    expected, uncached = sampled(setup, setup.model)
     rows: list[dict[str, Any]] = []
-    for scheme in (Scheme("module"), Scheme("model", 0.1)):  # all steps full: the model itself
-        denoiser = Tokens(setup.model, range(STEPS), policy.forecast.order, scheme)
-        images = setup.sample(denoiser, setup.samplers[setup.own](STEPS), seed=0)
-        torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
     for scheme in schemes():
-        denoiser = Tokens(setup.model, full, policy.forecast.order, scheme)
-        images = setup.sample(denoiser, setup.samplers[setup.own](STEPS), seed=0)
-        row = {"scheme": str(scheme), "work": work(setup, len(full), scheme)}
+        images, flops = sampled(setup, Tokens(setup.model, full, order, scheme))
+        row = {"scheme": str(scheme), "flops_ratio": uncached / flops}
         rows.append({**row, "psnr": measures.psnr(expected, images)})
-        print(f"{rows[-1]['scheme']:60} {1 / row['work']:.2f}x {rows[-1]['psnr']:.1f}", flush=True)
-    says = {"weights": setup.weights, "samples": setup.shape[0], "full": full, "rows": rows}
-    file = RESULTS / f"frontier-{arguments.model}-tried-tokens.json"
-    file.write_text(json.dumps(says, indent=1) + "\n", encoding="utf-8")
+        print("{scheme:60} {flops_ratio:.2f}x {psnr:.1f}".format(**rows[-1]), flush=True)
+    keep(setup, "tried-tokens", full=full, rows=rows)
 
 
 if __name__ == "__main__":
