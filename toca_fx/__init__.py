@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from toca_fx.diagnostics import PolicyError as PolicyError
     from toca_fx.diagnostics import UnsupportedModelError as UnsupportedModelError
     from toca_fx.match.anchors import register_attention as register_attention
+    from toca_fx.pipelines.twin import last_report as last_report
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
     from toca_fx.quality.calibrate import calibrate as calibrate
@@ -33,6 +34,7 @@ _HOME = {
     "register_attention": "toca_fx.match.anchors",
     "session": "toca_fx.runtime.context",
     "branch": "toca_fx.runtime.context",
+    "last_report": "toca_fx.pipelines.twin",
     "Report": "toca_fx.runtime.report",
     "load_policy": "toca_fx.policy",
     "Policy": "toca_fx.policy",
@@ -51,6 +53,7 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "last_report",
     "load_policy",
     "register_attention",
     "session",

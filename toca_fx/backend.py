@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import logging
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ from toca_fx.lower.once import Recent, once
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
+from toca_fx.pipelines.twin import original_pipeline, pipeline_twin, transformers_of
 from toca_fx.plan.choose import default_policy, written_for_another
 from toca_fx.plan.planner import Planner
 from toca_fx.plan.units import whole_model
@@ -49,7 +50,7 @@ Model = TypeVar("Model")
 
 def compile(  # noqa: A001 - as torch.compile
     model: Model,
-    policy: PolicySource | None = None,
+    policy: PolicySource | Mapping[str, PolicySource | None] | None = None,
     *,
     inner: Compiler = "inductor",
     mode: str | None = None,
@@ -59,11 +60,15 @@ def compile(  # noqa: A001 - as torch.compile
     ``model`` is a denoising transformer (any ``torch.nn.Module``) or a diffusers pipeline with a
     ``transformer``. The twin is a view of it, and an instance of its class: what is set on one
     (adapters, hooks, a submodule, ``training``) is set on the other, and calling ``model`` itself
-    runs what it ran before. Copies and pickles of a twin are the model's. A pipeline's twin is a
-    copy with the same components, and a twin as its transformer.
+    runs what it ran before. Copies and pickles of a module's twin are the model's.
+
+    A pipeline's twin has twins as its ``transformer`` and ``transformer_2``. Each call of it asks
+    the scheduler for the steps of a run, gives the memories back when it ends, and leaves a report:
+    ``toca_fx.last_report(pipe)``. Copies and pickles of it are compiled too.
 
     ``policy`` is a shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the
-    shipped policy that names the model's class, else ``default-image`` or ``default-video``.
+    shipped policy that names the model's class, else ``default-image`` or ``default-video``. Of a
+    pipeline it may be one of these for each model, ``{"transformer": ..., "transformer_2": ...}``.
     ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager" or any other
     torch.compile backend; ``mode`` is inductor's, as in torch.compile ("reduce-overhead": CUDA
     graphs).
@@ -73,26 +78,47 @@ def compile(  # noqa: A001 - as torch.compile
         ValueError, TypeError: an unknown ``inner`` or ``mode``, a ``model`` of another kind, or one
             with a cache of diffusers (``enable_cache``).
     """
-    given = None if policy is None else load_policy(policy)
-    backend = Backend(given, Inner(inner, mode), whole=True)
-    transformer = getattr(model, "transformer", None)
-    if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
-        if isinstance(getattr(model, "transformer_2", None), nn.Module):
-            log.warning(
-                "toca_fx: only `transformer` of the pipeline is compiled; compile `transformer_2` "
-                "too, with a policy for the steps that it runs"
-            )
-        twin = copy.copy(model)
-        compiled = compile(transformer, backend.policy, inner=inner, mode=mode)
-        twin.transformer = compiled  # type: ignore[attr-defined]
-        return twin
-    if not isinstance(model, nn.Module):
+    with_mode = Inner(inner, mode)
+    if isinstance(model, nn.Module):
+        given = None if policy is None else load_policy(policy)
+        return cast("Model", _compile_module(model, given, with_mode))
+    pipe = original_pipeline(model)
+    models = transformers_of(pipe)
+    if not models:
+        unet = "; it denoises with a U-Net" if hasattr(pipe, "unet") else ""
         raise TypeError(
             "expected a torch.nn.Module or a diffusers pipeline with a transformer, got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}{unet}"
         )
+    policies = _policies(policy, tuple(models))
+
+    def compile_model(module: nn.Module, name: str, methods: Mapping[str, Any]) -> nn.Module:
+        return cast("nn.Module", _compile_module(module, policies.get(name), with_mode, methods))
+
+    again = functools.partial(compile, policy=policy, inner=inner, mode=mode)
+    return cast("Model", pipeline_twin(pipe, compile_model, again))
+
+
+def _compile_module(
+    model: nn.Module, policy: Policy | None, inner: Inner, methods: Mapping[str, Any] | None = None
+) -> Any:
+    """A twin of a module, with some methods more."""
     refuse_two_caches(model)
-    return twin_of(model, backend, METHODS)
+    return twin_of(model, Backend(policy, inner, whole=True), {**METHODS, **(methods or {})})
+
+
+def _policies(policy: Any, models: Sequence[str]) -> dict[str, Policy | None]:
+    """The policy of each of the ``models`` of a pipeline: one for all, or one for each."""
+    if isinstance(policy, Mapping) and any(name in models for name in policy):
+        for unknown in policy:
+            if unknown not in models:
+                hint = did_you_mean(unknown, models)
+                raise ValueError(
+                    f"compile(policy={{{unknown!r}: ...}}): the pipeline has no model of this "
+                    f"name{hint}; it has {', '.join(models)}"
+                )
+        return {name: None if each is None else load_policy(each) for name, each in policy.items()}
+    return dict.fromkeys(models, None if policy is None else load_policy(policy))
 
 
 def toca(

@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-import toca_fx
+from toca_fx import backend
 from toca_fx.plan.schedule import full_steps
 from toca_fx.policy import Action, Forecast, Interval, Policy, Ratio, Scores
-from toca_fx.runtime.context import Run
+from toca_fx.runtime.context import Run, session
 
 Call = Mapping[str, Any]
 
@@ -88,11 +88,11 @@ class Field:
         # On a GPU a step may be run, then recorded and only then replayed; a number of fresh tokens
         # may come once in a generation.
         warm_ups = 1 if next(self.model.parameters()).device.type == "cpu" else 3
-        twin = toca_fx.compile(self.model, policy, mode=self.mode)
+        twin = backend.compile(self.model, policy, mode=self.mode)
         return Contestant(name, twin, self._session, warm_ups)
 
     def _session(self) -> AbstractContextManager[Run]:
-        return toca_fx.session(timesteps=self.timesteps)
+        return session(timesteps=self.timesteps)
 
     def alternatives(self, policy: Policy) -> list[Contestant]:
         """Other caches, as far as they are installed and take this model."""

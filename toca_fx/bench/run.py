@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-import toca_fx
 from toca_fx.bench.cases import CASES, example_of
 from toca_fx.bench.gpu import Cuda, Gpu
 from toca_fx.bench.limits import measure_limits
@@ -32,6 +31,7 @@ from toca_fx.bench.result import BenchResult
 from toca_fx.bench.show import chart, show
 from toca_fx.diagnostics import did_you_mean
 from toca_fx.lower.compiler import Inner
+from toca_fx.policy import load_policy
 
 
 def main(args: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             result = run_bench(
                 case_name,
                 example_of(case, args.blocks),
-                toca_fx.load_policy(args.policy or case.policy),
+                load_policy(args.policy or case.policy),
                 args.steps or case.steps,
                 args.rounds,
                 factory,

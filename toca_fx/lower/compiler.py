@@ -56,6 +56,14 @@ class Inner:
         return run
 
     @property
+    def exact(self) -> bool:
+        """Whether every operator is the model's own, at its own shapes: to the last bit.
+
+        A product of all timesteps at once is faster, and rounds otherwise.
+        """
+        return self.backend == "eager"
+
+    @property
     def records(self) -> bool | None:
         """Whether ``mode`` asks for CUDA graphs on a GPU; None if it leaves that open."""
         if self.backend != "inductor":

@@ -84,12 +84,13 @@ class Told:
     """What the caller said of a run.
 
     It has ``num_steps`` model calls, at ``timesteps`` if they are known; ``position`` is that of
-    this very call, if it came with its number.
+    this very call, if it came with its number. ``skipped`` are the steps that were left out ahead.
     """
 
     num_steps: int
     timesteps: Schedule | None = None
     position: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def start(
         length = len(told.timesteps)
         for at in range(length):
             if fits(told.timesteps, at, timestep, rounding):
-                return Told(length - at, told.timesteps[at:]), None
+                return Told(length - at, told.timesteps[at:], skipped=at), None
         return Told(length), words.UNITS
     furthest = max(others, key=lambda other: other.position, default=None)
     if furthest is None or num_steps is None:
@@ -179,7 +180,21 @@ def start(
     left = told.num_steps - gone
     if gone == 0 or left < 1:
         return told, None
-    return Told(left, None if told.timesteps is None else told.timesteps[gone:]), None
+    rest = None if told.timesteps is None else told.timesteps[gone:]
+    return Told(left, rest, skipped=gone), None
+
+
+def both(run: Told | None, call: Told | None) -> Told | None:
+    """What was told of a ``run``, with the place that came with the ``call``.
+
+    What was said of the run comes first. The call's number counts if it is one out of as many.
+    """
+    if run is None or call is None or call.position is None:
+        return run or call
+    position = call.position - run.skipped
+    if call.num_steps != run.num_steps + run.skipped or position < 0:
+        return run
+    return replace(run, position=position)
 
 
 # Told: the run's steps are known, and conditions tell branches apart.
@@ -212,8 +227,11 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     if told.position is not None:
         if (told.position == 0 and expected > 1) or told.num_steps != current.num_steps:
             return Decision("generation", told.position, told.num_steps)
+        if told.position == expected - 1 and t is not None and t != current.timestep:
+            return _goes_on(call, replace(told, position=None), current)  # nobody counts the steps
         again = told.position == expected - 1
-        return _on(current, told.position, again, (words.SAME_STEP,) if again else ())
+        decision = _on(current, told.position, again, (words.SAME_STEP,) if again else ())
+        return _checked(call, told, decision)
     if t is None:
         return _on_or_ahead(call, current)
     if told.timesteps is not None:
@@ -227,6 +245,15 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
         # It missed steps; one that is slower is not where the others are.
         expected = max(expected, head.position - 1 if t == head.timestep else head.position)
     return _on(current, expected)
+
+
+def _checked(call: Situation, told: Told, decision: Decision) -> Decision:
+    """A step whose number came with the call: it is full if another timestep is listed there."""
+    if told.timesteps is None or call.timestep is None:
+        return decision
+    if fits(told.timesteps, decision.position, call.timestep, call.rounding):
+        return decision
+    return replace(decision, full=True, warnings=(*decision.warnings, words.MISPLACED))
 
 
 def _anew(call: Situation, current: Progress, timestep: Timestep) -> Decision:
@@ -312,7 +339,7 @@ def _begins(call: Situation, told: Told, head: Progress) -> Decision:
     warnings: tuple[str, ...] = ()
     if told.position is not None:
         place = "generation" if told.position == 0 and last > 0 else "branch"
-        return Decision(place, told.position, told.num_steps)
+        return _checked(call, told, Decision(place, told.position, told.num_steps))
     if t is None:
         position = last if call.several or not call.has_timestep else head.position
         warnings = () if call.has_timestep else (words.UNNAMED,)

@@ -217,7 +217,19 @@ class Conditioning:
         given += [self._values.tensors[buffer] for buffer in part.buffers]
         axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
         with torch.no_grad():
-            self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
+            if self._program.inner.exact:
+                rows = (
+                    part.module(
+                        *(
+                            value if axis is None else value[at]
+                            for value, axis in zip(given, axes, strict=True)
+                        )
+                    )
+                    for at in range(len(timesteps))
+                )
+                self._values.fill([torch.stack(each) for each in zip(*rows, strict=True)])
+            else:
+                self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
 
     def _changed(self, what: str, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others than those that were seen last, or were written to since.

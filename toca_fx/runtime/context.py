@@ -30,7 +30,7 @@ _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 class _Entry:
     """A session, or a branch by its ``name``, that was entered by the frame of that number.
 
-    ``told`` is what came with a branch. What a generator has entered is for its own calls, but for
+    ``told`` is what came with it. What a generator has entered is for its own calls, but for
     a session in which it makes none: that stands for the calls of whoever waits for it.
     """
 
@@ -54,7 +54,7 @@ _implicit = Session(implicit=True)
 class Place:
     """Where a call is made: in a ``session``, and in branches, ``path``, from the outside in.
 
-    ``told`` is what came with the branches.
+    ``told`` is what came with them, the innermost word.
     """
 
     session: Session
@@ -76,10 +76,11 @@ def current_place() -> Place:
     sessions = [entry for entry in entered if entry.session is not None and not entry.stepwise]
     entry = innermost or (sessions[-1] if sessions else None)
     plain = (entry for entry in entered if not entry.generator)
-    branches = [entry for entry in (*reversed(running), *plain) if entry.name]
-    told = [entry.told for entry in branches if entry.told is not None]
+    around = [*reversed(running), *plain]
+    told = [entry.told for entry in around if entry.told is not None]
     session = entry.session if entry is not None and entry.session is not None else _implicit
-    return Place(session, tuple(each.name for each in branches), told[-1] if told else None)
+    path = tuple(entry.name for entry in around if entry.name)
+    return Place(session, path, told[-1] if told else None)
 
 
 def current_session() -> Session:
@@ -308,6 +309,16 @@ def told_branch(
     If ``caller``, which enters it, is a generator, it is for that generator's own calls.
     """
     entry = _enter(caller, name=name, told=told)
+    try:
+        yield
+    finally:
+        _leave(entry)
+
+
+@contextmanager
+def told_session(session: Session, told: Told | None) -> Iterator[None]:
+    """The calls inside are of ``session``, at the place that is ``told``, if it is."""
+    entry = _enter(None, session=session, told=told)
     try:
         yield
     finally:

@@ -202,6 +202,7 @@ class Generation:
             beside_flops,
             launch,
             choice.reason,
+            timestep or self._listed(position),
         )
         self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
         self._latents = self._mark(facts.latents)
@@ -250,11 +251,15 @@ class Generation:
 
     def _moment(self, position: int, timestep: Timestep | None) -> Moment:
         """The step at ``position``, for forecasts; one of several timesteps counts as unknown."""
-        if timestep is None and self.timesteps is not None and position < len(self.timesteps):
-            timestep = self.timesteps[position]
+        timestep = timestep or self._listed(position)
         if timestep is None or len(set(timestep)) > 1:
             return Moment(position, None)
         return Moment(position, timestep[0])
+
+    def _listed(self, position: int) -> Timestep | None:
+        """The timestep that is listed for ``position``, if one is."""
+        listed = self.timesteps or ()
+        return listed[position] if position < len(listed) else None
 
     def _memories(self) -> tuple[Storage, Conditioning]:
         if self.storage is None or self.conditioning is None:

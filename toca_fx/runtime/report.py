@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import KINDS, Plan, StepPlan
+from toca_fx.runtime.schedules import Timestep
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class StepRecord:
     ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
     recording). ``beside_flops`` is what the call spent beside its step graph: on values that do
     not depend on the latents, and on what a gate measures. ``reason`` says why it is of its kind:
-    "planned", "nothing kept" or "in doubt", or what a gate saw.
+    "planned", "nothing kept" or "in doubt", or what a gate saw. ``timestep`` is the model's, if it
+    is known. Of a pipeline ``component`` is the name of the model, and ``run`` the number of the
+    run in the call.
     """
 
     index: int
@@ -43,6 +46,9 @@ class StepRecord:
     beside_flops: int
     launch: Launch = Launch("queued", "")
     reason: str = "planned"
+    timestep: Timestep | None = None
+    component: str = ""
+    run: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Report:
     ``step_flops`` are the FLOPs of the step graph of each call. ``flops_uncached`` is what as many
     calls of the uncached model cost. ``cache_bytes`` are those of caches, histories with their
     weights, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
+    ``notes`` say what is not compiled.
     """
 
     steps: tuple[StepRecord, ...]
@@ -77,6 +84,7 @@ class Report:
     hoisted_bytes: int
     compiled_graphs: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def flops_done(self) -> int:
@@ -123,7 +131,10 @@ class Report:
                     "index": s.index,
                     "kind": s.kind,
                     "reason": s.reason,
+                    "run": s.run,
+                    "component": s.component,
                     "branch": s.branch,
+                    "timestep": None if s.timestep is None else [*s.timestep],
                     "seconds": s.seconds,
                 }
                 for s in self.steps
@@ -147,6 +158,7 @@ class Report:
             "compiled_graphs": self.compiled_graphs,
             "launches": self.launches,
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -167,12 +179,17 @@ class Report:
                 + "; ".join(f"{count} {says}" for says, count in counts.items())
             )
         lines += _site_table(self.sites)
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
+Recorded: TypeAlias = tuple[Program, StepRecord]
+"""A call, with the program that ran it."""
+
+
 def make_report(
-    calls: Sequence[tuple[Program, StepRecord]],
+    calls: Sequence[Recorded],
     cache_bytes: int,
     hoisted_bytes: int,
     warnings: Sequence[str],
@@ -205,14 +222,14 @@ def make_report(
     )
 
 
-def _plan(program: Program, calls: Sequence[tuple[Program, StepRecord]]) -> Plan:
+def _plan(program: Program, calls: Sequence[Recorded]) -> Plan:
     """A plan that a program ran by, one with sites if there was one: the uncached plan has none."""
     plans = [record.plan for other, record in calls if other is program]
     return next((plan for plan in plans if plan.sites), plans[0])
 
 
 def least_bytes(
-    calls: Sequence[tuple[Program, StepRecord]],
+    calls: Sequence[Recorded],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The bytes that each call has to move at least: of the uncached model, and of our step.
 

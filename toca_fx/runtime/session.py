@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toca_fx.diagnostics import PolicyError
 from toca_fx.lower.locks import new_lock
-from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
-from toca_fx.runtime import clock, parts, watch, words
+from toca_fx.runtime import clock, parts, words
 from toca_fx.runtime.clock import Decision, Progress, Situation, Told
 from toca_fx.runtime.gate import SamplingRun
 from toca_fx.runtime.generation import Generation
@@ -25,10 +25,11 @@ from toca_fx.runtime.generations import Generations, owned_by_caller
 from toca_fx.runtime.identity import Agreement, Mark, marks_of
 from toca_fx.runtime.models import ModelKey
 from toca_fx.runtime.parts import Attempt
-from toca_fx.runtime.report import Report, StepRecord, make_report
+from toca_fx.runtime.report import Recorded, Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
-from toca_fx.runtime.timesteps import reading, rounding_of
+from toca_fx.runtime.timesteps import read, rounding_of
+from toca_fx.runtime.units import in_units
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class Session:
     """One sampling run, or (implicit) all runs outside of any ``toca_fx.session``.
 
     ``num_steps`` are the model calls of the run (None: those of the policy), ``timesteps`` those of
-    each, where they are known.
+    each, where they are known. With ``units`` they are a scheduler's: the model's argument has them
+    in units of its own, which may have one of these numbers in it. ``warnings`` are those that
+    somebody has had, and that do not come again.
     """
 
     def __init__(
@@ -49,20 +52,23 @@ class Session:
         timesteps: Schedule | None = None,
         *,
         implicit: bool = False,
+        units: Sequence[float] | None = None,
+        warnings: dict[str, None] | None = None,
     ) -> None:
-        self.num_steps, self._timesteps, self._implicit = num_steps, timesteps, implicit
+        self.num_steps, self._timesteps, self._units = num_steps, timesteps, units
+        self.implicit = implicit
         self._most = _MOST_UNTOLD if implicit else _MOST
         self.closed = False
         self._models: dict[ModelKey, Generations] = {}
         # Outside of any session what is known of a model goes with it: the model has it.
         self._untold: weakref.WeakSet[ModelKey] = weakref.WeakSet()
         self._lock = new_lock()
-        self._calls: list[tuple[Program, StepRecord]] = []
-        self._warnings: dict[str, None] = {}
+        self._calls: list[Recorded] = []
+        self._warnings: dict[str, None] = {} if warnings is None else warnings
         self._cache_bytes = self._hoisted_bytes = 0
 
     @property
-    def calls(self) -> tuple[tuple[Program, StepRecord], ...]:
+    def calls(self) -> tuple[Recorded, ...]:
         """The calls so far, each with the program that ran it; none of an implicit session."""
         return tuple(self._calls)
 
@@ -70,6 +76,11 @@ class Session:
     def generations(self) -> tuple[Generation, ...]:
         """The generations that may go on, of all models; a closed session has none."""
         return tuple(each for known in self._all for each in known.all)
+
+    @property
+    def held_bytes(self) -> tuple[int, int]:
+        """The most bytes that caches and hoisted values took so far."""
+        return self._cache_bytes, self._hoisted_bytes
 
     @property
     def _all(self) -> tuple[Generations, ...]:
@@ -96,7 +107,7 @@ class Session:
         known, generation = self._known(model, runner), None
         try:
             with known.lock:
-                timestep = self._read(known, runner, inputs, told)
+                timestep = read(known, runner, inputs, told)
                 generation, decision = self._place(known, runner, inputs, path, told, timestep)
                 attempt.begin(self, known, generation, timestep)
                 generation.running = True
@@ -130,16 +141,16 @@ class Session:
         missed = part.progress.position != decision.position
         decision = replace(decision, full=decision.full or missed)
         outputs, record = part.run_step(decision, attempt.timestep, inputs)
-        if not self._implicit:
+        if not self.implicit:
             self._calls.append((runner.program, record))
         return outputs
 
     def _known(self, model: ModelKey, runner: Runner) -> Generations:
         """What is known of a model here; a session is told that it begins."""
         with self._lock:
-            found = model.untold if self._implicit else self._models.get(model)
+            found = model.untold if self.implicit else self._models.get(model)
             if found is None:
-                if self._implicit:
+                if self.implicit:
                     found = model.untold = Generations(model, None, self._most)
                     self._untold.add(model)
                 else:
@@ -150,6 +161,16 @@ class Session:
     def _told(self, runner: Runner) -> Told:
         """What was said of the run."""
         return Told(self.num_steps or runner.program.analysis.settings.steps, self._timesteps)
+
+    def _in_units(
+        self, said: Told, timestep: Timestep, dtype: torch.dtype, call: Told | None
+    ) -> Told:
+        """What a scheduler said of the run, in the units of the model's argument."""
+        if self._units is None or said.timesteps is None:
+            return said
+        at = None if call is None else call.position
+        listed = in_units(said.timesteps, timestep, dtype, at, self._units)
+        return replace(said, timesteps=listed)
 
     def _place(
         self,
@@ -172,13 +193,16 @@ class Session:
         newest = known.head(current)
         head = None if newest is None else newest.progress
         if head is None and known.told is not None and not known.begun:
+            said = self._told(runner)
+            if at is not None and timestep is not None:
+                said = self._in_units(said, timestep, inputs[at].dtype, told)
             known.told, warning = clock.start(
-                self._told(runner), timestep, rounding, self._others(known), self.num_steps
+                said, timestep, rounding, self._others(known), self.num_steps
             )
-            self.warn(warning)
+            self.warn(warning if self._units is None else None)
         decision = clock.decide(
             Situation(
-                told=known.told or told,  # a session is the caller's own word
+                told=clock.both(known.told, told),
                 timestep=timestep,
                 has_timestep=at is not None,
                 rounding=rounding,
@@ -273,7 +297,7 @@ class Session:
             current.marks = [mark if mark.same(each) else Mark(each) for mark, each in pairs]
         if current.runner is not runner:
             current.move(runner, self._plan(known, runner, decision.num_steps))
-        if self._implicit and (decision.num_steps or 0) != current.progress.num_steps:
+        if self.implicit and (decision.num_steps or 0) != current.progress.num_steps:
             current.replan(self._plan(known, current.runner, decision.num_steps), decision)
 
     def _others(self, known: Generations) -> tuple[Progress, ...]:
@@ -301,7 +325,7 @@ class Session:
                 known.model.schedules.add(trail)
                 if known.told.timesteps is not None:  # as they were told, not as they were rounded
                     known.model.schedules.add(known.told.timesteps)
-        if not self._implicit:
+        if not self.implicit:
             self._calls.append((runner.program, record))
             if decision.place != "on":
                 self._hold()
@@ -312,34 +336,10 @@ class Session:
         self._cache_bytes = max(self._cache_bytes, sum(each.cache_bytes for each in held))
         self._hoisted_bytes = max(self._hoisted_bytes, sum(each.hoisted_bytes for each in held))
 
-    def _read(
-        self, known: Generations, runner: Runner, inputs: Sequence[Any], told: Told | None
-    ) -> Timestep | None:
-        """The timestep's value; None if it is not needed.
-
-        On an accelerator reading it waits for the device. In a session that is done for the first
-        generation of the model only, or of its timesteps where they are told.
-        """
-        at = runner.program.analysis.inputs.timestep
-        if at is None or inputs[at].numel() == 0:
-            return None
-        given: Tensor = inputs[at]
-        if watch.reading_waits(given):
-            if told is not None:
-                return None
-            if known.told is not None:
-                listed = known.told.timesteps
-                if known.model.read if listed is None else listed in known.model.schedules.whole:
-                    return None
-            elif not known.waits:
-                known.waits = True
-                log.warning("toca_fx: %s", words.WAITS)
-        return reading(given)
-
     def _say(self, said: set[str], warnings: Sequence[str]) -> None:
         """Give warnings that were not ``said``: in a session, or of an image outside of any."""
         for warning in warnings:
-            if not self._implicit:
+            if not self.implicit:
                 self.warn(warning)
             elif warning not in said:
                 said.add(warning)
@@ -348,7 +348,7 @@ class Session:
     def warn(self, message: str | None) -> None:
         """Log a warning once and keep it for the report; None: there is none."""
         if message is not None and message not in self._warnings:
-            if not self._implicit:
+            if not self.implicit:
                 self._warnings[message] = None
             log.warning("toca_fx: %s", message)
 
@@ -379,7 +379,7 @@ class Session:
 
         There is no warning if steps are missing. An implicit session can be used again.
         """
-        self.closed = not self._implicit
+        self.closed = not self.implicit
         for known in self._all:
             for generation in tuple(known.all):
                 known.drop(generation)

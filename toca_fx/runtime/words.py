@@ -38,6 +38,10 @@ UNLISTED = (
     "the model is called at a timestep that session(timesteps=...) does not list, so that this "
     "step is full; give the values of the model's timestep argument, call by call"
 )
+MISPLACED = (
+    "the model is called at another timestep than the one that is listed for this step, so that it "
+    "is full"
+)
 UNITS = (
     "the model is first called at another timestep than any in session(timesteps=...), so that "
     "their number counts only and modulations are computed in the calls; give the values of the "

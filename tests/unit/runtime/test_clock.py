@@ -530,12 +530,12 @@ def test_progress_is_what_the_decisions_were() -> None:
     [
         (SESSION, 900.0, (), SESSION),
         (LISTED, 900.0, (), LISTED),
-        (LISTED, 600.0, (), Told(7, TEN[3:])),  # image to image: a part of the schedule
-        (LISTED, 600.0, (RUNNING,), Told(7, TEN[3:])),  # the second expert
-        (LISTED, None, (RUNNING,), Told(7, TEN[3:])),
+        (LISTED, 600.0, (), Told(7, TEN[3:], skipped=3)),  # image to image: a part of the schedule
+        (LISTED, 600.0, (RUNNING,), Told(7, TEN[3:], skipped=3)),  # the second expert
+        (LISTED, None, (RUNNING,), Told(7, TEN[3:], skipped=3)),
         (LISTED, 0.9, (), Told(10)),  # in other units
-        (SESSION, 600.0, (RUNNING,), Told(7)),
-        (SESSION, 700.0, (RUNNING,), Told(8)),  # beside the other one, at the same step
+        (SESSION, 600.0, (RUNNING,), Told(7, skipped=3)),
+        (SESSION, 700.0, (RUNNING,), Told(8, skipped=2)),  # beside the other one, at the same step
         (
             SESSION,
             None,
