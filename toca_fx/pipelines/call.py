@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from toca_fx.runtime.clock import Told
 from toca_fx.runtime.context import told_session
 from toca_fx.runtime.report import Recorded, Report, make_report
 from toca_fx.runtime.session import Session
+from toca_fx.runtime.units import Scheduled
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Call:
 
     pipe: Any
     models: Mapping[str, Any]
-    notes: Sequence[str] = ()
+    notes: dict[str, None] = field(default_factory=dict)
     _table: Timetable | None = None
     _runs: int = 0
     _parts: dict[str, _Part] = field(default_factory=dict)
@@ -91,7 +92,8 @@ class Call:
         schedule = tuple((value,) for value in table.values[first:last])
         configs = (getattr(self.pipe.scheduler, "config", None), self.models[component])
         scales = {scale for config in configs for scale in numbers(config)}
-        session = Session(len(schedule), schedule, units=sorted(scales), warnings=self._warnings)
+        words = Scheduled(sorted(scales), self._warnings, self.notes)
+        session = Session(len(schedule), schedule, scheduled=words)
         return _Part(session, first)
 
     def _share(self, component: str, table: Timetable, step: int | None) -> tuple[int, int]:
@@ -121,11 +123,18 @@ class Call:
         held = [each.session.held_bytes for each in self._parts.values()]
         self._cache_bytes = max(self._cache_bytes, sum(caches for caches, _ in held))
         self._hoisted_bytes = max(self._hoisted_bytes, sum(hoisted for _, hoisted in held))
+        if all(each.over for each in part.session.generations):
+            _forget_timed_values(part.session)
 
     def _end_run(self) -> None:
         for part in self._parts.values():
-            for generation in part.session.generations:
-                generation.runner.forget_timed_values()
+            _forget_timed_values(part.session)
             part.session.close()
         self._parts.clear()
         self._table = None
+
+
+def _forget_timed_values(session: Session) -> None:
+    """Outside of a pipeline's calls nothing of ours is kept."""
+    for generation in session.generations:
+        generation.runner.forget_timed_values()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import sys
 import threading
 import types
 import weakref
@@ -17,6 +19,8 @@ from toca_fx.pipelines.call import Call
 from toca_fx.runtime.context import current_session
 from toca_fx.runtime.report import Report
 from toca_fx.runtime.told import refuse_two_caches
+
+log = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
@@ -74,7 +78,7 @@ class State:
             yield
             return
         configs = {name: getattr(model, "config", None) for name, model in models.items()}
-        made = Call(twin, configs, _notes(self.pipeline))
+        made = Call(twin, configs, dict.fromkeys(_notes(self.pipeline)))
         self._last.report = made.report
         token = _under_way.set((*_under_way.get(), (self, made)))
         try:
@@ -104,6 +108,17 @@ class PipelineTwin:
         """Run the pipeline, as one call of it."""
         with self._toca.call(self):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def components(self) -> Any:
+        """The pipeline's components; ``from_pipe`` gets the models, as it looks at their class."""
+        found = super().components  # type: ignore[misc]
+        if sys._getframe(1).f_code.co_name != "from_pipe":
+            return found
+        log.warning(
+            "toca_fx: a pipeline that from_pipe makes is not compiled; toca_fx.compile(pipe) again"
+        )
+        return {**found, **transformers_of(self._toca.pipeline)}
 
     def __copy__(self) -> Any:
         return self._toca.again(copy.copy(self._toca.pipeline))

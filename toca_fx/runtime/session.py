@@ -29,7 +29,7 @@ from toca_fx.runtime.report import Recorded, Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.timesteps import read, rounding_of
-from toca_fx.runtime.units import in_units
+from toca_fx.runtime.units import Scheduled, in_units
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,7 @@ class Session:
     """One sampling run, or (implicit) all runs outside of any ``toca_fx.session``.
 
     ``num_steps`` are the model calls of the run (None: those of the policy), ``timesteps`` those of
-    each, where they are known. With ``units`` they are a scheduler's: the model's argument has them
-    in units of its own, which may have one of these numbers in it. ``warnings`` are those that
-    somebody has had, and that do not come again.
+    each, where they are known; ``scheduled`` says that a scheduler told them, and not the user.
     """
 
     def __init__(
@@ -52,10 +50,9 @@ class Session:
         timesteps: Schedule | None = None,
         *,
         implicit: bool = False,
-        units: Sequence[float] | None = None,
-        warnings: dict[str, None] | None = None,
+        scheduled: Scheduled | None = None,
     ) -> None:
-        self.num_steps, self._timesteps, self._units = num_steps, timesteps, units
+        self.num_steps, self._timesteps, self._scheduled = num_steps, timesteps, scheduled
         self.implicit = implicit
         self._most = _MOST_UNTOLD if implicit else _MOST
         self.closed = False
@@ -64,7 +61,7 @@ class Session:
         self._untold: weakref.WeakSet[ModelKey] = weakref.WeakSet()
         self._lock = new_lock()
         self._calls: list[Recorded] = []
-        self._warnings: dict[str, None] = {} if warnings is None else warnings
+        self._warnings: dict[str, None] = {} if scheduled is None else scheduled.warnings
         self._cache_bytes = self._hoisted_bytes = 0
 
     @property
@@ -166,10 +163,10 @@ class Session:
         self, said: Told, timestep: Timestep, dtype: torch.dtype, call: Told | None
     ) -> Told:
         """What a scheduler said of the run, in the units of the model's argument."""
-        if self._units is None or said.timesteps is None:
+        if self._scheduled is None or said.timesteps is None:
             return said
         at = None if call is None else call.position
-        listed = in_units(said.timesteps, timestep, dtype, at, self._units)
+        listed = in_units(said.timesteps, timestep, dtype, at, self._scheduled.scales)
         return replace(said, timesteps=listed)
 
     def _place(
@@ -199,7 +196,8 @@ class Session:
             known.told, warning = clock.start(
                 said, timestep, rounding, self._others(known), self.num_steps
             )
-            self.warn(warning if self._units is None else None)
+            if self._scheduled is None:
+                self.warn(warning)
         decision = clock.decide(
             Situation(
                 told=clock.both(known.told, told),
@@ -255,7 +253,11 @@ class Session:
             for warning in begun.plan.warnings:
                 self.warn(warning)
             if not settings.scales:
-                self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
+                said = words.stretched(settings.policy, settings.steps, len(begun.plan.steps))
+                if self._scheduled is None:
+                    self.warn(said)
+                elif said is not None:
+                    self._scheduled.notes[said] = None
         return begun
 
     def _plan(self, known: Generations, runner: Runner, num_steps: int | None) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from toca_fx.runtime.schedules import Schedule, Timestep, fits
 
 _TRAINED = 1000.0  # the length of most schedulers' scale
 _MOST = 1024  # numbers that a timestep may have, as it is read
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What a session has whose timesteps a scheduler tells.
+
+    The model's argument has them in units of its own, which may have one of the numbers ``scales``
+    in it. ``warnings`` and ``notes`` are where its words go: what somebody has had does not come
+    again.
+    """
+
+    scales: Sequence[float] = ()
+    warnings: dict[str, None] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
 
 
 def in_units(

@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 from tools.pipelines.case import Case
-from tools.pipelines.families import classic, flux, sd3, wan
+from tools.pipelines.families import (
+    classic,
+    flux,
+    flux2,
+    image,
+    modular,
+    qwen,
+    sd3,
+    skyreels,
+    sound,
+    video,
+    wan,
+)
 
-FAMILIES = (classic.CASES, flux.CASES, sd3.CASES, wan.CASES)
+_MODULES = (
+    classic,
+    flux,
+    flux2,
+    image,
+    modular,
+    qwen,
+    sd3,
+    skyreels,
+    sound,
+    video,
+    wan,
+)
+
+FAMILIES = tuple(module.CASES for module in _MODULES)
 
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family}

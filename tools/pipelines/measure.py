@@ -19,7 +19,7 @@ from toca_fx.runtime.report import Report
 from toca_fx.runtime.storage import Storage
 from toca_fx.runtime.timed_values import TimedValues
 from tools.pipelines.case import Case
-from tools.pipelines.check import call, tensors
+from tools.pipelines.check import tensors
 
 STEPS, N, ENDS = 12, 3, 2
 
@@ -129,7 +129,7 @@ def held_bytes() -> int:
 
 
 def _image(case: Case, pipe: Any) -> list[Tensor]:
-    return tensors(call(case, pipe))
+    return tensors(case.call(pipe, STEPS))
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -143,11 +143,14 @@ def _logged() -> Iterator[list[str]]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger("toca_fx")
+    level = log.level
     log.addHandler(handler)
+    log.setLevel(logging.WARNING)
     try:
         yield said
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @contextmanager
