@@ -1,0 +1,8 @@
+"""The pipelines of diffusers, of tiny random components: built, called and measured.
+
+Each case (``cases.CASES``) is a pipeline whose transformer has a few blocks of random weights, and
+the arguments of one call. Nothing is downloaded: embeddings are given where a pipeline takes them,
+else a tiny text encoder reads a tiny vocabulary.
+
+    python -m tools.pipelines --check [CASE ...]
+"""

@@ -1,0 +1,97 @@
+"""Whether a case is one: two builds, one call each, equal and finite outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tools.pipelines.case import Case
+
+STEPS = 12
+EXPERTS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a call gave: ``calls`` of each transformer, and the tensors of its ``outputs``."""
+
+    calls: dict[str, int]
+    outputs: list[Tensor]
+
+    @property
+    def per_step(self) -> float:
+        """How often a transformer is called in one step of the scheduler."""
+        return sum(self.calls.values()) / STEPS
+
+
+def call(case: Case, pipe: Any) -> Any:
+    """One call of the case, by the seed 0."""
+    return pipe(
+        **case.inputs(pipe), **{case.steps: STEPS}, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def check(case: Case) -> Checked:
+    """Build and call the case twice.
+
+    Raises ValueError if the outputs differ, are constant or not finite, and if two calls of a
+    transformer give the same: steps and branches must differ for a cache to be seen.
+    """
+    first, second = (_called(case) for _ in range(2))
+    if not first.outputs:
+        raise ValueError(f"{case.name}: no tensor in the output")
+    for one, other in zip(first.outputs, second.outputs, strict=True):
+        if not one.isfinite().all():
+            raise ValueError(f"{case.name}: the output is not finite")
+        if one.float().std() < 1e-3:
+            raise ValueError(f"{case.name}: the output is constant")
+        if not torch.equal(one, other):
+            raise ValueError(f"{case.name}: two builds differ by {(one - other).abs().max()}")
+    return first
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors and arrays in what a pipeline or a model returns."""
+    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
+    return [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor | np.ndarray)]
+
+
+def _called(case: Case) -> Checked:
+    pipe = case.build()
+    with _recorded(pipe) as recorded:
+        output = call(case, pipe)
+    for name, predictions in recorded.items():
+        if len(set(predictions)) < len(predictions):
+            raise ValueError(f"{case.name}: two calls of the model are equal ({name})")
+    return Checked(
+        {name: len(predictions) for name, predictions in recorded.items()}, tensors(output)
+    )
+
+
+@contextmanager
+def _recorded(pipe: Any) -> Iterator[dict[str, list[bytes]]]:
+    """What each transformer of the pipeline predicts, call by call, by its name."""
+    found = {name: getattr(pipe, name, None) for name in EXPERTS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    recorded: dict[str, list[bytes]] = {name: [] for name in models}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(model: nn.Module, inputs: object, output: Any) -> None:
+            values = [value.double().numpy().tobytes() for value in tensors(output)]
+            recorded[name].append(b"".join(values))
+
+        return record
+
+    hooks = [model.register_forward_hook(recorder(name)) for name, model in models.items()]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
