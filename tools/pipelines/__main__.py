@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from textwrap import shorten
 
 import tools.pipelines
 from tools.pipelines.cases import CASES
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             checked = check(CASES[name])
         except Exception as error:  # a case that fails must not hide the others
             wrong += 1
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            print(f"{name}: {type(error).__name__}: {shorten(str(error), 300)}", flush=True)
             continue
         shapes = ", ".join(str(tuple(output.shape)) for output in checked.outputs)
         calls = ", ".join(f"{which} {count}" for which, count in checked.calls.items())

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Case:
@@ -20,3 +22,13 @@ class Case:
     build: Callable[[], Any]
     inputs: Callable[[Any], dict[str, Any]]
     steps: str = "num_inference_steps"
+
+    def call(self, pipe: Any, steps: int = 12) -> Any:
+        """What one call of the pipeline returns, all random numbers drawn from the seed 0.
+
+        A few pipelines draw from torch's own generator too (SD3's ControlNet, in its VAE).
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
+            return pipe(**self.inputs(pipe), **{self.steps: steps}, generator=generator)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from tools.pipelines.case import Case
-from tools.pipelines.families import classic, flux, sd3, wan
+from tools.pipelines.families import classic, flux, flux2, image, qwen, sd3, skyreels, video, wan
 
-FAMILIES = (classic.CASES, flux.CASES, sd3.CASES, wan.CASES)
+FAMILIES = tuple(
+    module.CASES for module in (classic, flux, flux2, image, qwen, sd3, skyreels, video, wan)
+)
 
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family}

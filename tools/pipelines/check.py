@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -20,22 +21,16 @@ EXPERTS = ("transformer", "transformer_2")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a call gave: ``calls`` of each transformer, and the tensors of its ``outputs``."""
+    """What a call did: calls of each transformer, steps of the scheduler, and what came out."""
 
     calls: dict[str, int]
+    steps: int
     outputs: list[Tensor]
 
     @property
     def per_step(self) -> float:
         """How often a transformer is called in one step of the scheduler."""
-        return sum(self.calls.values()) / STEPS
-
-
-def call(case: Case, pipe: Any) -> Any:
-    """One call of the case, by the seed 0."""
-    return pipe(
-        **case.inputs(pipe), **{case.steps: STEPS}, generator=torch.Generator().manual_seed(0)
-    )
+        return sum(self.calls.values()) / self.steps
 
 
 def check(case: Case) -> Checked:
@@ -65,14 +60,25 @@ def tensors(output: Any) -> list[Tensor]:
 
 def _called(case: Case) -> Checked:
     pipe = case.build()
-    with _recorded(pipe) as recorded:
-        output = call(case, pipe)
+    with _recorded(pipe) as recorded, _steps(pipe.scheduler) as steps:
+        output = case.call(pipe, STEPS)
     for name, predictions in recorded.items():
         if len(set(predictions)) < len(predictions):
             raise ValueError(f"{case.name}: two calls of the model are equal ({name})")
     return Checked(
-        {name: len(predictions) for name, predictions in recorded.items()}, tensors(output)
+        {name: len(predictions) for name, predictions in recorded.items()},
+        steps.call_count,
+        tensors(output),
     )
+
+
+def _steps(scheduler: Any) -> AbstractContextManager[Mock]:
+    """Count the steps of a scheduler and its copies (diffusion forcing has one for each frame)."""
+    cls = type(scheduler)
+    counted: AbstractContextManager[Mock] = patch.object(
+        cls, "step", autospec=True, side_effect=cls.step
+    )
+    return counted
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import diffusers
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from toca_fx.examples import build, examples
+from toca_fx.examples import Example, build, examples
 
 T = TypeVar("T")
 
@@ -31,13 +30,17 @@ def pipeline(name: str, **components: Any) -> Any:
     return pipe
 
 
-def transformer(name: str, *, seed: int = 0, **config: Any) -> nn.Module:
-    """The tiny example of a transformer class; ``config`` changes what the example says.
+def model(name: str, *, seed: int = 0, **config: Any) -> nn.Module:
+    """A model of diffusers whose weights leave nothing degenerate.
 
-    Its weights leave nothing degenerate (diffusers' own initialise many gates and outputs to zero).
+    (Those that diffusers draws close many gates and outputs by zeros.)
     """
-    example = examples()[name]
-    return build(replace(example, config={**example.config, **config}), seed=seed)[0]
+    return build(Example(name, config, lambda _: {}), seed=seed)[0]
+
+
+def transformer(name: str, *, seed: int = 0, **config: Any) -> nn.Module:
+    """The tiny example of a transformer class; ``config`` changes what the example says."""
+    return model(name, seed=seed, **{**examples()[name].config, **config})
 
 
 def seeded(make: Callable[[], T], seed: int = 0) -> T:
@@ -53,6 +56,23 @@ def seeded(make: Callable[[], T], seed: int = 0) -> T:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """A sample of the standard normal distribution: [*shape] float32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(tokens: int = 12, width: int = 24) -> dict[str, Tensor]:
+    """The embeddings of a prompt and of a negative one: [1, tokens, width] each."""
+    return {
+        "prompt_embeds": normal(1, tokens, width),
+        "negative_prompt_embeds": normal(1, tokens, width, seed=1),
+    }
+
+
+def masks(
+    tokens: int = 12, dtype: torch.dtype = torch.long, name: str = "prompt_attention_mask"
+) -> dict[str, Tensor]:
+    """Their masks [1, tokens]: the last two tokens of the prompt are padding."""
+    mask = torch.ones(1, tokens, dtype=dtype)
+    mask[:, -2:] = 0
+    return {name: mask, f"negative_{name}": torch.ones_like(mask)}
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:

@@ -16,11 +16,13 @@ def vae(name: str, **config: Any) -> nn.Module:
     return made
 
 
-def image_vae(channels: int = 4, factor: int = 2, **config: Any) -> nn.Module:
-    """AutoencoderKL: RGB pictures, and latents of ``channels`` that are ``factor`` smaller."""
+def image_vae(
+    channels: int = 4, factor: int = 2, name: str = "AutoencoderKL", **config: Any
+) -> nn.Module:
+    """An autoencoder of RGB pictures; its latents of ``channels`` are ``factor`` times smaller."""
     depth = factor.bit_length()
     return vae(
-        "AutoencoderKL",
+        name,
         **{
             "block_out_channels": (8,) * depth,
             "down_block_types": ("DownEncoderBlock2D",) * depth,
@@ -47,3 +49,100 @@ def wan_vae(channels: int = 16, **config: Any) -> nn.Module:
             **config,
         },
     )
+
+
+def qwen_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderKLQwenImage: latents are 4 times smaller than the picture."""
+    return vae(
+        "AutoencoderKLQwenImage",
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    )
+
+
+def dc_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderDC: latents are half the picture's size."""
+    return vae(
+        "AutoencoderDC",
+        latent_channels=channels,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.4,
+    )
+
+
+def ltx_vae(channels: int = 8) -> nn.Module:
+    """AutoencoderKLLTXVideo: latents are 4 times shorter and 4 times smaller than the video."""
+    return vae(
+        "AutoencoderKLLTXVideo",
+        latent_channels=channels,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        patch_size_t=1,
+    )
+
+
+def hunyuan_video_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderKLHunyuanVideo: latents are 4 times shorter and 8 times smaller."""
+    return vae(
+        "AutoencoderKLHunyuanVideo",
+        latent_channels=channels,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+def mochi_vae() -> nn.Module:
+    """AutoencoderKLMochi: latents of 12 channels, 6 times shorter and 8 times smaller."""
+    return vae(
+        "AutoencoderKLMochi",
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    )
+
+
+def cogvideo_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderKLCogVideoX: latents are 4 times shorter and 8 times smaller."""
+    return vae(
+        "AutoencoderKLCogVideoX",
+        latent_channels=channels,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+
+
+def allegro_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderKLAllegro: latents are 4 times shorter and 8 times smaller."""
+    made = vae(
+        "AutoencoderKLAllegro",
+        latent_channels=channels,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    # It decodes in tiles only, as large as these: frames, height, width.
+    made.kernel = made.stride = (8, 64, 64)
+    made.enable_tiling()
+    return made

@@ -12,12 +12,13 @@ from tools.pipelines.parts import normal, pipeline, transformer
 from tools.pipelines.vaes import image_vae
 
 
-def _pixart(name: str, **config: Any) -> Any:
+def _pixart(name: str, **components: Any) -> Any:
     return pipeline(
         name,
-        transformer=transformer("PixArtTransformer2DModel", **config),
+        transformer=transformer("PixArtTransformer2DModel"),
         vae=image_vae(),
         scheduler=DPMSolverMultistepScheduler(),
+        **components,
     )
 
 
@@ -50,4 +51,10 @@ CASES = (
         lambda _: {"class_labels": [207], "output_type": "np"},
     ),
     Case("PixArtAlphaPipeline", lambda: _pixart("PixArtAlphaPipeline"), lambda _: _text()),
+    Case("PixArtSigmaPipeline", lambda: _pixart("PixArtSigmaPipeline"), lambda _: _text()),
+    Case(
+        "PixArtSigmaPAGPipeline",
+        lambda: _pixart("PixArtSigmaPAGPipeline", pag_applied_layers=["blocks.1"]),
+        lambda _: _text(),
+    ),
 )
