@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from tools.pipelines.case import Case
-from tools.pipelines.families import classic, flux, flux2, image, qwen, sd3, skyreels, video, wan
+from tools.pipelines.families import (
+    classic,
+    flux,
+    flux2,
+    image,
+    qwen,
+    sd3,
+    skyreels,
+    sound,
+    video,
+    wan,
+)
 
 FAMILIES = tuple(
-    module.CASES for module in (classic, flux, flux2, image, qwen, sd3, skyreels, video, wan)
+    module.CASES for module in (classic, flux, flux2, image, qwen, sd3, skyreels, sound, video, wan)
 )
 
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family}

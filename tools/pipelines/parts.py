@@ -83,6 +83,11 @@ def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise.numpy())
 
 
+def clip(frames: int = 9, width: int = 64, height: int = 64, seed: int = 0) -> list[Image.Image]:
+    """A video of random pictures."""
+    return [picture(width, height, seed * frames + frame) for frame in range(frames)]
+
+
 def left_half(width: int = 32, height: int = 32) -> Image.Image:
     """A mask: white (to be painted) on the left, black on the right."""
     mask = Image.new("L", (width, height), 0)

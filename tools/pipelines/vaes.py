@@ -146,3 +146,17 @@ def allegro_vae(channels: int = 4) -> nn.Module:
     made.kernel = made.stride = (8, 64, 64)
     made.enable_tiling()
     return made
+
+
+def oobleck_vae(channels: int = 8) -> nn.Module:
+    """AutoencoderOobleck: latents are half as long as the sound, of 4 samples a second."""
+    return vae(
+        "AutoencoderOobleck",
+        encoder_hidden_size=6,
+        downsampling_ratios=[1, 2],
+        decoder_channels=3,
+        decoder_input_channels=channels,
+        audio_channels=2,
+        channel_multiples=[2, 4],
+        sampling_rate=4,
+    )

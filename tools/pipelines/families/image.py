@@ -72,7 +72,11 @@ CASES = (
     ),
     Case(
         "Lumina2Pipeline",
-        lambda: _image("Lumina2Pipeline", "Lumina2Transformer2DModel", vae=image_vae(factor=8)),
+        lambda: _image(
+            "Lumina2Pipeline",
+            "Lumina2Transformer2DModel",
+            vae=image_vae(factor=8, shift_factor=0.06),
+        ),
         lambda _: {**prompts(), **masks(), **_LARGE},
     ),
     Case(
