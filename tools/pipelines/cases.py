@@ -8,6 +8,7 @@ from tools.pipelines.families import (
     flux,
     flux2,
     image,
+    modular,
     qwen,
     sd3,
     skyreels,
@@ -16,8 +17,20 @@ from tools.pipelines.families import (
     wan,
 )
 
-FAMILIES = tuple(
-    module.CASES for module in (classic, flux, flux2, image, qwen, sd3, skyreels, sound, video, wan)
+_MODULES = (
+    classic,
+    flux,
+    flux2,
+    image,
+    modular,
+    qwen,
+    sd3,
+    skyreels,
+    sound,
+    video,
+    wan,
 )
+
+FAMILIES = tuple(module.CASES for module in _MODULES)
 
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family}
