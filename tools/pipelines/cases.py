@@ -5,11 +5,15 @@ from __future__ import annotations
 from tools.pipelines.case import Case
 from tools.pipelines.families import (
     classic,
+    cosmos,
     flux,
     flux2,
+    hunyuan,
     image,
+    kandinsky,
     modular,
     qwen,
+    sana,
     sd3,
     skyreels,
     sound,
@@ -19,11 +23,15 @@ from tools.pipelines.families import (
 
 _MODULES = (
     classic,
+    cosmos,
     flux,
     flux2,
+    hunyuan,
     image,
+    kandinsky,
     modular,
     qwen,
+    sana,
     sd3,
     skyreels,
     sound,

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from diffusers import (
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 
 from tools.pipelines.case import Case
 from tools.pipelines.parts import (
+    left_half,
     masks,
     normal,
     picture,
@@ -20,7 +20,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import dc_vae, image_vae
+from tools.pipelines.vaes import image_vae
 
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 # Of pipelines whose latents are 8 times smaller than the image, whatever the autoencoder.
@@ -55,6 +55,13 @@ def _hunyuan_text() -> dict[str, Any]:
     return {**prompts(8), **masks(8), **second}
 
 
+def _hidream() -> Any:
+    pipe = _image("HiDreamImagePipeline", "HiDreamImageTransformer2DModel")
+    # What it scales all images to.
+    pipe.default_sample_size = 16
+    return pipe
+
+
 def _chroma(name: str) -> Any:
     return _image(name, "ChromaTransformer2DModel")
 
@@ -80,18 +87,6 @@ CASES = (
         lambda _: {**prompts(), **masks(), **_LARGE},
     ),
     Case(
-        "SanaPipeline",
-        lambda: _image(
-            "SanaPipeline",
-            "SanaTransformer2DModel",
-            DPMSolverMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-            ),
-            dc_vae(),
-        ),
-        lambda _: {**prompts(), **masks(), "negative_prompt": None, **_SIZE, **_UNBINNED},
-    ),
-    Case(
         "ZImagePipeline",
         lambda: _image("ZImagePipeline", "ZImageTransformer2DModel"),
         lambda _: {
@@ -107,6 +102,18 @@ CASES = (
             "prompt_embeds": [normal(12, 24)],
             "negative_prompt_embeds": [normal(9, 24, seed=1)],
             "image": picture(),
+            "strength": 0.6,
+            **_SIZE,
+        },
+    ),
+    Case(
+        "ZImageInpaintPipeline",
+        lambda: _image("ZImageInpaintPipeline", "ZImageTransformer2DModel"),
+        lambda _: {
+            "prompt_embeds": [normal(12, 24)],
+            "negative_prompt_embeds": [normal(9, 24, seed=1)],
+            "image": picture(),
+            "mask_image": left_half(),
             "strength": 0.6,
             **_SIZE,
         },
@@ -166,5 +173,51 @@ CASES = (
         "PRXPipeline",
         lambda: _image("PRXPipeline", "PRXTransformer2DModel"),
         lambda _: {**prompts(), **masks(dtype=torch.bool), **_SIZE, **_UNBINNED},
+    ),
+    Case(
+        "CogView4ControlPipeline",
+        lambda: _image(
+            "CogView4ControlPipeline",
+            "CogView4Transformer2DModel",
+            vae=image_vae(factor=8),
+            in_channels=8,
+        ),
+        lambda _: {**prompts(), **_LARGE, "control_image": picture(96, 64)},
+    ),
+    Case(
+        "HiDreamImagePipeline",
+        _hidream,
+        lambda _: {
+            "prompt_embeds_t5": normal(1, 12, 24),
+            "prompt_embeds_llama3": normal(3, 1, 8, 20, seed=1),
+            "pooled_prompt_embeds": normal(1, 16, seed=2),
+            "negative_prompt_embeds_t5": normal(1, 12, 24, seed=3),
+            "negative_prompt_embeds_llama3": normal(3, 1, 8, 20, seed=4),
+            "negative_pooled_prompt_embeds": normal(1, 16, seed=5),
+            **_SIZE,
+        },
+    ),
+    Case(
+        "ErnieImagePipeline",
+        lambda: pipeline(
+            "ErnieImagePipeline",
+            transformer=transformer(
+                "ErnieImageTransformer2DModel", in_channels=16, out_channels=16
+            ),
+            vae=image_vae(name="AutoencoderKLFlux2"),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {
+            "prompt_embeds": [normal(12, 24)],
+            "negative_prompt_embeds": [normal(9, 24, seed=1)],
+            "negative_prompt": None,
+            **_SIZE,
+            "use_pe": False,
+        },
+    ),
+    Case(
+        "GlmImagePipeline",
+        lambda: _image("GlmImagePipeline", "GlmImageTransformer2DModel", vae=image_vae(factor=8)),
+        lambda _: {**prompts(), **_LARGE, "prior_token_ids": torch.arange(24)[None] % 32},
     ),
 )
