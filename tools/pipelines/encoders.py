@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tools.pipelines.parts import seeded
@@ -46,3 +52,38 @@ def siglip_vision(width: int = 20) -> dict[str, Any]:
         "image_encoder": seeded(lambda: SiglipVisionModel(config)),
         "feature_extractor": SiglipImageProcessor(size={"height": 12, "width": 12}),
     }
+
+
+_LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+def tokenizer(limit: int = 12) -> Any:
+    """One token a letter, at most ``limit`` of them; 0 is padding, 1 anything else."""
+    vocabulary = {token: i for i, token in enumerate(("<pad>", "<unk>", *_LETTERS))}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=limit,
+    )
+
+
+def language_model(width: int = 24) -> Any:
+    """A decoder with two layers of ``width``."""
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return seeded(lambda: Qwen2Model(config))
+
+
+def umt5(width: int = 24) -> Any:
+    """An encoder with two layers of ``width``."""
+    config = UMT5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return seeded(lambda: UMT5EncoderModel(config))

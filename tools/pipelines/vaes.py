@@ -231,3 +231,68 @@ def hunyuan_video15_vae(channels: int = 4) -> nn.Module:
         layers_per_block=1,
         spatial_compression_ratio=8,
     )
+
+
+def same_vae(channels: int = 8) -> nn.Module:
+    """AutoencoderSAME: latents are 8 times shorter than the sound, of 16 samples a second."""
+    return vae(
+        "AutoencoderSAME",
+        patch_size=4,
+        encoder_channels=16,
+        encoder_c_mults=(1,),
+        encoder_strides=(2,),
+        encoder_transformer_depths=(1,),
+        latent_dim=channels,
+        dim_heads=8,
+        sampling_rate=16,
+    )
+
+
+def longcat_vae(channels: int = 8) -> nn.Module:
+    """LongCatAudioDiTVae: latents are 8 times shorter than the sound, of 16 samples a second."""
+    return vae(
+        "LongCatAudioDiTVae",
+        channels=8,
+        c_mults=[1, 2],
+        strides=[2, 4],
+        latent_dim=channels,
+        encoder_latent_dim=2 * channels,
+        downsampling_ratio=8,
+        sample_rate=16,
+    )
+
+
+def ltx2_vae(channels: int = 4) -> nn.Module:
+    """AutoencoderKLLTX2Video: latents are 2 times shorter and 2 times smaller."""
+    made = vae(
+        "AutoencoderKLLTX2Video",
+        latent_channels=channels,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        decoder_causal=False,
+    )
+    made.use_framewise_encoding = False
+    made.use_framewise_decoding = False
+    return made
+
+
+def ltx2_audio_vae(channels: int = 2) -> nn.Module:
+    """AutoencoderKLLTX2Audio: latents of mel spectrograms with 8 bins."""
+    return vae(
+        "AutoencoderKLLTX2Audio",
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=channels,
+        mel_bins=8,
+    )

@@ -116,4 +116,22 @@ CASES = (
         ),
         lambda _: {**_two_encoders(), **_IMAGE},
     ),
+    Case(
+        "HunyuanVideo15ImageToVideoPipeline",
+        lambda: _video(
+            "HunyuanVideo15ImageToVideoPipeline",
+            "HunyuanVideo15Transformer3DModel",
+            hunyuan_video15_vae(),
+            guider=ClassifierFreeGuidance(guidance_scale=5.0),
+            image_embed_dim=20,
+            target_size=64,
+            **siglip_vision(),
+        ),
+        lambda _: {
+            **_two_encoders(),
+            "num_frames": 9,
+            "image": picture(96, 64),
+            "output_type": "pt",
+        },
+    ),
 )

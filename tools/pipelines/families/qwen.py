@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from toca_fx.examples import examples
 from tools.pipelines.case import Case
+from tools.pipelines.encoders import language_model
 from tools.pipelines.parts import (
     left_half,
     masks,
@@ -19,7 +20,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import qwen21_vae, qwen_vae
+from tools.pipelines.vaes import qwen_vae
 
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 # What is edited is scaled to 1024 x 1024 pixels, which latents 64 times smaller make few tokens.
@@ -39,8 +40,8 @@ def _qwen(
     )
 
 
-def _controlnet() -> Any:
-    config = {**examples()["QwenImageTransformer2DModel"].config, "num_layers": 1}
+def _controlnet(**more: Any) -> Any:
+    config = {**more, **examples()["QwenImageTransformer2DModel"].config, "num_layers": 1}
     return model("QwenImageControlNetModel", seed=1, **config)
 
 
@@ -126,25 +127,33 @@ CASES = (
         lambda _: {**prompts(), **masks(name=_MASK), **_SIZE, "control_image": picture(seed=1)},
     ),
     Case(
-        "QwenImage21Pipeline",
-        lambda: pipeline(
-            "QwenImage21Pipeline",
-            transformer=transformer("QwenImage21Transformer2DModel"),
-            vae=qwen21_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
+        "NucleusMoEImagePipeline",
+        lambda: _qwen("NucleusMoEImagePipeline", "NucleusMoEImageTransformer2DModel"),
+        lambda _: {**prompts(), **masks(name=_MASK), **_SIZE},
+    ),
+    Case(
+        "QwenImageControlNetInpaintPipeline",
+        lambda: _qwen(
+            "QwenImageControlNetInpaintPipeline",
+            controlnet=_controlnet(extra_condition_channels=4),
         ),
         lambda _: {
             **prompts(),
             **masks(name=_MASK),
-            "true_cfg_scale": 4.0,
-            "height": 128,
-            "width": 128,
-            "output_type": "pt",
+            **_SIZE,
+            "control_image": picture(seed=1),
+            "control_mask": left_half(),
         },
     ),
     Case(
-        "NucleusMoEImagePipeline",
-        lambda: _qwen("NucleusMoEImagePipeline", "NucleusMoEImageTransformer2DModel"),
-        lambda _: {**prompts(), **masks(name=_MASK), **_SIZE},
+        "QwenImageLayeredPipeline",
+        lambda: _qwen("QwenImageLayeredPipeline", factor=64, text_encoder=language_model()),
+        lambda _: {
+            **prompts(),
+            **masks(name=_MASK),
+            "image": picture(),
+            "layers": 2,
+            "output_type": "pt",
+        },
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler, SCMScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 from toca_fx.examples import examples
 from tools.pipelines.case import Case
@@ -85,5 +85,15 @@ CASES = (
             vae=wan_vae(),
         ),
         lambda _: {**_inputs(height=64, width=64), "frames": 9},
+    ),
+    Case(
+        "SanaImageToVideoPipeline",
+        lambda: _sana(
+            "SanaImageToVideoPipeline",
+            transformer=transformer("SanaVideoTransformer3DModel", in_channels=16, out_channels=16),
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {**_inputs(height=64, width=64), "frames": 9, "image": picture(64, 64)},
     ),
 )

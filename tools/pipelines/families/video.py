@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from tools.pipelines.case import Case
-from tools.pipelines.parts import clip, masks, picture, pipeline, prompts, transformer
+from tools.pipelines.parts import clip, masks, normal, picture, pipeline, prompts, transformer
 from tools.pipelines.vaes import (
     allegro_vae,
     cogvideo_vae,
@@ -172,5 +172,21 @@ CASES = (
             out_channels=16,
         ),
         lambda _: {**prompts(), **masks(), **_LARGE},
+    ),
+    Case(
+        "EasyAnimateInpaintPipeline",
+        lambda: _video(
+            "EasyAnimateInpaintPipeline",
+            "EasyAnimateTransformer3DModel",
+            magvit_vae(),
+            in_channels=9,
+        ),
+        lambda _: {
+            **prompts(),
+            **masks(),
+            **_LARGE,
+            "video": normal(1, 3, 9, 64, 96).sigmoid(),
+            "mask_video": 255 * torch.ones(1, 1, 9, 64, 96),
+        },
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMapEulerDiscreteScheduler, HeliosScheduler, UniPCMultistepScheduler
 
 from tools.pipelines.case import Case
 from tools.pipelines.encoders import clip_vision
@@ -129,5 +129,32 @@ CASES = (
             **clip_vision(),
         ),
         lambda _: _inputs(text=512, image=picture(64, 64)),
+    ),
+    Case(
+        "AnyFlowPipeline",
+        lambda: _wan(
+            "AnyFlowPipeline",
+            transformer=_expert(name="AnyFlowTransformer3DModel"),
+            scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        ),
+        lambda _: _inputs(guidance_scale=3.0),
+    ),
+    Case(
+        "AnyFlowFARPipeline",
+        lambda: _wan(
+            "AnyFlowFARPipeline",
+            transformer=_expert(name="AnyFlowFARTransformer3DModel"),
+            scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        ),
+        lambda _: _inputs(guidance_scale=3.0, chunk_partition=[1, 2]),
+    ),
+    Case(
+        "HeliosPipeline",
+        lambda: _wan(
+            "HeliosPipeline",
+            transformer=_expert(name="HeliosTransformer3DModel"),
+            scheduler=HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1),
+        ),
+        lambda _: _inputs(num_frames=18, num_latent_frames_per_chunk=3),
     ),
 )
