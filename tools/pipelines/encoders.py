@@ -87,3 +87,14 @@ def umt5(width: int = 24) -> Any:
     """An encoder with two layers of ``width``."""
     config = UMT5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     return seeded(lambda: UMT5EncoderModel(config))
+
+
+class Processor:
+    """What a pipeline asks of a processor when it is made, where calls are given embeddings."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tokenizer()
+
+    def apply_chat_template(self, *_: object, **__: object) -> list[list[int]]:
+        """The tokens of a system prompt: none."""
+        return [[]]

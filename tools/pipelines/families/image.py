@@ -367,4 +367,20 @@ CASES = (
             "control_image": picture(96, 64, seed=1),
         },
     ),
+    Case(
+        "PRXPixelPipeline",
+        lambda: pipeline(
+            "PRXPixelPipeline",
+            transformer=transformer("PRXTransformer2DModel", in_channels=3),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {
+            **prompts(),
+            **masks(dtype=torch.bool),
+            "height": 16,
+            "width": 16,
+            **_UNBINNED,
+            "output_type": "pt",
+        },
+    ),
 )

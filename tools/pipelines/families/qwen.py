@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from toca_fx.examples import examples
 from tools.pipelines.case import Case
-from tools.pipelines.encoders import language_model
+from tools.pipelines.encoders import Processor
 from tools.pipelines.parts import (
     left_half,
     masks,
@@ -20,7 +20,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import qwen_vae
+from tools.pipelines.vaes import qwen21_vae, qwen_vae
 
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 # What is edited is scaled to 1024 x 1024 pixels, which latents 64 times smaller make few tokens.
@@ -146,13 +146,20 @@ CASES = (
         },
     ),
     Case(
-        "QwenImageLayeredPipeline",
-        lambda: _qwen("QwenImageLayeredPipeline", factor=64, text_encoder=language_model()),
+        "QwenImage21Pipeline",
+        lambda: pipeline(
+            "QwenImage21Pipeline",
+            transformer=transformer("QwenImage21Transformer2DModel"),
+            vae=qwen21_vae(),
+            processor=Processor(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
         lambda _: {
             **prompts(),
             **masks(name=_MASK),
-            "image": picture(),
-            "layers": 2,
+            "true_cfg_scale": 4.0,
+            "height": 256,
+            "width": 256,
             "output_type": "pt",
         },
     ),

@@ -157,4 +157,25 @@ CASES = (
         ),
         lambda _: _inputs(num_frames=18, num_latent_frames_per_chunk=3),
     ),
+    Case(
+        "WanAnimatePipeline, two segments",
+        lambda: _wan(
+            "WanAnimatePipeline",
+            transformer=_expert(
+                name="WanAnimateTransformer3DModel", in_channels=36, latent_channels=16
+            ),
+            **clip_vision(),
+        ),
+        lambda _: {
+            **prompts(512),
+            "image": picture(64, 64),
+            "pose_video": clip(17),
+            "face_video": clip(17, 16, 16, seed=1),
+            "segment_frame_length": 9,
+            "guidance_scale": 3.0,
+            "height": 64,
+            "width": 64,
+            "output_type": "pt",
+        },
+    ),
 )
