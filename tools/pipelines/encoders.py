@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -67,6 +69,7 @@ def tokenizer(limit: int = 12) -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         model_max_length=limit,
+        chat_template="{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}",
     )
 
 
@@ -81,6 +84,29 @@ def language_model(width: int = 24) -> Any:
         num_key_value_heads=2,
     )
     return seeded(lambda: Qwen2Model(config))
+
+
+def qwen3_vl(layers: int, width: int) -> Any:
+    """A decoder with layers of ``width``, and a little one that sees."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": width // 2}
+    config = Qwen3VLConfig(
+        text_config={
+            **heads,
+            "vocab_size": 64,
+            "hidden_size": width,
+            "intermediate_size": 32,
+            "num_hidden_layers": layers,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    return seeded(lambda: Qwen3VLModel(config))
 
 
 def umt5(width: int = 24) -> Any:

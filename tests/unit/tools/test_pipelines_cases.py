@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from tools.pipelines.__main__ import main
-from tools.pipelines.cases import CASES, FAMILIES
+from tools.pipelines.cases import CASES, FAMILIES, LEFT_OUT
 from tools.pipelines.check import check
 
 
 def test_names_are_unique() -> None:
     assert len(CASES) == sum(map(len, FAMILIES))
+
+
+def of_diffusers() -> set[str]:
+    """The pipelines with a transformer."""
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Pipeline")}
+    return {
+        name
+        for name, cls in found.items()
+        if "transformer" in inspect.signature(cls.__init__).parameters
+    }
+
+
+@pytest.mark.skipif(diffusers.__version__ != "0.42.1", reason="the pipelines of diffusers 0.42.1")
+def test_every_pipeline_has_a_case_or_a_reason() -> None:
+    with_case = {name.split(",")[0] for name in CASES}
+    assert not with_case & set(LEFT_OUT)
+    assert of_diffusers() <= with_case | set(LEFT_OUT)
 
 
 @pytest.mark.parametrize(

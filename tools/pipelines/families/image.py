@@ -10,20 +10,16 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from toca_fx.examples import examples
 from tools.pipelines.case import Case
-from tools.pipelines.encoders import language_model, tokenizer
 from tools.pipelines.parts import (
-    left_half,
     masks,
-    model,
     normal,
     picture,
     pipeline,
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import image_vae, wan_vae
+from tools.pipelines.vaes import image_vae
 
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 # Of pipelines whose latents are 8 times smaller than the image, whatever the autoencoder.
@@ -41,68 +37,11 @@ def _image(name: str, model: str, scheduler: Any = None, vae: Any = None, **conf
     )
 
 
-def _hunyuan_dit(name: str, **components: Any) -> Any:
-    return pipeline(
-        name,
-        transformer=transformer("HunyuanDiT2DModel"),
-        vae=image_vae(factor=8),
-        scheduler=DDPMScheduler(),
-        requires_safety_checker=False,
-        **components,
-    )
-
-
-def _hunyuan_dit_config() -> dict[str, Any]:
-    config = dict(examples()["HunyuanDiT2DModel"].config)
-    del config["num_layers"]
-    return config
-
-
-def _hunyuan_text() -> dict[str, Any]:
-    """The embeddings of two text encoders: 8 tokens of 24 channels, 12 of 16."""
-    second = {f"{name}_2": value for name, value in {**prompts(12, 16), **masks(12)}.items()}
-    return {**prompts(8), **masks(8), **second}
-
-
 def _hidream() -> Any:
     pipe = _image("HiDreamImagePipeline", "HiDreamImageTransformer2DModel")
     # What it scales all images to.
     pipe.default_sample_size = 16
     return pipe
-
-
-def _longcat() -> Any:
-    pipe = pipeline(
-        "LongCatImagePipeline",
-        transformer=transformer("LongCatImageTransformer2DModel", in_channels=64),
-        vae=image_vae(16, shift_factor=0.06),
-        text_encoder=language_model(),
-        tokenizer=tokenizer(512),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
-    pipe.tokenizer_max_length = 12
-    return pipe
-
-
-def _zimage_controlnet(name: str, channels: int) -> Any:
-    """``channels``: of the latents that the ControlNet reads."""
-    return pipeline(
-        name,
-        transformer=transformer("ZImageTransformer2DModel"),
-        vae=image_vae(shift_factor=0.06),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        controlnet=model(
-            "ZImageControlNetModel",
-            seed=1,
-            control_layers_places=[0],
-            control_refiner_layers_places=[0],
-            control_in_dim=channels,
-            dim=48,
-            n_refiner_layers=1,
-            n_heads=3,
-            n_kv_heads=3,
-        ),
-    )
 
 
 def _chroma(name: str) -> Any:
@@ -128,48 +67,6 @@ CASES = (
             vae=image_vae(factor=8, shift_factor=0.06),
         ),
         lambda _: {**prompts(), **masks(), **_LARGE},
-    ),
-    Case(
-        "ZImagePipeline",
-        lambda: _image("ZImagePipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageImg2ImgPipeline",
-        lambda: _image("ZImageImg2ImgPipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            "image": picture(),
-            "strength": 0.6,
-            **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageInpaintPipeline",
-        lambda: _image("ZImageInpaintPipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            "image": picture(),
-            "mask_image": left_half(),
-            "strength": 0.6,
-            **_SIZE,
-        },
-    ),
-    Case(
-        "HunyuanDiTPipeline",
-        lambda: _hunyuan_dit("HunyuanDiTPipeline"),
-        lambda _: {**_hunyuan_text(), **_LARGE, **_UNBINNED},
-    ),
-    Case(
-        "HunyuanDiTPAGPipeline",
-        lambda: _hunyuan_dit("HunyuanDiTPAGPipeline", pag_applied_layers=["blocks.1"]),
-        lambda _: {**_hunyuan_text(), **_LARGE, **_UNBINNED},
     ),
     Case(
         "BriaPipeline",
@@ -268,42 +165,6 @@ CASES = (
         lambda _: {**prompts(), **_LARGE, "prior_token_ids": torch.arange(24)[None] % 32},
     ),
     Case(
-        "LongCatImagePipeline",
-        _longcat,
-        lambda _: {
-            "prompt": "a cat",
-            "negative_prompt": "a dog",
-            **_SIZE,
-            "enable_prompt_rewrite": False,
-        },
-    ),
-    Case(
-        "BriaFiboPipeline",
-        lambda: pipeline(
-            "BriaFiboPipeline",
-            transformer=transformer(
-                "BriaFiboTransformer2DModel", joint_attention_dim=48, text_encoder_dim=24
-            ),
-            vae=wan_vae(
-                in_channels=12,
-                out_channels=12,
-                patch_size=2,
-                is_residual=True,
-                scale_factor_spatial=16,
-            ),
-            text_encoder=language_model(),
-            tokenizer=tokenizer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-        ),
-        lambda _: {
-            "prompt": "a cat",
-            "negative_prompt": "a dog",
-            "height": 128,
-            "width": 128,
-            "output_type": "pt",
-        },
-    ),
-    Case(
         "BriaFibo2Pipeline",
         lambda: pipeline(
             "BriaFibo2Pipeline",
@@ -316,55 +177,6 @@ CASES = (
             "negative_prompt_embeds": normal(1, 2, 12, 24, seed=1),
             **masks(dtype=torch.bool, name="prompt_embeds_mask"),
             **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageControlNetPipeline",
-        lambda: _zimage_controlnet("ZImageControlNetPipeline", 4),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            "control_image": picture(seed=1),
-            **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageOmniPipeline",
-        lambda: _image("ZImageOmniPipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [[normal(12, 24)]],
-            "negative_prompt_embeds": [[normal(9, 24, seed=1)]],
-            **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageControlNetInpaintPipeline",
-        lambda: _zimage_controlnet("ZImageControlNetInpaintPipeline", 2 * 4 + 1),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            "control_image": picture(seed=1),
-            "image": picture(),
-            "mask_image": left_half(),
-            **_SIZE,
-        },
-    ),
-    Case(
-        "HunyuanDiTControlNetPipeline",
-        lambda: _hunyuan_dit(
-            "HunyuanDiTControlNetPipeline",
-            controlnet=model(
-                "HunyuanDiT2DControlNetModel",
-                seed=1,
-                transformer_num_layers=4,
-                **_hunyuan_dit_config(),
-            ),
-        ),
-        lambda _: {
-            **_hunyuan_text(),
-            **_LARGE,
-            **_UNBINNED,
-            "control_image": picture(96, 64, seed=1),
         },
     ),
     Case(

@@ -16,7 +16,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import wan_vae
+from tools.pipelines.vaes import wan22_vae, wan_vae
 
 # A picture's latents and its mask lie beside the noise; Wan 2.1 reads its embeddings too, and
 # takes the first 512 tokens of the condition for text.
@@ -50,14 +50,7 @@ def _experts(name: str = "WanPipeline", **config: Any) -> Any:
 
 def _five_billion(name: str = "WanPipeline") -> Any:
     """Wan 2.2 5B: a timestep per token, and latents that are 16 times smaller."""
-    vae = wan_vae(
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=True,
-        scale_factor_spatial=16,
-    )
-    return _wan(name, vae=vae, expand_timesteps=True)
+    return _wan(name, vae=wan22_vae(), expand_timesteps=True)
 
 
 def _inputs(size: int = 64, text: int = 12, **more: Any) -> dict[str, Any]:
