@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from tools.pipelines.case import Case
 
 STEPS = 12
-EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,11 @@ def _steps(scheduler: Any) -> AbstractContextManager[Mock]:
 @contextmanager
 def _recorded(pipe: Any) -> Iterator[dict[str, list[bytes]]]:
     """What each transformer of the pipeline predicts, call by call, by its name."""
-    found = {name: getattr(pipe, name, None) for name in EXPERTS}
-    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    models = {
+        name: model
+        for name, model in pipe.components.items()
+        if "transformer" in name and isinstance(model, nn.Module)
+    }
     recorded: dict[str, list[bytes]] = {name: [] for name in models}
 
     def recorder(name: str) -> Callable[..., None]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import (
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 
@@ -20,7 +19,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import dc_vae, image_vae
+from tools.pipelines.vaes import image_vae
 
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 # Of pipelines whose latents are 8 times smaller than the image, whatever the autoencoder.
@@ -38,21 +37,11 @@ def _image(name: str, model: str, scheduler: Any = None, vae: Any = None, **conf
     )
 
 
-def _hunyuan_dit(name: str, **components: Any) -> Any:
-    return pipeline(
-        name,
-        transformer=transformer("HunyuanDiT2DModel"),
-        vae=image_vae(factor=8),
-        scheduler=DDPMScheduler(),
-        requires_safety_checker=False,
-        **components,
-    )
-
-
-def _hunyuan_text() -> dict[str, Any]:
-    """The embeddings of two text encoders: 8 tokens of 24 channels, 12 of 16."""
-    second = {f"{name}_2": value for name, value in {**prompts(12, 16), **masks(12)}.items()}
-    return {**prompts(8), **masks(8), **second}
+def _hidream() -> Any:
+    pipe = _image("HiDreamImagePipeline", "HiDreamImageTransformer2DModel")
+    # What it scales all images to.
+    pipe.default_sample_size = 16
+    return pipe
 
 
 def _chroma(name: str) -> Any:
@@ -78,48 +67,6 @@ CASES = (
             vae=image_vae(factor=8, shift_factor=0.06),
         ),
         lambda _: {**prompts(), **masks(), **_LARGE},
-    ),
-    Case(
-        "SanaPipeline",
-        lambda: _image(
-            "SanaPipeline",
-            "SanaTransformer2DModel",
-            DPMSolverMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-            ),
-            dc_vae(),
-        ),
-        lambda _: {**prompts(), **masks(), "negative_prompt": None, **_SIZE, **_UNBINNED},
-    ),
-    Case(
-        "ZImagePipeline",
-        lambda: _image("ZImagePipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            **_SIZE,
-        },
-    ),
-    Case(
-        "ZImageImg2ImgPipeline",
-        lambda: _image("ZImageImg2ImgPipeline", "ZImageTransformer2DModel"),
-        lambda _: {
-            "prompt_embeds": [normal(12, 24)],
-            "negative_prompt_embeds": [normal(9, 24, seed=1)],
-            "image": picture(),
-            "strength": 0.6,
-            **_SIZE,
-        },
-    ),
-    Case(
-        "HunyuanDiTPipeline",
-        lambda: _hunyuan_dit("HunyuanDiTPipeline"),
-        lambda _: {**_hunyuan_text(), **_LARGE, **_UNBINNED},
-    ),
-    Case(
-        "HunyuanDiTPAGPipeline",
-        lambda: _hunyuan_dit("HunyuanDiTPAGPipeline", pag_applied_layers=["blocks.1"]),
-        lambda _: {**_hunyuan_text(), **_LARGE, **_UNBINNED},
     ),
     Case(
         "BriaPipeline",
@@ -166,5 +113,86 @@ CASES = (
         "PRXPipeline",
         lambda: _image("PRXPipeline", "PRXTransformer2DModel"),
         lambda _: {**prompts(), **masks(dtype=torch.bool), **_SIZE, **_UNBINNED},
+    ),
+    Case(
+        "CogView4ControlPipeline",
+        lambda: _image(
+            "CogView4ControlPipeline",
+            "CogView4Transformer2DModel",
+            vae=image_vae(factor=8),
+            in_channels=8,
+        ),
+        lambda _: {**prompts(), **_LARGE, "control_image": picture(96, 64)},
+    ),
+    Case(
+        "HiDreamImagePipeline",
+        _hidream,
+        lambda _: {
+            "prompt_embeds_t5": normal(1, 12, 24),
+            "prompt_embeds_llama3": normal(3, 1, 8, 20, seed=1),
+            "pooled_prompt_embeds": normal(1, 16, seed=2),
+            "negative_prompt_embeds_t5": normal(1, 12, 24, seed=3),
+            "negative_prompt_embeds_llama3": normal(3, 1, 8, 20, seed=4),
+            "negative_pooled_prompt_embeds": normal(1, 16, seed=5),
+            **_SIZE,
+        },
+    ),
+    Case(
+        "ErnieImagePipeline",
+        lambda: pipeline(
+            "ErnieImagePipeline",
+            transformer=transformer(
+                "ErnieImageTransformer2DModel", in_channels=16, out_channels=16
+            ),
+            vae=image_vae(name="AutoencoderKLFlux2"),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {
+            "prompt_embeds": [normal(12, 24)],
+            "negative_prompt_embeds": [normal(9, 24, seed=1)],
+            "negative_prompt": None,
+            **_SIZE,
+            "use_pe": False,
+        },
+    ),
+    Case(
+        "GlmImagePipeline",
+        lambda: _image(
+            "GlmImagePipeline",
+            "GlmImageTransformer2DModel",
+            vae=image_vae(factor=8, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+        ),
+        lambda _: {**prompts(), **_LARGE, "prior_token_ids": torch.arange(24)[None] % 32},
+    ),
+    Case(
+        "BriaFibo2Pipeline",
+        lambda: pipeline(
+            "BriaFibo2Pipeline",
+            transformer=transformer("BriaFibo2Transformer2DModel"),
+            vae=image_vae(name="AutoencoderKLFlux2"),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {
+            "prompt_embeds": normal(1, 2, 12, 24),
+            "negative_prompt_embeds": normal(1, 2, 12, 24, seed=1),
+            **masks(dtype=torch.bool, name="prompt_embeds_mask"),
+            **_SIZE,
+        },
+    ),
+    Case(
+        "PRXPixelPipeline",
+        lambda: pipeline(
+            "PRXPixelPipeline",
+            transformer=transformer("PRXTransformer2DModel", in_channels=3),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        ),
+        lambda _: {
+            **prompts(),
+            **masks(dtype=torch.bool),
+            "height": 16,
+            "width": 16,
+            **_UNBINNED,
+            "output_type": "pt",
+        },
     ),
 )

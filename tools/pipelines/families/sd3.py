@@ -29,8 +29,8 @@ def _sd3(
     )
 
 
-def _controlnet() -> Any:
-    config = {**examples()["SD3Transformer2DModel"].config, "num_layers": 1}
+def _controlnet(**more: Any) -> Any:
+    config = {**more, **examples()["SD3Transformer2DModel"].config, "num_layers": 1}
     return model("SD3ControlNetModel", seed=1, **config)
 
 
@@ -85,5 +85,13 @@ CASES = (
         "StableDiffusion3ControlNetPipeline",
         lambda: _sd3("StableDiffusion3ControlNetPipeline", controlnet=_controlnet()),
         lambda _: _inputs(control_image=picture(seed=1)),
+    ),
+    Case(
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        lambda: _sd3(
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            controlnet=_controlnet(extra_conditioning_channels=1),
+        ),
+        lambda _: _inputs(control_image=picture(seed=1), control_mask=left_half()),
     ),
 )

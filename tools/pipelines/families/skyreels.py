@@ -7,18 +7,23 @@ from typing import Any
 from diffusers import UniPCMultistepScheduler
 
 from tools.pipelines.case import Case
-from tools.pipelines.parts import pipeline, prompts, transformer
+from tools.pipelines.encoders import clip_vision
+from tools.pipelines.parts import clip, picture, pipeline, prompts, transformer
 from tools.pipelines.vaes import wan_vae
 
 
-def _skyreels(name: str) -> Any:
+def _skyreels(name: str, config: dict[str, Any] | None = None, **components: Any) -> Any:
     return pipeline(
         name,
-        transformer=transformer("SkyReelsV2Transformer3DModel", in_channels=16, out_channels=16),
+        transformer=transformer(
+            "SkyReelsV2Transformer3DModel",
+            **{"in_channels": 16, "out_channels": 16, **(config or {})},
+        ),
         vae=wan_vae(),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
         ),
+        **components,
     )
 
 
@@ -39,5 +44,29 @@ CASES = (
         "SkyReelsV2DiffusionForcingPipeline",
         lambda: _skyreels("SkyReelsV2DiffusionForcingPipeline"),
         lambda _: _inputs(prompt=None),
+    ),
+    Case(
+        "SkyReelsV2DiffusionForcingPipeline, asynchronous",
+        lambda: _skyreels("SkyReelsV2DiffusionForcingPipeline"),
+        lambda _: _inputs(prompt=None, ar_step=3, causal_block_size=1),
+    ),
+    Case(
+        "SkyReelsV2ImageToVideoPipeline",
+        lambda: _skyreels(
+            "SkyReelsV2ImageToVideoPipeline",
+            {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 48},
+            **clip_vision(),
+        ),
+        lambda _: {**_inputs(image=picture(64, 64)), **prompts(512)},
+    ),
+    Case(
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        lambda: _skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline"),
+        lambda _: _inputs(image=picture(64, 64)),
+    ),
+    Case(
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        lambda: _skyreels("SkyReelsV2DiffusionForcingVideoToVideoPipeline"),
+        lambda _: _inputs(video=clip(), num_frames=17, overlap_history=5, base_num_frames=9),
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -13,14 +14,15 @@ from diffusers import (
 )
 
 from tools.pipelines.case import Case
-from tools.pipelines.parts import masks, normal, picture, pipeline, prompts, transformer
+from tools.pipelines.parts import clip, masks, normal, picture, pipeline, prompts, transformer
 from tools.pipelines.vaes import (
     allegro_vae,
     cogvideo_vae,
-    hunyuan_video_vae,
     image_vae,
     ltx_vae,
+    magvit_vae,
     mochi_vae,
+    wan_vae,
 )
 
 _FRAMES = {"num_frames": 9, "output_type": "pt"}
@@ -28,35 +30,21 @@ _SMALL = {**_FRAMES, "height": 32, "width": 32}
 _LARGE = {**_FRAMES, "height": 64, "width": 96}
 
 
-def _video(name: str, model: str, vae: Any, scheduler: Any = None, **config: Any) -> Any:
+def _video(
+    name: str, model: str, vae: Any, scheduler: Any = None, guider: Any = None, **config: Any
+) -> Any:
+    guided = {"guider": guider} if guider else {}
     return pipeline(
         name,
         transformer=transformer(model, **config),
         vae=vae,
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
+        **guided,
     )
 
 
 def _ltx(name: str) -> Any:
     return _video(name, "LTXVideoTransformer3DModel", ltx_vae())
-
-
-def _hunyuan_text() -> dict[str, Any]:
-    text = {**prompts(), **masks()}
-    return {**text, "pooled_prompt_embeds": normal(1, 16, seed=2)}
-
-
-def _kandinsky_text() -> dict[str, Any]:
-    """The embeddings of two text encoders, and where each prompt ends."""
-    ends = torch.tensor([0, 12], dtype=torch.int32)
-    return {
-        "prompt_embeds_qwen": normal(1, 12, 24),
-        "prompt_embeds_clip": normal(1, 20, seed=1),
-        "prompt_cu_seqlens": ends,
-        "negative_prompt_embeds_qwen": normal(1, 12, 24, seed=2),
-        "negative_prompt_embeds_clip": normal(1, 20, seed=3),
-        "negative_prompt_cu_seqlens": ends,
-    }
 
 
 CASES = (
@@ -71,23 +59,9 @@ CASES = (
         lambda _: {**prompts(), **masks(), "image": picture(), **_SMALL},
     ),
     Case(
-        "HunyuanVideoPipeline",
-        lambda: _video(
-            "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", hunyuan_video_vae()
-        ),
-        lambda _: {**_hunyuan_text(), **_LARGE},
-    ),
-    Case(
-        "HunyuanVideoPipeline, true CFG",
-        lambda: _video(
-            "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", hunyuan_video_vae()
-        ),
-        lambda _: {
-            **_hunyuan_text(),
-            "negative_pooled_prompt_embeds": normal(1, 16, seed=3),
-            "true_cfg_scale": 3.0,
-            **_LARGE,
-        },
+        "LTXConditionPipeline",
+        lambda: _ltx("LTXConditionPipeline"),
+        lambda _: {**prompts(), **masks(), "image": picture(), **_SMALL},
     ),
     Case(
         "LattePipeline",
@@ -149,10 +123,70 @@ CASES = (
         lambda _: {**prompts(), **masks(dtype=torch.bool), **_LARGE, "num_frames": 13},
     ),
     Case(
-        "Kandinsky5T2VPipeline",
+        "CogVideoXVideoToVideoPipeline",
         lambda: _video(
-            "Kandinsky5T2VPipeline", "Kandinsky5Transformer3DModel", hunyuan_video_vae()
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXTransformer3DModel",
+            cogvideo_vae(),
+            CogVideoXDDIMScheduler(),
         ),
-        lambda _: {**_kandinsky_text(), **_LARGE},
+        lambda _: {
+            **prompts(),
+            "video": clip(width=96),
+            "strength": 0.7,
+            "height": 64,
+            "width": 96,
+            "output_type": "pt",
+        },
+    ),
+    Case(
+        "CogVideoXFunControlPipeline",
+        lambda: _video(
+            "CogVideoXFunControlPipeline",
+            "CogVideoXTransformer3DModel",
+            cogvideo_vae(),
+            CogVideoXDDIMScheduler(),
+            in_channels=8,
+        ),
+        lambda _: {
+            **prompts(),
+            "control_video": clip(width=96),
+            "height": 64,
+            "width": 96,
+            "output_type": "pt",
+        },
+    ),
+    Case(
+        "EasyAnimatePipeline",
+        lambda: _video("EasyAnimatePipeline", "EasyAnimateTransformer3DModel", magvit_vae()),
+        lambda _: {**prompts(), **masks(), **_LARGE},
+    ),
+    Case(
+        "MotifVideoPipeline",
+        lambda: _video(
+            "MotifVideoPipeline",
+            "MotifVideoTransformer3DModel",
+            wan_vae(),
+            guider=ClassifierFreeGuidance(guidance_scale=5.0),
+            in_channels=33,
+            out_channels=16,
+        ),
+        lambda _: {**prompts(), **masks(), **_LARGE},
+    ),
+    Case(
+        "EasyAnimateInpaintPipeline",
+        lambda: _video(
+            "EasyAnimateInpaintPipeline",
+            "EasyAnimateTransformer3DModel",
+            magvit_vae(),
+            in_channels=9,
+        ),
+        lambda _: {
+            **prompts(),
+            **masks(),
+            **_LARGE,
+            "video": normal(1, 3, 9, 64, 96).sigmoid(),
+            "mask_video": 255 * torch.ones(1, 1, 9, 64, 96),
+        },
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMapEulerDiscreteScheduler, HeliosScheduler, UniPCMultistepScheduler
 
 from tools.pipelines.case import Case
 from tools.pipelines.encoders import clip_vision
@@ -16,7 +16,7 @@ from tools.pipelines.parts import (
     prompts,
     transformer,
 )
-from tools.pipelines.vaes import wan_vae
+from tools.pipelines.vaes import wan22_vae, wan_vae
 
 # A picture's latents and its mask lie beside the noise; Wan 2.1 reads its embeddings too, and
 # takes the first 512 tokens of the condition for text.
@@ -50,14 +50,7 @@ def _experts(name: str = "WanPipeline", **config: Any) -> Any:
 
 def _five_billion(name: str = "WanPipeline") -> Any:
     """Wan 2.2 5B: a timestep per token, and latents that are 16 times smaller."""
-    vae = wan_vae(
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        is_residual=True,
-        scale_factor_spatial=16,
-    )
-    return _wan(name, vae=vae, expand_timesteps=True)
+    return _wan(name, vae=wan22_vae(), expand_timesteps=True)
 
 
 def _inputs(size: int = 64, text: int = 12, **more: Any) -> dict[str, Any]:
@@ -129,5 +122,53 @@ CASES = (
             **clip_vision(),
         ),
         lambda _: _inputs(text=512, image=picture(64, 64)),
+    ),
+    Case(
+        "AnyFlowPipeline",
+        lambda: _wan(
+            "AnyFlowPipeline",
+            transformer=_expert(name="AnyFlowTransformer3DModel"),
+            scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        ),
+        lambda _: _inputs(guidance_scale=3.0),
+    ),
+    Case(
+        "AnyFlowFARPipeline",
+        lambda: _wan(
+            "AnyFlowFARPipeline",
+            transformer=_expert(name="AnyFlowFARTransformer3DModel"),
+            scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        ),
+        lambda _: _inputs(guidance_scale=3.0, chunk_partition=[1, 2]),
+    ),
+    Case(
+        "HeliosPipeline",
+        lambda: _wan(
+            "HeliosPipeline",
+            transformer=_expert(name="HeliosTransformer3DModel"),
+            scheduler=HeliosScheduler(stages=1, stage_range=[0, 1], gamma=1),
+        ),
+        lambda _: _inputs(num_frames=18, num_latent_frames_per_chunk=3),
+    ),
+    Case(
+        "WanAnimatePipeline, two segments",
+        lambda: _wan(
+            "WanAnimatePipeline",
+            transformer=_expert(
+                name="WanAnimateTransformer3DModel", in_channels=36, latent_channels=16
+            ),
+            **clip_vision(),
+        ),
+        lambda _: {
+            **prompts(512),
+            "image": picture(64, 64),
+            "pose_video": clip(17),
+            "face_video": clip(17, 16, 16, seed=1),
+            "segment_frame_length": 9,
+            "guidance_scale": 3.0,
+            "height": 64,
+            "width": 64,
+            "output_type": "pt",
+        },
     ),
 )
