@@ -4,5 +4,6 @@ Each case (``cases.CASES``) is a pipeline whose transformer has a few blocks of 
 the arguments of one call. Nothing is downloaded: embeddings are given where a pipeline takes them,
 else a tiny text encoder reads a tiny vocabulary.
 
-    python -m tools.pipelines --check [CASE ...]
+    python -m tools.pipelines [CASE ...]           # measures what has not been measured
+    python -m tools.pipelines --check [CASE ...]   # only builds and calls, uncompiled
 """

@@ -28,7 +28,7 @@ _POLICY = {
     "name": "pipelines",
     "sampler": {"steps": STEPS},
     "R": {"base": 0.5},
-    "scores": {"self_attention": 1.0, "staleness": 0.25},
+    "scores": {"staleness": 1.0},
 }
 EVERY = {**_POLICY, "N": {"base": 1}}
 THIRD = {**_POLICY, "N": {"base": N, "first": ENDS, "last": ENDS}}
@@ -65,7 +65,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {**asdict(self), "right": self.right}
+        return asdict(self)
 
 
 def expected(steps: int) -> str:
