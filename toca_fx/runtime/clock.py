@@ -153,50 +153,6 @@ def decide(situation: Situation) -> Decision:
     return replace(decision, second=True)
 
 
-def start(
-    told: Told,
-    timestep: Timestep | None,
-    rounding: float,
-    others: tuple[Progress, ...],
-    num_steps: int | None,
-) -> tuple[Told, str | None]:
-    """What is told of the run of a model that is called for the first time in a session.
-
-    It has what is left of the session's steps: ``others`` are the models that ran before it. Two
-    experts have a position each, and a run may begin in the middle of a schedule. Returns a warning
-    too, if the timesteps told are no timesteps of the model; their number counts then.
-    """
-    if told.timesteps is not None and timestep is not None:
-        length = len(told.timesteps)
-        for at in range(length):
-            if fits(told.timesteps, at, timestep, rounding):
-                return Told(length - at, told.timesteps[at:], skipped=at), None
-        return Told(length), words.UNITS
-    furthest = max(others, key=lambda other: other.position, default=None)
-    if furthest is None or num_steps is None:
-        return told, None
-    same = timestep is not None and timestep == furthest.timestep
-    gone = furthest.position - 1 if same else furthest.position
-    left = told.num_steps - gone
-    if gone == 0 or left < 1:
-        return told, None
-    rest = None if told.timesteps is None else told.timesteps[gone:]
-    return Told(left, rest, skipped=gone), None
-
-
-def both(run: Told | None, call: Told | None) -> Told | None:
-    """What was told of a ``run``, with the place that came with the ``call``.
-
-    What was said of the run comes first. The call's number counts if it is one out of as many.
-    """
-    if run is None or call is None or call.position is None:
-        return run or call
-    position = call.position - run.skipped
-    if call.num_steps != run.num_steps + run.skipped or position < 0:
-        return run
-    return replace(run, position=position)
-
-
 # Told: the run's steps are known, and conditions tell branches apart.
 
 
@@ -224,11 +180,11 @@ def _may_be_next(call: Situation, told: Told, current: Progress) -> bool:
 def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
     """The next step of a generation whose conditions are known."""
     expected, t = current.position, call.timestep
+    if told.position is not None and told.position < expected and _moves_on(current, t):
+        told = replace(told, position=None)  # a scheduler that nobody steps stays where it is
     if told.position is not None:
         if (told.position == 0 and expected > 1) or told.num_steps != current.num_steps:
             return Decision("generation", told.position, told.num_steps)
-        if told.position == expected - 1 and t is not None and t != current.timestep:
-            return _goes_on(call, replace(told, position=None), current)  # nobody counts the steps
         again = told.position == expected - 1
         decision = _on(current, told.position, again, (words.SAME_STEP,) if again else ())
         return _checked(call, told, decision)
@@ -245,6 +201,14 @@ def _goes_on(call: Situation, told: Told, current: Progress) -> Decision:
         # It missed steps; one that is slower is not where the others are.
         expected = max(expected, head.position - 1 if t == head.timestep else head.position)
     return _on(current, expected)
+
+
+def _moves_on(current: Progress, timestep: Timestep | None) -> bool:
+    """Whether ``timestep`` (None: not read) is one after that of the last call."""
+    before = current.timestep
+    return (
+        None not in (timestep, before) and timestep != before and not current.turns_back(timestep)
+    )
 
 
 def _checked(call: Situation, told: Told, decision: Decision) -> Decision:

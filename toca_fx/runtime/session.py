@@ -28,6 +28,7 @@ from toca_fx.runtime.parts import Attempt
 from toca_fx.runtime.report import Recorded, Report, StepRecord, make_report
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
+from toca_fx.runtime.start import both, start
 from toca_fx.runtime.timesteps import read, rounding_of
 from toca_fx.runtime.units import Scheduled, in_units
 
@@ -193,14 +194,14 @@ class Session:
             said = self._told(runner)
             if at is not None and timestep is not None:
                 said = self._in_units(said, timestep, inputs[at].dtype, told)
-            known.told, warning = clock.start(
+            known.told, warning = start(
                 said, timestep, rounding, self._others(known), self.num_steps
             )
             if self._scheduled is None:
                 self.warn(warning)
         decision = clock.decide(
             Situation(
-                told=clock.both(known.told, told),
+                told=both(known.told, told),
                 timestep=timestep,
                 has_timestep=at is not None,
                 rounding=rounding,

@@ -35,8 +35,9 @@ SAME_STEP = (
     "full; give each branch a name of its own in cache_context(name)"
 )
 UNLISTED = (
-    "the model is called at a timestep that session(timesteps=...) does not list, so that this "
-    "step is full; give the values of the model's timestep argument, call by call"
+    "the model is called at a timestep that is not listed, so that this step is full; "
+    "session(timesteps=...) takes the values of the model's timestep argument, call by call, and a "
+    "pipeline's are its scheduler's"
 )
 MISPLACED = (
     "the model is called at another timestep than the one that is listed for this step, so that it "
@@ -84,8 +85,8 @@ def never_open(signal: str, threshold: float) -> str:
 def beyond(num_steps: int) -> str:
     """More calls than were planned."""
     return (
-        f"the model was called more often than the session's {num_steps} steps; the calls beyond "
-        "are full steps. Give session(num_steps=...) the number of model calls"
+        f"the model was called more often than the {num_steps} steps of its run; the calls beyond "
+        "are full steps. session(num_steps=...) takes the number of model calls"
     )
 
 

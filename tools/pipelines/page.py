@@ -19,9 +19,9 @@ Written by `python -m tools.pipelines`, with diffusers {diffusers} and torch {to
 for {steps} steps, untouched and compiled (`inner="eager"`) under a policy whose full steps are the
 first {ends}, the last {ends} and every {n}rd between: `{plan}` (F full, p cached) for {steps}
 calls, and the like for as many calls as come. *Right* means: with every step full the image equals
-the untouched pipeline's to the last bit; with that policy each run and branch has the policy's plan;
-a second image equals the first, and differs from the untouched one; no warning; no bytes of ours
-while the VAE decodes, and none afterwards.
+the untouched pipeline's to the last bit; with that policy each run and branch has its plan; a second
+image equals the first, and differs from the untouched one; no warning; no bytes of ours while the
+VAE decodes, and none afterwards.
 
 | pipeline | calls | plans | at N = 1 | second | less work | bytes at decode, after | right | |
 |---|---|---|---|---|---|---|---|---|

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from toca_fx.runtime.clock import Decision, Progress, Situation, Told, decide, start
+from toca_fx.runtime.clock import Decision, Progress, Situation, Told, decide
 from toca_fx.runtime.schedules import Schedule
+from toca_fx.runtime.start import both, start
 
 
 def at(*timesteps: float) -> Schedule:
@@ -90,7 +91,7 @@ CASES = [
         "on",
         10,
         True,
-        ("more often than the session's 10",),
+        ("more often than the 10",),
     ),
     Case("beyond, not read", SESSION, None, {"position": 10}, "on", 10, True, ("more often",)),
     # Guidance by two calls a step: other conditions at the timestep of the call before.
@@ -273,7 +274,7 @@ CASES = [
         "turned back, listed, other conditions", LISTED, 900.0, NEW, "generation", 0, True, head={}
     ),
     Case("turned back to the middle, listed", LISTED, 800.0, OLD, "generation", 1, True),
-    Case("not listed", LISTED, 650.0, OLD, "on", 3, True, ("does not list",)),
+    Case("not listed", LISTED, 650.0, OLD, "on", 3, True, ("not listed",)),
     Case(
         "not listed, other conditions",
         LISTED,
@@ -282,7 +283,7 @@ CASES = [
         "branch",
         3,
         True,
-        ("does not list",),
+        ("not listed",),
         head={},
     ),
     Case(
@@ -331,6 +332,21 @@ CASES = [
         True,
         ("same step_index",),
         again=True,
+    ),
+    Case("told a number that stays", Told(10, None, 2), 500.0, OLD, "on", 3, False),
+    Case("told 0 at each step", Told(10, None, 0), 500.0, OLD, "on", 3, False),
+    Case(
+        "told its number, and another timestep is listed",
+        Told(10, TEN, 3),
+        123.0,
+        OLD,
+        "on",
+        3,
+        True,
+        ("another timestep",),
+    ),
+    Case(
+        "told its number, and its timestep is listed", Told(10, TEN, 3), 600.0, OLD, "on", 3, False
     ),
     Case("told a later number", Told(10, None, 5), 400.0, OLD, "on", 5, True),
     Case("told 0", Told(10, None, 0), 900.0, OLD, "generation", 0, True),
@@ -523,6 +539,24 @@ def test_progress_is_what_the_decisions_were() -> None:
     assert unread.advance(Decision("on", 4, 5), (1.0,)).trail == ()
     anew = progress.advance(Decision("generation", 0, 5), (9.0,))
     assert anew.trail == at(9.0)
+
+
+@pytest.mark.parametrize(
+    ("run", "call", "expected"),
+    [
+        (None, None, None),
+        (None, Told(10, None, 3), Told(10, None, 3)),
+        (LISTED, None, LISTED),
+        (LISTED, Told(10, None, 3), replace(LISTED, position=3)),
+        (LISTED, Told(9, None, 3), LISTED),  # of another number of steps
+        (Told(7, TEN[3:], skipped=3), Told(10, None, 4), Told(7, TEN[3:], 1, 3)),
+        (Told(7, TEN[3:], skipped=3), Told(10, None, 2), Told(7, TEN[3:], skipped=3)),
+    ],
+)
+def test_a_number_counts_out_of_as_many(
+    run: Told | None, call: Told | None, expected: Told | None
+) -> None:
+    assert both(run, call) == expected
 
 
 @pytest.mark.parametrize(
