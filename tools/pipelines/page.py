@@ -19,7 +19,7 @@ Written by `python -m tools.pipelines`, with diffusers {diffusers} and torch {to
 for {steps} steps, untouched and compiled (`inner="eager"`) under a policy whose full steps are the
 first {ends}, the last {ends} and every {n}rd between: `{plan}` (F full, p cached) for {steps}
 calls, and the like for as many calls as come. *Right* means: with every step full the image equals
-the untouched pipeline's to the last bit; with that policy each run and branch has its plan; a second
+the untouched pipeline's to the last bit; with that policy each run and branch has it; a second
 image equals the first, and differs from the untouched one; no warning; no bytes of ours while the
 VAE decodes, and none afterwards.
 

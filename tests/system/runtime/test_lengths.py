@@ -36,7 +36,7 @@ def test_calls_beyond_the_last_step_are_full(
     beyond = [
         warning
         for warning in run.report().warnings
-        if "more often than the session's 5 steps" in warning
+        if "more often than the 5 steps" in warning
     ]
     assert len(beyond) == 1
     assert caplog.messages.count(f"toca_fx: {beyond[0]}") == 1
