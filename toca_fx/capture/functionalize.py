@@ -117,6 +117,11 @@ def _new_value(node: fx.Node, mutated: fx.Node) -> fx.Node:
                 )
             # A copy: what was copied may be written to later. Compilers drop it.
             return _call(node, aten.clone.default, (value,), old, {"memory_format": _format(old)})
+    if target is aten.fill_diagonal_.default and old.dim() == 2 and len(node.args) == 2:
+        diagonal = old.diagonal()
+        picked = _call(node, aten.diagonal.default, (mutated,), diagonal)
+        filled = _call(node, aten.full_like.default, (picked, node.args[1]), diagonal)
+        return _call(node, aten.diagonal_scatter.default, (mutated, filled), old)
     name, _, overload = target.name().removeprefix("aten::").partition(".")
     packet = getattr(aten, name.removesuffix("_"), None)
     functional = getattr(packet, overload or "default", None)

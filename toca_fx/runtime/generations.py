@@ -221,14 +221,16 @@ class Generations:
     def called(self, generation: Generation) -> None:
         """Note that a call of ``generation`` has been made.
 
-        Branches that have not come for many steps give their memories back.
+        Branches that have not come for many steps give their memories back, and those that are
+        behind when another has come to the end.
         """
         if generation in self.all:  # at once: an interrupt may come in between
             self.all = [*(each for each in self.all if each is not generation), generation]
         self.begun = True
         for each in self.all:
             behind = generation.progress.position - each.progress.position
-            if each.run is generation.run and behind > _MANY_STEPS and not each.running:
+            ended = behind > (1 if generation.over else _MANY_STEPS)
+            if each.run is generation.run and ended and not each.running:
                 each.close()
 
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import toca_fx
-from toca_fx.runtime.report import Report
+from toca_fx.runtime.report import Report, StepRecord
 from toca_fx.runtime.storage import Storage
 from toca_fx.runtime.timed_values import TimedValues
 from tools.pipelines.case import Case
@@ -108,16 +108,19 @@ def _measure(case: Case, row: Row) -> None:
 def plans(report: Report) -> dict[str, str]:
     """What the steps of each run, component and branch were: F full, p any other.
 
-    ? is a step whose calls differ.
+    ? is a step whose calls differ; the first call of a branch that begins later does, as it has no
+    memories yet.
     """
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    found: dict[str, dict[int, list[StepRecord]]] = defaultdict(lambda: defaultdict(list))
     for step in report.steps:
-        key = f"{step.run}/{step.component}/{step.branch}"
-        found[key][step.index].add("F" if step.kind == "full" else "p")
-    return {
-        key: "".join(next(iter(of)) if len(of := steps[at]) == 1 else "?" for at in sorted(steps))
-        for key, steps in found.items()
-    }
+        found[f"{step.run}/{step.component}/{step.branch}"][step.index].append(step)
+    return {key: "".join(_kind(steps[at]) for at in sorted(steps)) for key, steps in found.items()}
+
+
+def _kind(calls: Sequence[StepRecord]) -> str:
+    begun = [call for call in calls if call.reason != "nothing kept"] or calls
+    kinds = {"F" if call.kind == "full" else "p" for call in begun}
+    return kinds.pop() if len(kinds) == 1 else "?"
 
 
 def held_bytes() -> int:

@@ -34,9 +34,7 @@ def test_calls_beyond_the_last_step_are_full(
         for step, output in list(zip(inputs, outputs, strict=True))[5:]
     )
     beyond = [
-        warning
-        for warning in run.report().warnings
-        if "more often than the 5 steps" in warning
+        warning for warning in run.report().warnings if "more often than the 5 steps" in warning
     ]
     assert len(beyond) == 1
     assert caplog.messages.count(f"toca_fx: {beyond[0]}") == 1
