@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture, uncompiled
+from toca_fx.capture.offload import as_onloaded
 from toca_fx.describe.explanation import Explanation, KindExplanation
 from toca_fx.describe.memories import kept_by
 from toca_fx.describe.rows import Skipped
@@ -56,9 +57,10 @@ def explain(
     steps = number_of_steps(num_steps, "explain")
     given = None if policy is None else load_policy(policy)
     module = uncompiled(model)
-    captured, inputs = capture(module, args, kwargs)
     name = type(module).__name__
-    aten = to_aten(captured, inputs)
+    with as_onloaded(module):
+        captured, inputs = capture(module, args, kwargs)
+        aten = to_aten(captured, inputs)
     latents = roles.latents_shape(aten.graph)
     chosen = given or default_policy(name, None if latents is None else len(latents))
     planner = Planner(chosen, match(aten.graph), roles.aspect(aten.graph))

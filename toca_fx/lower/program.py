@@ -15,6 +15,7 @@ from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import Recent, once
+from toca_fx.lower.onload import onloaded
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
@@ -96,7 +97,7 @@ class Program:
         """What the first block adds to the residual stream, for a call with these inputs."""
         part, names = self.analysis.first_block, self.analysis.matches.first_block
         run = once(self._parts, names, lambda: self._compiled_part(part.module))
-        before, behind = run(*(inputs[at] for at in part.kept))
+        before, behind = run(*onloaded([inputs[at] for at in part.kept]))
         added: Tensor = behind - before
         return added
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from toca_fx.lower.analysis import Wanted
 from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.lower.onload import onloaded
 from toca_fx.runtime import watch, words
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.runner import Runner
@@ -103,7 +104,7 @@ class Conditioning:
         if renewed:
             if found.timed.buffers:  # first of all, and whether or not this call reads the table
                 self._filled = False
-            given = [inputs[position] for position in kept]
+            given = onloaded([inputs[position] for position in kept])
             with torch.no_grad():
                 torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
             self._see("conditions", inputs, kept)
@@ -155,7 +156,7 @@ class Conditioning:
         if values is not None:
             self._values.put_rows(values)
             return
-        given = [inputs[position] for position in part.kept]
+        given = onloaded([inputs[position] for position in part.kept])
         conditions = (self._values.tensors[buffer] for buffer in part.buffers)
         self._values.put(wanted.names, self._program.timed(wanted)(*given, *conditions))
         if wanted.names == self._found.hoisted.timed:
@@ -214,6 +215,7 @@ class Conditioning:
         listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
+        given = [*onloaded(given)]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
         axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
         with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from toca_fx.lower.analysis import Inputs
+from toca_fx.lower.onload import is_offloaded
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
@@ -25,7 +26,7 @@ from toca_fx.runtime.gate import Choice, Gate, SamplingRun
 from toca_fx.runtime.histories import Histories, Moment
 from toca_fx.runtime.identity import Agreement, Mark
 from toca_fx.runtime.report import Launch, StepRecord
-from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.runner import MOVING, Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.signals import Facts
 from toca_fx.runtime.storage import Storage
@@ -303,6 +304,8 @@ class Generation:
             return outputs
 
         recordings, reason = storage.recordings, storage.reason
+        if recordings is not None and is_offloaded():  # since its generation began, or before
+            recordings, reason = None, MOVING
         if recordings is None:
             outputs = body(inputs)
             return outputs, Launch("queued", reason), selection_seconds
