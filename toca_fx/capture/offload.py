@@ -227,6 +227,7 @@ class Offloaded:
         self._model, self._compiled = model, compiled
         self._onloading, self._records = onloading, records
         self._stubs = Stubs(fingerprint)
+        self._lock = _locks.setdefault(model, threading.RLock())  # that of all its twins
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -234,14 +235,14 @@ class Offloaded:
         Raises:
             UnsupportedModelError: its hooks do what a compiled step cannot.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # in a graph of somebody else
             return self._compiled(*args, **kwargs)
-        hooked = hooked_modules(self._model)
-        if not hooked:
-            return self._compiled(*args, **kwargs)
-        # Another thread's call would take away what this one has brought in.
-        with _locks.setdefault(self._model, threading.RLock()), ExitStack() as stack:
-            return self._call(Hooks(self._model, hooked), stack, args, kwargs)
+        # Another thread's call would find no hooks, and take away what this one has brought in.
+        with self._lock, ExitStack() as stack:
+            hooked = hooked_modules(self._model)
+            if hooked:
+                return self._call(Hooks(self._model, hooked), stack, args, kwargs)
+        return self._compiled(*args, **kwargs)
 
     def _call(self, hooks: Hooks, stack: ExitStack, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._records and hooks.groups:
