@@ -22,7 +22,7 @@ from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
 from toca_fx.lower.fake_inputs import like
-from toca_fx.lower.onload import onloaded
+from toca_fx.lower.onload import is_offloaded, onloaded
 from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher, use_lazy_graph_module
 
 aten = torch.ops.aten
@@ -39,11 +39,11 @@ def compile_regions(
     """Compile ``module``, equal blocks once; a graph without equal blocks is compiled whole.
 
     ``examples`` are its inputs, fake tensors of ``mode``; ``module`` is changed. Weights that are
-    away come in for the piece that reads them.
+    away come in for the piece that reads them, and so a graph that reads such is never whole.
     """
     pieces = cut(module)
     kinds = _Survey(pieces, mode).kinds(examples)
-    if len(set(kinds.values())) == len(kinds):
+    if len(set(kinds.values())) == len(kinds) and not is_offloaded():
         return _on_weights(compiler(module, list(examples)))
     compiled: dict[_Kind, Callable[..., Any]] = {}
     for name, kind in kinds.items():

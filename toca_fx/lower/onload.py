@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from torch import fx
+
+from toca_fx.torch_private import tree_leaves, tree_map
+
 
 class Onloader(Protocol):
     """Brings weights in during one call of a model, and takes them away until its end.
@@ -51,6 +55,26 @@ def onloaded(values: Sequence[Any], at: Iterable[int] | None = None) -> Sequence
     for place, value in zip(places, now.onload([values[place] for place in places]), strict=True):
         found[place] = value
     return found
+
+
+def run_part(part: fx.GraphModule, *given: Any) -> Any:
+    """Run a part of a graph; weights that are away come in one after the other, as they are read.
+
+    Hoisted values are made of weights all over the model.
+    """
+    return part(*given) if _now.get() is None else _ByNode(part).run(*given)
+
+
+class _ByNode(fx.Interpreter):
+    """Runs a graph on stubs."""
+
+    extra_traceback = False  # says where in our own code
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        real = dict(zip(map(id, leaves), onloaded(leaves), strict=True))
+        args, kwargs = tree_map(lambda leaf: real[id(leaf)], (args, kwargs))
+        return super().call_function(target, args, kwargs)
 
 
 def is_offloaded() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from toca_fx.lower.analysis import Wanted
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.lower.onload import onloaded
+from toca_fx.lower.onload import run_part
 from toca_fx.runtime import watch, words
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.runner import Runner
@@ -104,9 +105,10 @@ class Conditioning:
         if renewed:
             if found.timed.buffers:  # first of all, and whether or not this call reads the table
                 self._filled = False
-            given = onloaded([inputs[position] for position in kept])
+            given = [inputs[position] for position in kept]
             with torch.no_grad():
-                torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
+                computed = run_part(found.conditions.module, *given)
+                torch._foreach_copy_(self._values.conditions, list(computed))
             self._see("conditions", inputs, kept)
         self._renewed = self._renewed + 1 if renewed else 0
         if self._renewed == _MANY:
@@ -156,7 +158,7 @@ class Conditioning:
         if values is not None:
             self._values.put_rows(values)
             return
-        given = onloaded([inputs[position] for position in part.kept])
+        given = [inputs[position] for position in part.kept]
         conditions = (self._values.tensors[buffer] for buffer in part.buffers)
         self._values.put(wanted.names, self._program.timed(wanted)(*given, *conditions))
         if wanted.names == self._found.hoisted.timed:
@@ -215,11 +217,11 @@ class Conditioning:
         listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         given = [stacked if at == position else inputs[at] for at in part.kept]
-        given = [*onloaded(given)]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
         axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
+        run = functools.partial(run_part, part.module)
         with torch.no_grad():
-            self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
+            self._values.fill(torch.func.vmap(run, in_dims=tuple(axes))(*given))
 
     def _changed(self, what: str, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others than those that were seen last, or were written to since.
