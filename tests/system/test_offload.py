@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +219,34 @@ def test_a_piece_of_a_graph_has_its_own_weights_in(traffic: Traffic, tmp_path: P
 
 def test_explain_needs_no_weights(tmp_path: Path) -> None:
     model, calls = made(FLUX)
-    expected = str(toca_fx.explain(model, policy(), **calls[0]))
+    expected = toca_fx.explain(model, policy(), **calls[0])
     sequential(model, tmp_path)
-    assert str(toca_fx.explain(model, policy(), **calls[0])) == expected
+    found = toca_fx.explain(model, policy(), **calls[0])
+    assert found.offloaded_bytes == sum(weight.nbytes for weight in model.parameters())
+    assert replace(found, offloaded_bytes=0, moved_bytes=()) == expected
     assert weights_away(model, sequential)
     assert "forward" in vars(model)
+
+
+@pytest.mark.parametrize(
+    "mode", slow_but([leaves_on_disk], [leaves_on_disk, blocks, sequential], "one of three")
+)
+def test_what_is_computed_travels_and_the_rest_stays_away(mode: Mode, tmp_path: Path) -> None:
+    model, calls = made(FLUX)
+    mode(model, tmp_path)
+    half_reused = policy(N={"base": 2}, cache={"grain": "model"})
+    told = toca_fx.explain(model, half_reused, **calls[0])
+    twin = toca_fx.compile(model, half_reused, inner="eager")
+    with toca_fx.session(timesteps=[given["timestep"][0].item() for given in calls]) as session:
+        outputs(twin, calls)
+    steps = session.report().steps
+    assert [step.kind for step in steps] == [kind for _, kind in told.steps]
+    assert tuple(step.moved_bytes for step in steps) == told.moved_bytes
+    full, skip = steps[2], steps[1]
+    assert full.moved_bytes <= told.offloaded_bytes
+    assert skip.moved_bytes < full.moved_bytes / 4
+    assert session.report().moved_bytes == sum(told.moved_bytes)
+    assert f"of {told.offloaded_bytes * STEPS / 2**20:.1f} uncached" in str(told)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -181,18 +181,43 @@ class Weights:
     def onload(self, values: Sequence[Any]) -> list[Any]:
         """``values`` with weights in the place of stubs; others may be taken away."""
         self._show()
-        found = [self._of.get(id(value)) for value in values]
-        wanted = {group for each in found if each is not None for group in each[2]}
-        if wanted:
-            for group in [*reversed(self._in)]:
-                if group not in wanted and group not in self._always and group.path:
-                    del self._in[group]
-                    group.offload()
-            self._bring(group for group in self._groups if group in wanted)
+        wanted = self._wanted(values)
+        for group in self._unwanted(wanted, self._in):
+            del self._in[group]
+            group.offload()
+        self._bring(wanted)
+        found = (self._of.get(id(value)) for value in values)
         return [
             value if each is None else like_stub(each[0].tensor, each[1])
             for value, each in zip(values, found, strict=True)
         ]
+
+    def bytes_to_move(self, asked: Iterable[Sequence[Any]]) -> int:
+        """Bytes that a call brings in which asks for these values, one after the other."""
+        moved, inside = 0, dict(self._always)
+        for values in asked:
+            wanted = self._wanted(values)
+            for group in self._unwanted(wanted, inside):
+                del inside[group]
+            moved += sum(self._bytes[group] for group in wanted if group not in inside)
+            inside.update(dict.fromkeys(wanted))
+        return moved + sum(self._bytes[group] for group in self._always)
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes that the hooks bring in at every call of the model as it is."""
+        return sum(self._bytes.values())
+
+    def _wanted(self, values: Sequence[Any]) -> list[Group]:
+        """The groups that have to be in for these values, in the order in which they come in."""
+        found = (self._of.get(id(value)) for value in values)
+        wanted = {group for each in found if each is not None for group in each[2]}
+        return [group for group in self._groups if group in wanted]
+
+    def _unwanted(self, wanted: Sequence[Group], inside: Mapping[Group, None]) -> list[Group]:
+        """The groups that go first, in that order; none, if nothing comes."""
+        stay = {*wanted, *self._always}
+        return [each for each in reversed([*inside]) if wanted and each not in stay and each.path]
 
     def _bring(self, groups: Iterable[Group]) -> None:
         for group in groups:
@@ -272,13 +297,12 @@ class Offloaded:
 
 
 @contextmanager
-def as_onloaded(model: nn.Module) -> Iterator[None]:
+def as_onloaded(model: nn.Module) -> Iterator[Weights]:
     """Inside, ``model`` can be captured as if it had no hooks, and all weights were in.
 
-    Nothing is brought in.
+    Nothing is brought in, but tensors of classes of their own. Yields the weights that are away.
     """
     hooks = Hooks(model, hooked_modules(model))
-    with hooks.off(), ExitStack() as inside:
-        if hooks.groups:
-            inside.enter_context(Weights(hooks, Stubs(lambda _: None)).hidden())
-        yield
+    weights = Weights(hooks, Stubs(lambda _: None))
+    with hooks.off(), weights.hidden():
+        yield weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toca_fx.lower.analysis import Inputs
-from toca_fx.lower.onload import is_offloaded
+from toca_fx.lower.onload import is_offloaded, moved_bytes
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
@@ -164,7 +164,7 @@ class Generation:
 
         If it raises, wherever that is, the memories count as lost and the call as not made.
         """
-        began = time.perf_counter()
+        began, moved = time.perf_counter(), moved_bytes()
         before, position = self.progress, decision.position
         self.progress, self._forgotten = replace(before, lost=True), False
         storage, conditioning = self._memories()
@@ -203,6 +203,7 @@ class Generation:
             beside_flops,
             launch,
             choice.reason,
+            moved_bytes() - moved,
         )
         self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
         self._latents = self._mark(facts.latents)

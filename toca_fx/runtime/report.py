@@ -30,7 +30,8 @@ class StepRecord:
     ``selection_seconds`` the part that chose tokens (0 for a recorded step: it is part of the
     recording). ``beside_flops`` is what the call spent beside its step graph: on values that do
     not depend on the latents, and on what a gate measures. ``reason`` says why it is of its kind:
-    "planned", "nothing kept" or "in doubt", or what a gate saw.
+    "planned", "nothing kept" or "in doubt", or what a gate saw. ``moved_bytes`` are those of the
+    weights that were away, and were brought in for it.
     """
 
     index: int
@@ -43,6 +44,7 @@ class StepRecord:
     beside_flops: int
     launch: Launch = Launch("queued", "")
     reason: str = "planned"
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Report:
     def flops_done(self) -> int:
         """FLOPs of all calls, hoisted values included."""
         return sum(self.step_flops) + sum(step.beside_flops for step in self.steps)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights that all calls have brought in from where offloading had put them."""
+        return sum(step.moved_bytes for step in self.steps)
 
     @property
     def seconds(self) -> float:
@@ -125,6 +132,7 @@ class Report:
                     "reason": s.reason,
                     "branch": s.branch,
                     "seconds": s.seconds,
+                    "moved_bytes": s.moved_bytes,
                 }
                 for s in self.steps
             ],
@@ -142,6 +150,7 @@ class Report:
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached},
             "cache_bytes": self.cache_bytes,
             "hoisted_bytes": self.hoisted_bytes,
+            "moved_bytes": self.moved_bytes,
             "seconds": self.seconds,
             "selection_seconds": self.selection_seconds,
             "compiled_graphs": self.compiled_graphs,
@@ -161,6 +170,8 @@ class Report:
             f"{self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             f"graphs     {self.compiled_graphs} compiled",
         ]
+        if self.moved_bytes:
+            lines.append(f"offload    {self.moved_bytes / 2**20:.1f} MiB of weights brought in")
         for kind, counts in self.launches.items():
             lines.append(
                 f"launches   {kind}: "
