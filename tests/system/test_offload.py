@@ -125,10 +125,7 @@ MODES: tuple[Mode, ...] = (
 ROWS = [(name, mode, when) for name in (FLUX, WAN) for mode in MODES for when in (0, 1)]
 OFTEN = [
     (FLUX, sequential, 0),
-    (FLUX, whole_model, 1),
-    (FLUX, blocks, 0),
     (FLUX, leaves_on_disk, 1),
-    (FLUX, stored_in_8_bits_on_disk, 0),
     (WAN, stored_in_8_bits, 1),
 ]
 
@@ -170,7 +167,7 @@ def weights_away(model: nn.Module, mode: Mode) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "later"), slow_but(OFTEN, ROWS, "six rows have one of each kind of hook")
+    ("name", "mode", "later"), slow_but(OFTEN, ROWS, "three rows have one of each kind of hook")
 )
 def test_full_steps_are_the_models_and_others_are_cached(
     name: str, mode: Mode, later: int, tmp_path: Path, traffic: Traffic

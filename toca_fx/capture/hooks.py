@@ -6,7 +6,7 @@ calls what was there before. Neither library is imported: their hooks are told b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,31 +52,31 @@ class Hooked:
 
 
 def hooked_modules(model: nn.Module) -> list[Hooked]:
-    """The modules of ``model`` that have hooks, the model itself among them, in its own order.
-
-    It is asked at every call: only where a module has a forward of its own more is looked at.
-    """
-    found = [module for module in _modules(model) if "forward" in vars(module)]
+    """The modules of ``model`` that have hooks, itself among them, those around others first."""
+    found = _with_own_forward(model)
     if not found:
         return []
     paths = {module: path for path, module in model.named_modules()}
-    hooked = (_hooked(module, paths.get(module, "")) for module in found)
+    hooked = (_hooked(module, paths[module]) for module in found)
     return [each for each in hooked if each is not None]
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, each once, those around others first; ``model.modules()`` takes ten times as
-    long.
+def _with_own_forward(model: nn.Module) -> list[nn.Module]:
+    """The modules that have a forward of their own, besides that of their class.
+
+    It is asked at every call; ``model.modules()`` would take ten times as long.
     """
-    seen, left = set[int](), [model]
-    while left:
-        module = left.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        inside = vars(module)["_modules"]
-        left.extend(child for child in reversed(inside.values()) if child is not None)
+    found: list[nn.Module] = []
+    left, seen = [model], {model}
+    for module in left:
+        state = module.__dict__
+        if "forward" in state:
+            found.append(module)
+        for child in state["_modules"].values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                left.append(child)
+    return found
 
 
 def _hooked(module: nn.Module, path: str) -> Hooked | None:
