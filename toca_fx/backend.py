@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
+from toca_fx.capture.offload import Offloaded
 from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
@@ -25,6 +26,7 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.locks import let_go
 from toca_fx.lower.once import Recent, once
+from toca_fx.lower.onload import onloaded, onloading
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
@@ -35,6 +37,7 @@ from toca_fx.plan.units import whole_model
 from toca_fx.policy import Policy, PolicySource, load_policy
 from toca_fx.runtime import words
 from toca_fx.runtime.context import current_place
+from toca_fx.runtime.identity import fingerprint
 from toca_fx.runtime.models import models_of
 from toca_fx.runtime.parts import Attempt, attempt_of
 from toca_fx.runtime.runner import Runner
@@ -104,7 +107,8 @@ def _compile_module(
 ) -> Any:
     """A twin of a module, with some methods more."""
     refuse_two_caches(model)
-    return twin_of(model, Backend(policy, inner, whole=True), {**METHODS, **(methods or {})})
+    backend = Backend(policy, inner, whole=True)
+    return twin_of(model, backend, {**METHODS, **(methods or {})}, backend.around)
 
 
 def _policies(policy: Any, models: Sequence[str]) -> dict[str, Policy | None]:
@@ -170,12 +174,23 @@ class Backend:
                 "toca_fx: gradients are enabled: the model runs uncached, because cached features "
                 "have no gradient. Sample under torch.no_grad() or torch.inference_mode()"
             )
-            return self.inner(captured, list(inputs))
+            run = self.inner(captured, list(inputs))
+            return lambda *given: run(*onloaded(given))
         refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
         same = identity(captured, inputs)
         return made if same is None else _dispatchers.setdefault((self, same), made)
+
+    def around(self, model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The ``compiled`` call of ``model``, with hooks that offload or cast outside of it."""
+        return Offloaded(
+            model,
+            compiled,
+            onloading=onloading,
+            fingerprint=fingerprint,
+            records=self.inner.records is True,
+        )
 
 
 class Dispatcher:
@@ -234,7 +249,7 @@ class Dispatcher:
             for value in values
         )
         # What the model reads out of tensors is part of its graph.
-        key = (shapes, self._numbers.read(inputs))
+        key = (shapes, self._numbers.read(onloaded(inputs, self._numbers.reads)))
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
         with OFF.again():  # its casts are in the graphs
@@ -244,7 +259,7 @@ class Dispatcher:
                 output = at.session.call(model, runner, inputs, attempt, at.path, at.told)
             else:
                 output = begun.follow(attempt, model, runner, inputs)
-            updates.apply(inputs)
+            updates.apply(onloaded(inputs, updates.reads))
         return output
 
     def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:
@@ -256,9 +271,10 @@ class Dispatcher:
                 "or nothing is ever cached",
                 _MANY_SHAPES,
             )
-        aten = to_aten(self._captured, inputs, self._numbers)
+        given = onloaded(inputs, self._numbers.reads)
+        aten = to_aten(self._captured, given, self._numbers)
         if aten.meta["writes"]:
-            verify(self._captured, aten, inputs)
+            verify(self._captured, aten, onloaded(inputs))
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
         if not matches.sites and not whole_model(policy, matches):

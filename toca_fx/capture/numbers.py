@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from toca_fx.capture.inline import inlined
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.graph.edit import ancestors
+from toca_fx.graph.edit import ancestors, used_inputs
 from toca_fx.graph.ops import aten
 from toca_fx.torch_private import enter_autocast, exit_autocast
 
@@ -41,7 +41,10 @@ class _Read:
 
 
 class Numbers:
-    """The numbers that Dynamo's graph reads out of tensors; false if it reads none."""
+    """The numbers that Dynamo's graph reads out of tensors; false if it reads none.
+
+    ``reads`` are the positions of the inputs that they depend on.
+    """
 
     def __init__(self, captured: fx.GraphModule) -> None:
         self._captured = inlined(captured)
@@ -51,6 +54,7 @@ class Numbers:
             if (read := _read_by(node)) is not None
         }
         self._reader = self._module() if self._reads else None
+        self.reads = () if self._reader is None else used_inputs(self._reader.graph)
 
     def __bool__(self) -> bool:
         return bool(self._reads)

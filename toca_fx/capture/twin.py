@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -38,12 +38,18 @@ class Twin:
         return operator.getitem, ([self._toca_model], 0)
 
 
-def twin_of(model: Model, backend: Any, methods: Mapping[str, Any] | None = None) -> Model:
+def twin_of(
+    model: Model,
+    backend: Any,
+    methods: Mapping[str, Any] | None = None,
+    around: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Model:
     """A twin of ``model`` that is compiled by ``backend`` as one graph, with some ``methods`` more.
 
     Both have one ``__dict__``: whatever is set on one, hooks and submodules included, is set on the
     other. The compiled call alone is the twin's own, in a slot, for which it needs a class of its
-    own: a subclass by the model's name. What Dynamo captures is the model.
+    own: a subclass by the model's name. What Dynamo captures is the model. ``around`` makes of the
+    model and its compiled call what calling the twin runs.
     """
     module = original_module(model)
     module = cast("Model", getattr(module, "_toca_model", module))
@@ -57,10 +63,11 @@ def twin_of(model: Model, backend: Any, methods: Mapping[str, Any] | None = None
     }
     made = types.new_class(of.__name__, (Twin, of), exec_body=lambda space: space.update(body))
     twin: Any = object.__new__(made)
+    compiled = compiled_call(module, backend)
     own = {
         "__dict__": vars(module),
         "_toca_model": module,
-        COMPILED_CALL: compiled_call(module, backend),
+        COMPILED_CALL: compiled if around is None else around(module, compiled),
     }
     for name, value in own.items():
         object.__setattr__(twin, name, value)

@@ -15,17 +15,21 @@ from torch import Tensor, fx, nn
 
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.graph.edit import ancestors
+from toca_fx.graph.edit import ancestors, used_inputs
 from toca_fx.graph.ops import is_cheap, is_random
 from toca_fx.torch_private import is_mutable, storage_id
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What the inputs at ``positions`` hold after a call: ``values`` of all inputs."""
+    """What the inputs at ``positions`` hold after a call: ``values`` of all inputs.
+
+    ``reads`` are the positions of those that are read or written.
+    """
 
     positions: tuple[int, ...] = ()
     values: fx.GraphModule | None = None
+    reads: tuple[int, ...] = ()
 
     def apply(self, inputs: Sequence[Any]) -> None:
         """Write to the inputs of a call what the model writes."""
@@ -94,7 +98,8 @@ def updates_of(graph: fx.Graph, buffers: Iterable[fx.Node], after: Iterable[Any]
             copies[node] = values.node_copy(node, copies.__getitem__)
     values.output([copies[value] for _, value in changed])
     positions = tuple(placeholders.index(node) for node, _ in changed)
-    return Updates(positions, fx.GraphModule(nn.Module(), values))
+    reads = tuple({*positions, *used_inputs(values)})
+    return Updates(positions, fx.GraphModule(nn.Module(), values), reads)
 
 
 def _storage(node: Any) -> int | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture, uncompiled
+from toca_fx.capture.offload import Weights, as_onloaded
 from toca_fx.describe.explanation import Explanation, KindExplanation
 from toca_fx.describe.memories import kept_by
 from toca_fx.describe.rows import Skipped
@@ -18,6 +19,7 @@ from toca_fx.graph import roles
 from toca_fx.graph.ops import namespace, operator_name
 from toca_fx.lower import memory
 from toca_fx.lower.analysis import Analysis
+from toca_fx.lower.traffic import reads
 from toca_fx.match.matcher import match
 from toca_fx.match.sites import NearMiss
 from toca_fx.plan.choose import default_policy, written_for_another
@@ -56,9 +58,10 @@ def explain(
     steps = number_of_steps(num_steps, "explain")
     given = None if policy is None else load_policy(policy)
     module = uncompiled(model)
-    captured, inputs = capture(module, args, kwargs)
     name = type(module).__name__
-    aten = to_aten(captured, inputs)
+    with as_onloaded(module) as weights:
+        captured, inputs = capture(module, args, kwargs)
+        aten = to_aten(captured, inputs)
     latents = roles.latents_shape(aten.graph)
     chosen = given or default_policy(name, None if latents is None else len(latents))
     planner = Planner(chosen, match(aten.graph), roles.aspect(aten.graph))
@@ -89,6 +92,16 @@ def explain(
         uncut=found.matches.uncut,
         warnings=(*([mismatch] if mismatch else []), *plan.warnings),
         passes=tuple(_passes(found, plan)),
+        offloaded_bytes=weights.all_bytes,
+        moved_bytes=_moved(found, plan, inputs, weights) if weights.all_bytes else (),
+    )
+
+
+def _moved(found: Analysis, plan: Plan, inputs: Sequence[Any], weights: Weights) -> tuple[int, ...]:
+    """The bytes that each call brings in."""
+    return tuple(
+        weights.bytes_to_move([[inputs[at] for at in read] for read in asked])
+        for asked in reads(found, plan)
     )
 
 

@@ -35,7 +35,9 @@ class Explanation:
     on a GPU, rounded as its allocator does. ``step_bytes`` of it is what the worst step takes while
     it runs; ``listed_bytes`` comes on top in a session that knows its timesteps. On a GPU steps are
     recorded, and then keep ``recordable_bytes`` between generations, unless ``queued_because`` says
-    why not. ``passes`` are lines on what each pass did, by kind of step.
+    why not. ``passes`` are lines on what each pass did, by kind of step. Where weights are away
+    between calls, ``moved_bytes`` are what each call brings in, in a session that is told its
+    timesteps, and ``offloaded_bytes`` what each call of the model as it is brings in.
     """
 
     model: str
@@ -57,6 +59,8 @@ class Explanation:
     warnings: tuple[str, ...]
     uncut: str = ""
     passes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    offloaded_bytes: int = 0
+    moved_bytes: tuple[int, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -91,6 +95,8 @@ class Explanation:
             "listed_bytes": self.listed_bytes,
             "recordable_bytes": self.recordable_bytes,
             "queued_because": self.queued_because,
+            "offloaded_bytes": self.offloaded_bytes,
+            "moved_bytes": list(self.moved_bytes),
             "passes": {kind: list(reports) for kind, reports in self.passes},
             "uncut": self.uncut,
             "warnings": list(self.warnings),
@@ -111,6 +117,7 @@ class Explanation:
             "hoisted values",
             f"memory     {self._memory()}",
             f"on a GPU   {self._launch()}",
+            *self._offload(),
             *([f"grain      of the model: its output only, as {self.uncut}"] if self.uncut else []),
             "",
             *site_lines(self.sites),
@@ -132,6 +139,14 @@ class Explanation:
         least, most = self.full_range
         if least < most:
             yield f"gate       {least} to {most} full steps; what follows is of {least}"
+
+    def _offload(self) -> Iterator[str]:
+        if self.moved_bytes:
+            uncached = self.offloaded_bytes * len(self.steps)
+            yield (
+                f"offload    {mib(sum(self.moved_bytes))} MiB of weights brought in, of "
+                f"{mib(uncached)} uncached"
+            )
 
     def _memory(self) -> str:
         rounding = self.peak_bytes - self.cache_bytes - self.hoisted_bytes - self.step_bytes

@@ -67,3 +67,9 @@ def erase_unused(graph: fx.Graph, placeholders: Sequence[fx.Node]) -> tuple[int,
         if not node.users:
             graph.erase_node(node)
     return used
+
+
+def used_inputs(graph: fx.Graph) -> tuple[int, ...]:
+    """The positions of the inputs that something in the graph uses."""
+    placeholders = graph.find_nodes(op="placeholder")
+    return tuple(at for at, node in enumerate(placeholders) if node.users)

@@ -22,6 +22,7 @@ from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
 from toca_fx.lower.fake_inputs import like
+from toca_fx.lower.onload import is_offloaded, onloaded
 from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher, use_lazy_graph_module
 
 aten = torch.ops.aten
@@ -37,22 +38,27 @@ def compile_regions(
 ) -> Callable[..., Any]:
     """Compile ``module``, equal blocks once; a graph without equal blocks is compiled whole.
 
-    ``examples`` are its inputs, fake tensors of ``mode``; ``module`` is changed.
+    ``examples`` are its inputs, fake tensors of ``mode``; ``module`` is changed. Weights that are
+    away come in for the piece that reads them, and so a graph that reads such is never whole.
     """
     pieces = cut(module)
     kinds = _Survey(pieces, mode).kinds(examples)
-    if len(set(kinds.values())) == len(kinds):
-        return compiler(module, list(examples))
+    if len(set(kinds.values())) == len(kinds) and not is_offloaded():
+        return _on_weights(compiler(module, list(examples)))
     compiled: dict[_Kind, Callable[..., Any]] = {}
     for name, kind in kinds.items():
         if kind not in compiled:
             piece = fx.GraphModule(kind.piece, kind.piece.graph)
-            compiled[kind] = compiler(piece, list(kind.inputs))
+            compiled[kind] = _on_weights(compiler(piece, list(kind.inputs)))
         delattr(pieces, name)
         setattr(pieces, name, compiled[kind])
     # What FX generates calls them in turn; Module.__call__ would only add to that.
     run: Callable[..., Any] = pieces.forward
     return run
+
+
+def _on_weights(run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given: run(*onloaded(given))
 
 
 def cut(module: fx.GraphModule) -> fx.GraphModule:

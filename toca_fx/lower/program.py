@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from toca_fx.lower.compiler import Inner
 from toca_fx.lower.fake_inputs import like
 from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import Recent, once
+from toca_fx.lower.onload import is_offloaded, run_part
 from toca_fx.lower.show import show
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
@@ -90,13 +92,20 @@ class Program:
 
     def timed(self, wanted: Wanted) -> Callable[..., Any]:
         """The compiled part of the wanted timed values, for one timestep."""
-        return once(self._parts, wanted.names, lambda: self._compiled_part(wanted.part.module))
+        module = wanted.part.module
+        if is_offloaded():  # compiled it would need all of its weights at once
+            return functools.partial(run_part, module)
+        return once(self._parts, wanted.names, lambda: self._compiled_part(module))
 
     def first_block(self, inputs: Sequence[Any]) -> Tensor:
         """What the first block adds to the residual stream, for a call with these inputs."""
         part, names = self.analysis.first_block, self.analysis.matches.first_block
-        run = once(self._parts, names, lambda: self._compiled_part(part.module))
-        before, behind = run(*(inputs[at] for at in part.kept))
+        given = [inputs[at] for at in part.kept]
+        if is_offloaded():
+            before, behind = run_part(part.module, *given)
+        else:
+            run = once(self._parts, names, lambda: self._compiled_part(part.module))
+            before, behind = run(*given)
         added: Tensor = behind - before
         return added
 

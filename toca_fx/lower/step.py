@@ -19,6 +19,7 @@ from toca_fx.lower.compiler import Inner
 from toca_fx.lower.cost import StepCost
 from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.lower.flops import FlopCounter
+from toca_fx.lower.onload import onloaded
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.step_graph import StepGraph
@@ -87,7 +88,7 @@ class CompiledStep:
         with compiling():
             if key not in self._special:
                 if len(self._special) == _MOST_SPECIAL:
-                    return self.graph.module
+                    return lambda *given: self.graph.module(*onloaded(given))
                 self._special[key] = self._compile(self._fake.of_counts(counts))
             return self._special[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from toca_fx.lower.analysis import Wanted
 from toca_fx.lower.hoisted_values import HoistedValues
+from toca_fx.lower.onload import run_part
 from toca_fx.runtime import watch, words
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.runner import Runner
@@ -105,7 +107,8 @@ class Conditioning:
                 self._filled = False
             given = [inputs[position] for position in kept]
             with torch.no_grad():
-                torch._foreach_copy_(self._values.conditions, list(found.conditions.module(*given)))
+                computed = run_part(found.conditions.module, *given)
+                torch._foreach_copy_(self._values.conditions, list(computed))
             self._see("conditions", inputs, kept)
         self._renewed = self._renewed + 1 if renewed else 0
         if self._renewed == _MANY:
@@ -216,10 +219,11 @@ class Conditioning:
         given = [stacked if at == position else inputs[at] for at in part.kept]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
         axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
+        run = functools.partial(run_part, part.module)
         with torch.no_grad():
             if self._program.inner.exact:
                 rows = (
-                    part.module(
+                    run(
                         *(
                             value if axis is None else value[at]
                             for value, axis in zip(given, axes, strict=True)
@@ -229,7 +233,7 @@ class Conditioning:
                 )
                 self._values.fill([torch.stack(each) for each in zip(*rows, strict=True)])
             else:
-                self._values.fill(torch.func.vmap(part.module, in_dims=tuple(axes))(*given))
+                self._values.fill(torch.func.vmap(run, in_dims=tuple(axes))(*given))
 
     def _changed(self, what: str, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others than those that were seen last, or were written to since.

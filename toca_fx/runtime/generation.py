@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from toca_fx.lower.analysis import Inputs
+from toca_fx.lower.onload import is_offloaded, moved_bytes
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.plan import Plan, StepPlan
@@ -25,7 +26,7 @@ from toca_fx.runtime.gate import Choice, Gate, SamplingRun
 from toca_fx.runtime.histories import Histories, Moment
 from toca_fx.runtime.identity import Agreement, Mark
 from toca_fx.runtime.report import Launch, StepRecord
-from toca_fx.runtime.runner import Runner
+from toca_fx.runtime.runner import MOVING, Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.signals import Facts
 from toca_fx.runtime.storage import Storage
@@ -163,7 +164,7 @@ class Generation:
 
         If it raises, wherever that is, the memories count as lost and the call as not made.
         """
-        began = time.perf_counter()
+        began, moved = time.perf_counter(), moved_bytes()
         before, position = self.progress, decision.position
         self.progress, self._forgotten = replace(before, lost=True), False
         storage, conditioning = self._memories()
@@ -203,6 +204,7 @@ class Generation:
             launch,
             choice.reason,
             timestep or self._listed(position),
+            moved_bytes=moved_bytes() - moved,
         )
         self.progress = replace(before.advance(decision, timestep), lost=self._forgotten)
         self._latents = self._mark(facts.latents)
@@ -308,6 +310,8 @@ class Generation:
             return outputs
 
         recordings, reason = storage.recordings, storage.reason
+        if recordings is not None and is_offloaded():  # since its generation began, or before
+            recordings, reason = None, MOVING
         if recordings is None:
             outputs = body(inputs)
             return outputs, Launch("queued", reason), selection_seconds

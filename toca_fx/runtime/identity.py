@@ -135,6 +135,12 @@ class Seen:
         return not all(mark.same(value) for mark, value in zip(self._marks, others, strict=True))
 
 
+def fingerprint(weight: Tensor) -> tuple[Any, ...]:
+    """What changes when a weight is written to, wherever its memory lies."""
+    number = _a_number(weight)
+    return version(weight), None if number is None else number.value
+
+
 def _versions(values: list[Tensor]) -> list[int]:
     try:
         return list(map(_VERSION, values))
@@ -156,6 +162,8 @@ def _a_number(weight: Tensor) -> Any:
     """
     size = _SIZES.get(weight.element_size())
     if weight.device.type != "cpu" or type(weight) not in _PLAIN or not weight.numel() or not size:
+        return None
+    if not weight.data_ptr():  # its memory is elsewhere, and whoever put it there looks at it
         return None
     steps = zip(weight.shape, weight.stride(), strict=True)
     offset = sum(length // 2 * stride for length, stride in steps)

@@ -33,7 +33,8 @@ class StepRecord:
     not depend on the latents, and on what a gate measures. ``reason`` says why it is of its kind:
     "planned", "nothing kept" or "in doubt", or what a gate saw. ``timestep`` is the model's, if it
     is known. Of a pipeline ``component`` is the name of the model, and ``run`` the number of the
-    run in the call.
+    run in the call. ``moved_bytes`` are those of the weights that were away and were brought in
+    for it.
     """
 
     index: int
@@ -49,6 +50,7 @@ class StepRecord:
     timestep: Timestep | None = None
     component: str = ""
     run: int = 0
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class Report:
     def flops_done(self) -> int:
         """FLOPs of all calls, hoisted values included."""
         return sum(self.step_flops) + sum(step.beside_flops for step in self.steps)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of weights that all calls have brought in from where offloading had put them."""
+        return sum(step.moved_bytes for step in self.steps)
 
     @property
     def seconds(self) -> float:
@@ -136,6 +143,7 @@ class Report:
                     "branch": s.branch,
                     "timestep": None if s.timestep is None else [*s.timestep],
                     "seconds": s.seconds,
+                    "moved_bytes": s.moved_bytes,
                 }
                 for s in self.steps
             ],
@@ -153,6 +161,7 @@ class Report:
             "flops": {"done": self.flops_done, "uncached": self.flops_uncached},
             "cache_bytes": self.cache_bytes,
             "hoisted_bytes": self.hoisted_bytes,
+            "moved_bytes": self.moved_bytes,
             "seconds": self.seconds,
             "selection_seconds": self.selection_seconds,
             "compiled_graphs": self.compiled_graphs,
@@ -173,6 +182,8 @@ class Report:
             f"{self.hoisted_bytes / 2**20:.1f} MiB of hoisted values",
             f"graphs     {self.compiled_graphs} compiled",
         ]
+        if self.moved_bytes:
+            lines.append(f"offload    {self.moved_bytes / 2**20:.1f} MiB of weights brought in")
         for kind, counts in self.launches.items():
             lines.append(
                 f"launches   {kind}: "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from toca_fx.lower.cuda_graphs import Recordings, recorder_for
 from toca_fx.lower.locks import new_lock
+from toca_fx.lower.onload import is_offloaded
 from toca_fx.lower.program import Program
 from toca_fx.plan.plan import Plan
 from toca_fx.runtime.gate import gate_of
@@ -20,6 +21,8 @@ from toca_fx.runtime.selector import Selector
 from toca_fx.runtime.storage import Storage
 from toca_fx.runtime.timed_values import TimedValues
 from toca_fx.runtime.watch import Watch
+
+MOVING = "weights move or are cast at every call, and a recording reads them where they were"
 
 
 class Runner:
@@ -81,6 +84,8 @@ class Runner:
     def _queued_because(self, storage: Storage) -> str:
         """Why steps on this storage are not recorded; "" if they are."""
         records = self.program.inner.records
+        if is_offloaded():
+            return MOVING
         if records is False:
             return "the inner backend or its mode says so"
         if storage.selector.draws:
