@@ -6,12 +6,14 @@ inputs asks for them here; where nothing is offloaded that is the inputs themsel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from toca_fx.torch_private import tree_leaves, tree_map
 
@@ -65,6 +67,19 @@ def run_part(part: fx.GraphModule, *given: Any) -> Any:
     return part(*given) if _now.get() is None else _ByNode(part).run(*given)
 
 
+def run_rows(part: fx.GraphModule, rows: int, *given: Any) -> list[Tensor]:
+    """Run a part of a graph row by row, for so many of them; [rows, ...] of each of its outputs.
+
+    Of ``given`` an ``Each`` has one value for each row. Weights are brought in once for all.
+    """
+    outputs = _ByRow(part, rows).run(*given)
+    return [torch.stack(each if isinstance(each, Each) else [each] * rows) for each in outputs]
+
+
+class Each(list[Any]):
+    """A value for each row. It is no container to torch's trees."""
+
+
 class _ByNode(fx.Interpreter):
     """Runs a graph on stubs."""
 
@@ -75,6 +90,30 @@ class _ByNode(fx.Interpreter):
         real = dict(zip(map(id, leaves), onloaded(leaves), strict=True))
         args, kwargs = tree_map(lambda leaf: real[id(leaf)], (args, kwargs))
         return super().call_function(target, args, kwargs)
+
+
+class _ByRow(_ByNode):
+    """Runs each operator for one row after the other, where rows differ."""
+
+    def __init__(self, part: fx.GraphModule, rows: int) -> None:
+        super().__init__(part)
+        self._rows = rows
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, Each) for leaf in leaves):
+            return super().call_function(target, args, kwargs)
+        shared = [leaf for leaf in leaves if not isinstance(leaf, Each)]
+        real = dict(zip(map(id, shared), onloaded(shared), strict=True))
+
+        def of_row(row: int, leaf: Any) -> Any:
+            return leaf[row] if isinstance(leaf, Each) else real[id(leaf)]
+
+        found = Each()
+        for row in range(self._rows):
+            own, named = tree_map(functools.partial(of_row, row), (args, kwargs))
+            found.append(target(*own, **named))
+        return found
 
 
 def is_offloaded() -> bool:

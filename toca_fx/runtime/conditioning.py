@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toca_fx.lower.analysis import Wanted
 from toca_fx.lower.hoisted_values import HoistedValues
-from toca_fx.lower.onload import run_part
+from toca_fx.lower.onload import Each, run_part, run_rows
 from toca_fx.runtime import watch, words
 from toca_fx.runtime.identity import Seen
 from toca_fx.runtime.runner import Runner
@@ -216,24 +216,17 @@ class Conditioning:
             self._values.timesteps.copy_(timesteps, non_blocking=True)
         listed = timesteps.to(timestep.dtype).to(timestep.device, non_blocking=True)
         stacked = listed.reshape(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
-        given = [stacked if at == position else inputs[at] for at in part.kept]
+        exact = self._program.inner.exact
+        own = Each(stacked) if exact else stacked
+        given = [own if at == position else inputs[at] for at in part.kept]
         given += [self._values.tensors[buffer] for buffer in part.buffers]
-        axes = [0 if at == position else None for at in part.kept] + [None] * len(part.buffers)
-        run = functools.partial(run_part, part.module)
         with torch.no_grad():
-            if self._program.inner.exact:
-                rows = (
-                    run(
-                        *(
-                            value if axis is None else value[at]
-                            for value, axis in zip(given, axes, strict=True)
-                        )
-                    )
-                    for at in range(len(timesteps))
-                )
-                self._values.fill([torch.stack(each) for each in zip(*rows, strict=True)])
-            else:
-                self._values.fill(torch.func.vmap(run, in_dims=tuple(axes))(*given))
+            if exact:
+                self._values.fill(run_rows(part.module, len(timesteps), *given))
+                return
+            axes = tuple(0 if each is own else None for each in given)
+            run = functools.partial(run_part, part.module)
+            self._values.fill(torch.func.vmap(run, in_dims=axes)(*given))
 
     def _changed(self, what: str, inputs: Sequence[Any]) -> bool:
         """Whether inputs are others than those that were seen last, or were written to since.
