@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
+from toca_fx.capture.scalars import Scalars
 from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
@@ -165,11 +166,14 @@ class Dispatcher:
         model_class: str,
         inputs: Sequence[Any],
     ) -> None:
-        self._captured, self._inner, self._whole = captured, backend.inner, backend.whole
+        self._scalars = Scalars(captured)
+        self._captured = captured = self._scalars.graph
+        self._inner, self._whole = backend.inner, backend.whole
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
         sources = input_sources(captured)
+        inputs, _ = self._scalars.given(inputs)
         model = roles.model_name(sources)
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
@@ -195,7 +199,8 @@ class Dispatcher:
         """
         attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
-            return self._run(inputs, attempt)
+            given, numbers = self._scalars.given(inputs)
+            return self._scalars.returned(self._run(given, attempt), numbers)
         except BaseException:
             let_go()
             attempt.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import dropwhile
 
 import torch
@@ -98,6 +99,19 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
         captured.meta[_SOURCES] = tuple(map(_source, placeholders))
     found: tuple[str, ...] = captured.meta[_SOURCES]
     return found
+
+
+def name_inputs(made: fx.GraphModule, sources: Sequence[str]) -> None:
+    """Say where the inputs of a graph that was made of Dynamo's come from: see ``input_sources``."""
+    made.meta[_SOURCES] = tuple(sources)
+
+
+def is_python_float(placeholder: fx.Node) -> bool:
+    """Whether an input is a Python float that Dynamo found to vary, handed over as a tensor [].
+
+    Dynamo forgets it when it has compiled.
+    """
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -23,7 +23,7 @@ from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.gate import Choice, Gate, SamplingRun
 from toca_fx.runtime.histories import Histories, Moment
-from toca_fx.runtime.identity import Agreement, Mark
+from toca_fx.runtime.identity import Agreement, Mark, Seen
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
@@ -70,6 +70,7 @@ class Generation:
         self._lists_twice = timesteps is not None and len(set(timesteps)) < len(timesteps)
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False
+        self._state: tuple[Runner, Seen] | None = None
         self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
@@ -165,6 +166,7 @@ class Generation:
         """
         began = time.perf_counter()
         before, position = self.progress, decision.position
+        before = replace(before, lost=before.lost or self._is_of_another(inputs))
         self.progress, self._forgotten = replace(before, lost=True), False
         storage, conditioning = self._memories()
         self.latest = decision = replace(decision, full=decision.full or before.lost)
@@ -209,6 +211,22 @@ class Generation:
             self.running = False
             self.close()
         return outputs, record
+
+    def _is_of_another(self, inputs: Sequence[Any]) -> bool:
+        """Whether weights, or numbers of the model, are others than at the last call.
+
+        What was computed with those tells nothing: an adapter came, went, or has another scale.
+        """
+        if not self._keeps:
+            return False
+        at, before = self.runner.program.analysis.inputs.state, self._state
+        if before is not None and before[0] is self.runner and not before[1].differ(inputs):
+            return False
+        seen = Seen(inputs, at, frozenset(at))
+        self._state = self.runner, seen
+        if before is None:
+            return False
+        return before[0] is self.runner or not seen.alike(before[1])
 
     def _choose(self, decision: Decision, lost: bool, gate: Gate | None) -> Choice:
         """Whether the step is full whatever the plan says, and why."""
