@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,13 @@ from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.scalars import Scalars
-from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
+from toca_fx.capture.sources import (
+    captured_code,
+    captured_model,
+    frame_id,
+    input_sources,
+    model_class,
+)
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -39,10 +46,13 @@ from toca_fx.runtime.models import models_of
 from toca_fx.runtime.parts import Attempt, attempt_of
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.told import METHODS, refuse_two_caches
+from toca_fx.torch_private import captures, keep_captures
 
 log = logging.getLogger(__name__)
 
 _MANY_SHAPES = 8
+_MOST_CAPTURES = 32  # of one code, with their guards
+_MOST_GRAPHS = 32  # of one model
 _MOST_SHAPES = 64  # programs of one graph; the one that was called least recently goes
 
 Model = TypeVar("Model")
@@ -150,7 +160,13 @@ class Backend:
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
         same = identity(captured, inputs)
-        return made if same is None else _dispatchers.setdefault((self, same), made)
+        found = made if same is None else _dispatchers.setdefault((self, same), made)
+        _keep(captured_model(), captured_code(), found)
+        return found
+
+    def reset(self) -> None:
+        """Keep nothing: Dynamo calls it where it forgets all that it has captured."""
+        _of_model.clear()
 
 
 class Dispatcher:
@@ -191,12 +207,16 @@ class Dispatcher:
             if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
         self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
+        self.captured_anew: CodeType | None = None  # since the last call
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph.
 
         If it raises, wherever that is, the call was not made.
         """
+        code, self.captured_anew = self.captured_anew, None
+        if code is not None:
+            keep_captures(code, _MOST_CAPTURES, lambda backend: isinstance(backend, Backend))
         attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
             given, numbers = self._scalars.given(inputs)
@@ -257,6 +277,22 @@ class Dispatcher:
         return self._chosen
 
 
-# Those that Dynamo still holds: a generation stays with the runner that it began with, and with its
-# memories, whichever thread's capture Dynamo takes for its next step.
+# Those that somebody still holds: a generation stays with the runner that it began with, and with
+# its memories, whichever thread's capture Dynamo takes for its next step.
 _dispatchers: MutableMapping[object, Dispatcher] = weakref.WeakValueDictionary()
+
+# Dynamo holds those of the captures that it keeps, and a model its own, for a graph that comes
+# again: an adapter that is loaded once more, by another name.
+_of_model: MutableMapping[nn.Module, Recent[int, Dispatcher]] = weakref.WeakKeyDictionary()
+
+
+def _keep(model: nn.Module | None, code: CodeType | None, found: Dispatcher) -> None:
+    """Keep what was captured from a ``model``, and let the least recently captured ones go."""
+    found.captured_anew = code
+    if model is None or code is None:
+        return
+    if not captures(code):  # it is the first one, or Dynamo was reset
+        _of_model.pop(model, None)
+    kept = _of_model.setdefault(model, Recent(_MOST_GRAPHS))
+    kept.pop(id(found), None)
+    kept[id(found)] = found

@@ -9,6 +9,7 @@ operator) stays where Dynamo has it, for ``numbers`` to fix.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Hashable, Sequence, Set
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor, fx
 from toca_fx.capture.sources import input_sources, is_python_float, name_inputs
 from toca_fx.graph.edit import ancestors
 from toca_fx.graph.roles import state_name
-from toca_fx.torch_private import detect_fake_mode
+from toca_fx.torch_private import FakeTensor
 
 # What scales or shifts a tensor, by the name of the function or method.
-_ARITHMETIC = frozenset({"add", "sub", "mul", "multiply", "div", "truediv", "true_divide"})
+_SHIFTS = frozenset({"add", "sub"})
+_ARITHMETIC = _SHIFTS | frozenset({"mul", "multiply", "div", "truediv", "true_divide"})
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _OF_A_SHAPE = re.compile(r"\.(?:size|stride|storage_offset)\(\)")
 _MANY = 4096  # values
@@ -122,7 +124,8 @@ class Scalars:
             if key not in self._read:
                 with first.graph.inserting_before(first):
                     made = first.graph.placeholder(f"number_{len(self._read)}")
-                made.meta["example_value"] = _like(value, (), dtype)
+                with value.fake_mode:
+                    made.meta["example_value"] = torch.empty((), dtype=dtype, device=value.device)
                 self._read[key] = made
             _scale(copies[node], copies[number], self._read[key], dtype)
 
@@ -180,43 +183,44 @@ def _scaled_by(node: fx.Node, numbers: Set[fx.Node]) -> fx.Node | None:
     found = [each for each in operands if each in numbers]
     if name not in _ARITHMETIC or len(node.args) != 2 or node.kwargs or node in numbers:
         return None
-    is_real = isinstance(value, Tensor) and value.is_floating_point()
-    return found[0] if is_real and len(found) == 1 and len(operands) == 2 else None
+    if len(found) != 1 or len(operands) != 2 or type(value) is not FakeTensor:
+        return None
+    # What is added to narrow dtypes torch rounds in ways of its own.
+    exact = value.is_floating_point() and (value.dtype.itemsize >= 4 or name not in _SHIFTS)
+    return found[0] if exact else None
 
 
 def _scale(node: fx.Node, number: fx.Node, given: fx.Node, dtype: torch.dtype) -> None:
     """Let ``node`` scale by ``given`` and not by ``number``, in ``dtype``."""
     graph, value = node.graph, node.meta["example_value"]
     (tensor,) = (each for each in node.all_input_nodes if each is not number)
-    operand = tensor
-    if tensor.meta["example_value"].dtype != dtype:
+
+    def put(target: str, operand: fx.Node, *args: Any) -> fx.Node:
         with graph.inserting_before(node):
-            operand = graph.call_method("to", (tensor, dtype))
-        operand.meta = {**node.meta, "example_value": _cast(tensor.meta["example_value"], dtype)}
-    node.args = tuple({number: given, tensor: operand}[each] for each in node.args)  # type: ignore[index]
-    if value.dtype != dtype:
-        with graph.inserting_after(node):
-            result = graph.call_method("to", (node, value.dtype))
-        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-        result.meta = dict(node.meta)
-        node.meta["example_value"] = _cast(value, dtype)
+            made = graph.call_method(target, (operand, *args))
+        with operand.meta["example_value"].fake_mode:
+            example = getattr(operand.meta["example_value"], target)(*args)
+        made.meta = {**node.meta, "example_value": example}
+        return made
 
-
-def _like(value: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A fake tensor of the mode and on the device of ``value``."""
-    mode = detect_fake_mode([value])
-    if mode is None:
-        raise AssertionError("Dynamo leaves fake tensors on its nodes")
-    with mode:
-        return torch.empty(shape, dtype=dtype, device=value.device)
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    mode = detect_fake_mode([value])
-    if mode is None:
-        raise AssertionError("Dynamo leaves fake tensors on its nodes")
-    with mode:
-        return value.to(dtype)
+    operand = tensor
+    if node.target is operator.truediv and node.args[0] is number:  # as torch does it
+        operand = put("reciprocal", operand)
+        node.target, node.args = operator.mul, (number, tensor)
+    if operand.meta["example_value"].dtype != dtype:
+        operand = put("to", operand, dtype)
+    replaced = {number: given, tensor: operand}
+    node.args = fx.node.map_arg(node.args, lambda each: replaced.get(each, each))
+    if value.dtype == dtype:
+        return
+    users = list(node.users)
+    with graph.inserting_after(node):
+        result = graph.call_method("to", (node, value.dtype))
+    for user in users:
+        user.replace_input_with(node, result)
+    result.meta = dict(node.meta)
+    with value.fake_mode:
+        node.meta["example_value"] = value.to(dtype)
 
 
 def _host(captured: fx.GraphModule, numbers: Sequence[fx.Node]) -> fx.GraphModule:

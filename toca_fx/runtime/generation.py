@@ -30,6 +30,8 @@ from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.signals import Facts
 from toca_fx.runtime.storage import Storage
 
+_MANY = 3  # calls in a row with other weights
+
 # A step graph gets one of them as its input ``read``.
 _SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
 
@@ -71,6 +73,7 @@ class Generation:
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False
         self._state: tuple[Runner, Seen] | None = None
+        self._changes = 0  # in a row
         self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
@@ -221,12 +224,16 @@ class Generation:
             return False
         at, before = self.runner.program.analysis.inputs.state, self._state
         if before is not None and before[0] is self.runner and not before[1].differ(inputs):
+            self._changes = 0
             return False
         seen = Seen(inputs, at, frozenset(at))
         self._state = self.runner, seen
-        if before is None:
+        if before is None or (before[0] is not self.runner and seen.alike(before[1])):
             return False
-        return before[0] is self.runner or not seen.alike(before[1])
+        self._changes += 1
+        if self._changes == _MANY:
+            self._warn(words.CHANGING)
+        return True
 
     def _choose(self, decision: Decision, lost: bool, gate: Gate | None) -> Choice:
         """Whether the step is full whatever the plan says, and why."""
