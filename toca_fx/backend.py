@@ -189,7 +189,7 @@ class Dispatcher:
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
         sources = input_sources(captured)
-        inputs, _ = self._scalars.given(inputs)
+        inputs = self._scalars.examples(inputs)
         model = roles.model_name(sources)
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other

@@ -56,6 +56,13 @@ class Scalars:
         read = [number for number, _, _ in self._read]
         self._host = _host(captured, [*read, *self._returned.values()])
 
+    def examples(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Inputs of ``graph`` in a capture: numbers are symbols there, and must not be read."""
+        if self._host is None:
+            return inputs
+        numbers = [node.meta["example_value"] for node in self._read.values()]
+        return [*(inputs[at] for at in self._kept), *numbers]
+
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """The inputs of ``graph`` for those of ``captured``, and the numbers for ``returned``."""
         if self._host is None:

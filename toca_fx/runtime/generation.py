@@ -169,7 +169,7 @@ class Generation:
         """
         began = time.perf_counter()
         before, position = self.progress, decision.position
-        before = replace(before, lost=before.lost or self._is_of_another(inputs))
+        before = replace(before, lost=self._is_of_another(inputs) or before.lost)
         self.progress, self._forgotten = replace(before, lost=True), False
         storage, conditioning = self._memories()
         self.latest = decision = replace(decision, full=decision.full or before.lost)
