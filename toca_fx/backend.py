@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
+from toca_fx.capture.recent import is_first, keep_recent
 from toca_fx.capture.scalars import Scalars
 from toca_fx.capture.sources import (
     captured_code,
@@ -46,12 +47,10 @@ from toca_fx.runtime.models import models_of
 from toca_fx.runtime.parts import Attempt, attempt_of
 from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.told import METHODS, refuse_two_caches
-from toca_fx.torch_private import captures, keep_captures
 
 log = logging.getLogger(__name__)
 
 _MANY_SHAPES = 8
-_MOST_CAPTURES = 32  # of one code, with their guards
 _MOST_GRAPHS = 32  # of one model
 _MOST_SHAPES = 64  # programs of one graph; the one that was called least recently goes
 
@@ -216,7 +215,7 @@ class Dispatcher:
         """
         code, self.captured_anew = self.captured_anew, None
         if code is not None:
-            keep_captures(code, _MOST_CAPTURES, lambda backend: isinstance(backend, Backend))
+            keep_recent(code, lambda backend: isinstance(backend, Backend))
         attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
             given, numbers = self._scalars.given(inputs)
@@ -291,7 +290,7 @@ def _keep(model: nn.Module | None, code: CodeType | None, found: Dispatcher) -> 
     found.captured_anew = code
     if model is None or code is None:
         return
-    if not captures(code):  # it is the first one, or Dynamo was reset
+    if is_first(code):  # it is the first one, or Dynamo was reset
         _of_model.pop(model, None)
     kept = _of_model.setdefault(model, Recent(_MOST_GRAPHS))
     kept.pop(id(found), None)
