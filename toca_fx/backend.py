@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,7 +17,15 @@ from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.offload import Offloaded
-from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
+from toca_fx.capture.recent import is_first, keep_recent
+from toca_fx.capture.scalars import Scalars
+from toca_fx.capture.sources import (
+    captured_code,
+    captured_model,
+    frame_id,
+    input_sources,
+    model_class,
+)
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -46,6 +55,7 @@ from toca_fx.runtime.told import METHODS, refuse_two_caches
 log = logging.getLogger(__name__)
 
 _MANY_SHAPES = 8
+_MOST_GRAPHS = 32  # of one model
 _MOST_SHAPES = 64  # programs of one graph; the one that was called least recently goes
 
 Model = TypeVar("Model")
@@ -180,7 +190,13 @@ class Backend:
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
         same = identity(captured, inputs)
-        return made if same is None else _dispatchers.setdefault((self, same), made)
+        found = made if same is None else _dispatchers.setdefault((self, same), made)
+        _keep(captured_model(), captured_code(), found)
+        return found
+
+    def reset(self) -> None:
+        """Keep nothing: Dynamo calls it where it forgets all that it has captured."""
+        _of_model.clear()
 
     def around(self, model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The ``compiled`` call of ``model``, with hooks that offload or cast outside of it."""
@@ -206,11 +222,14 @@ class Dispatcher:
         model_class: str,
         inputs: Sequence[Any],
     ) -> None:
-        self._captured, self._inner, self._whole = captured, backend.inner, backend.whole
+        self._scalars = Scalars(captured)
+        self._captured = captured = self._scalars.graph
+        self._inner, self._whole = backend.inner, backend.whole
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
         sources = input_sources(captured)
+        inputs = self._scalars.examples(inputs)
         model = roles.model_name(sources)
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
@@ -228,15 +247,20 @@ class Dispatcher:
             if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
         self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
+        self.captured_anew: CodeType | None = None  # since the last call
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model's next step on the flat inputs of Dynamo's graph.
 
         If it raises, wherever that is, the call was not made.
         """
+        code, self.captured_anew = self.captured_anew, None
+        if code is not None:
+            keep_recent(code, lambda backend: isinstance(backend, Backend))
         attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
-            return self._run(inputs, attempt)
+            given, numbers = self._scalars.given(inputs)
+            return self._scalars.returned(self._run(given, attempt), numbers)
         except BaseException:
             let_go()
             attempt.undo()
@@ -294,6 +318,22 @@ class Dispatcher:
         return self._chosen
 
 
-# Those that Dynamo still holds: a generation stays with the runner that it began with, and with its
-# memories, whichever thread's capture Dynamo takes for its next step.
+# Those that somebody still holds: a generation stays with the runner that it began with, and with
+# its memories, whichever thread's capture Dynamo takes for its next step.
 _dispatchers: MutableMapping[object, Dispatcher] = weakref.WeakValueDictionary()
+
+# Dynamo holds those of the captures that it keeps, and a model its own, for a graph that comes
+# again: an adapter that is loaded once more, by another name.
+_of_model: MutableMapping[nn.Module, Recent[int, Dispatcher]] = weakref.WeakKeyDictionary()
+
+
+def _keep(model: nn.Module | None, code: CodeType | None, found: Dispatcher) -> None:
+    """Keep what was captured from a ``model``, and let the least recently captured ones go."""
+    found.captured_anew = code
+    if model is None or code is None:
+        return
+    if is_first(code):  # it is the first one, or Dynamo was reset
+        _of_model.pop(model, None)
+    kept = _of_model.setdefault(model, Recent(_MOST_GRAPHS))
+    kept.pop(id(found), None)
+    kept[id(found)] = found

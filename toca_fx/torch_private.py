@@ -9,8 +9,10 @@ touches each name, so that a release of torch that changes one fails there first
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -32,9 +34,16 @@ from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
 # One question at every call of a model instead of one per type of device.
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 
+# The entries of Dynamo's cache for one code: torch.compiler.reset drops those of all codes, and
+# nothing public drops one.
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
+
 # Decompositions in Python know symbolic sizes, those in C++ make numbers of them; torch.export
 # enters it, and no function of its own does.
 from torch._dispatch.python import enable_python_dispatcher
+
+# How often one code may be captured; what torch.compile takes since 2.13 is one of both limits.
+from torch._dynamo import config as dynamo_config
 
 # torch.compiler.list_backends gives names only.
 from torch._dynamo.backends.registry import lookup_backend
@@ -43,8 +52,12 @@ from torch._dynamo.backends.registry import lookup_backend
 # traces beside it has to take the same one.
 from torch._dynamo.convert_frame import compile_lock
 
+# Backends come wrapped.
+from torch._dynamo.eval_frame import innermost_backend
+
 # What torch.compile raises: no module exports it.
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.guards import DeletedGuardManagerWrapper  # what stands where an entry was
 
 # A symbolic size has to come from somewhere; torch.export names inputs of its own only.
 from torch._dynamo.source import ConstantSource
@@ -115,6 +128,7 @@ __all__ = [
     "ConstantSource",
     "CustomOpDef",
     "DataDependentOutputException",
+    "DeletedGuardManagerWrapper",
     "DimDynamic",
     "DynamicOutputShapeException",
     "FakeTensor",
@@ -130,11 +144,15 @@ __all__ = [
     "ValueRanges",
     "argument_names",
     "autocast_devices",
+    "cache_entries",
     "call_kernel",
+    "captured_any_number_of_times",
+    "captures",
     "compiled_call",
     "compiling",
     "custom_overload",
     "detect_fake_mode",
+    "dynamo_config",
     "enable_python_dispatcher",
     "end_allocate_to_pool",
     "enter_autocast",
@@ -142,9 +160,11 @@ __all__ = [
     "foreach_copy_",
     "forget_compiled_call",
     "has_kernel",
+    "innermost_backend",
     "is_any_autocast_enabled",
     "is_mutable",
     "is_switch",
+    "keep_captures",
     "list_mode_options",
     "lookup_backend",
     "original_module",
@@ -189,6 +209,38 @@ def end_compiling() -> None:
     if compile_lock.acquire(blocking=False):
         torch.compiler._is_compiling_flag = False
         compile_lock.release()
+
+
+def captured_any_number_of_times() -> AbstractContextManager[None]:
+    """Inside, in this thread, Dynamo captures a code again and again, whatever its limits say.
+
+    Whoever uses it bounds what is kept, by ``keep_captures``.
+    """
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    made: AbstractContextManager[None] = dynamo_config.patch(limits)
+    return made
+
+
+def captures(code: CodeType) -> list[Any]:
+    """The captures of ``code`` that Dynamo keeps, most recently used first."""
+    return [entry for entry in cache_entries(code) if entry.guard_manager.extra_state is not None]
+
+
+def keep_captures(code: CodeType, most: int, own: Callable[[Any], bool]) -> None:
+    """Let Dynamo forget all but the ``most`` captures of ``code`` that were used most recently.
+
+    Those stay that went to a backend that is not one's ``own``. What Dynamo keeps of the others is
+    an empty entry. Nobody may be capturing ``code`` in this thread.
+    """
+    with compiling():
+        for entry in captures(code)[most:]:
+            found, backend = entry.guard_manager, innermost_backend(entry.backend)
+            if own(getattr(backend, "compiler_fn", backend)):
+                found.extra_state.invalidate(
+                    entry, DeletedGuardManagerWrapper("used least recently")
+                )
+                # What was guarded on may live on; it holds the guards for a finalizer.
+                found.root = found.cache_entry = found.extra_state = None
 
 
 def trace(

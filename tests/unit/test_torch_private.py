@@ -271,7 +271,33 @@ def regions_are_known() -> None:
     assert torch._assert_async in private.side_effectful - switches
 
 
+def captures_are_forgotten() -> None:
+    """tests/system/test_captures.py has some."""
+
+    def function() -> None:
+        pass
+
+    assert private.cache_entries(function.__code__) == []
+    assert private.captures(function.__code__) == []
+    private.keep_captures(function.__code__, 0, lambda _: True)
+    limits = private.dynamo_config
+    before = limits.recompile_limit, limits.accumulated_recompile_limit
+    with private.captured_any_number_of_times():
+        assert min(limits.recompile_limit, limits.accumulated_recompile_limit) > 10**9
+    assert (limits.recompile_limit, limits.accumulated_recompile_limit) == before
+    assert private.innermost_backend(function) is function
+    gone = private.DeletedGuardManagerWrapper("why")
+    assert (gone.extra_state, gone.invalidation_reason) == (None, "why")
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "DeletedGuardManagerWrapper": captures_are_forgotten,
+    "cache_entries": captures_are_forgotten,
+    "captured_any_number_of_times": captures_are_forgotten,
+    "captures": captures_are_forgotten,
+    "dynamo_config": captures_are_forgotten,
+    "innermost_backend": captures_are_forgotten,
+    "keep_captures": captures_are_forgotten,
     "COMPILED_CALL": calls_are_compiled,
     "BackendCompilerFailed": errors_are_told_apart,
     "CompileContext": captures_are_known,

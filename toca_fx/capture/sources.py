@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import dropwhile
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import fx
@@ -57,16 +60,27 @@ def line_in(trace: str) -> str:
     return f"{file}:{line} ({code.strip()})"
 
 
+def _frame() -> Any:
+    """What Dynamo is capturing right now; None if it captures nothing."""
+    try:
+        return InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+
+
+def captured_code() -> CodeType | None:
+    """The code that Dynamo is capturing right now; None if it captures nothing."""
+    frame = _frame()
+    return None if frame is None else frame.f_code
+
+
 def captured_model() -> torch.nn.Module | None:
     """The model that Dynamo is capturing right now.
 
     That is the first argument of what Dynamo captures, whatever it is called. It is None if Dynamo
     captures nothing, or if that is no module.
     """
-    try:
-        frame = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return None
+    frame = _frame()
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount] if frame is not None else ()
     owner = frame.f_locals.get(names[0]) if frame is not None and names else None
     return owner if isinstance(owner, torch.nn.Module) else None
@@ -98,6 +112,19 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
         captured.meta[_SOURCES] = tuple(map(_source, placeholders))
     found: tuple[str, ...] = captured.meta[_SOURCES]
     return found
+
+
+def name_inputs(made: fx.GraphModule, sources: Sequence[str]) -> None:
+    """Name the inputs of a graph that was made of Dynamo's: see ``input_sources``."""
+    made.meta[_SOURCES] = tuple(sources)
+
+
+def is_python_float(placeholder: fx.Node) -> bool:
+    """Whether an input is a Python float that Dynamo found to vary, handed over as a tensor [].
+
+    Dynamo forgets it when it has compiled.
+    """
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -8,9 +8,15 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
-from toca_fx.torch_private import COMPILED_CALL, compiled_call, original_module
+from toca_fx.torch_private import (
+    COMPILED_CALL,
+    captured_any_number_of_times,
+    compiled_call,
+    original_module,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,6 +44,18 @@ class Twin:
         return operator.getitem, ([self._toca_model], 0)
 
 
+def _unlimited(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, which Dynamo captures as often as adapters and sizes change."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # as a part of something else
+            return compiled(*args, **kwargs)
+        with captured_any_number_of_times():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
 def twin_of(
     model: Model,
     backend: Any,
@@ -63,7 +81,7 @@ def twin_of(
     }
     made = types.new_class(of.__name__, (Twin, of), exec_body=lambda space: space.update(body))
     twin: Any = object.__new__(made)
-    compiled = compiled_call(module, backend)
+    compiled = _unlimited(compiled_call(module, backend))
     own = {
         "__dict__": vars(module),
         "_toca_model": module,

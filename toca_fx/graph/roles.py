@@ -54,6 +54,11 @@ def is_state(source: str, value: object, model: str = "L['self']") -> bool:
     return named or isinstance(value, torch.nn.Parameter)
 
 
+def state_name(sources: Iterable[str], name: str) -> str:
+    """A name by which an input besides those of ``sources`` counts as state of their model."""
+    return f"{model_name(sources) or 'L'}._buffers['{name}']"
+
+
 def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None:
     """Set ``meta["role"]`` of the placeholders, and ``meta["constant"]`` of all nodes.
 

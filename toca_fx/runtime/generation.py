@@ -24,12 +24,14 @@ from toca_fx.runtime.clock import Decision, Progress
 from toca_fx.runtime.conditioning import Conditioning
 from toca_fx.runtime.gate import Choice, Gate, SamplingRun
 from toca_fx.runtime.histories import Histories, Moment
-from toca_fx.runtime.identity import Agreement, Mark
+from toca_fx.runtime.identity import Agreement, Mark, Seen
 from toca_fx.runtime.report import Launch, StepRecord
 from toca_fx.runtime.runner import MOVING, Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.signals import Facts
 from toca_fx.runtime.storage import Storage
+
+_MANY = 3  # calls in a row with other weights
 
 # A step graph gets one of them as its input ``read``.
 _SCORES_READ = {read: torch.tensor(read) for read in (False, True)}
@@ -71,6 +73,8 @@ class Generation:
         self._lists_twice = timesteps is not None and len(set(timesteps)) < len(timesteps)
         self.parts: dict[Hashable, Generation] = {}
         self._forgotten = False
+        self._state: tuple[Runner, Seen] | None = None
+        self._changes = 0  # in a row
         self.plan = plan
         self.storage: Storage | None = None
         self.conditioning: Conditioning | None = None
@@ -166,6 +170,7 @@ class Generation:
         """
         began, moved = time.perf_counter(), moved_bytes()
         before, position = self.progress, decision.position
+        before = replace(before, lost=self._is_of_another(inputs) or before.lost)
         self.progress, self._forgotten = replace(before, lost=True), False
         storage, conditioning = self._memories()
         self.latest = decision = replace(decision, full=decision.full or before.lost)
@@ -212,6 +217,26 @@ class Generation:
             self.running = False
             self.close()
         return outputs, record
+
+    def _is_of_another(self, inputs: Sequence[Any]) -> bool:
+        """Whether weights, or numbers of the model, are others than at the last call.
+
+        What was computed with those tells nothing: an adapter came, went, or has another scale.
+        """
+        if not self._keeps:
+            return False
+        at, before = self.runner.program.analysis.inputs.state, self._state
+        if before is not None and before[0] is self.runner and not before[1].differ(inputs):
+            self._changes = 0
+            return False
+        seen = Seen(inputs, at, frozenset(at))
+        self._state = self.runner, seen
+        if before is None or (before[0] is not self.runner and seen.alike(before[1])):
+            return False
+        self._changes += 1
+        if self._changes == _MANY:
+            self._warn(words.CHANGING)
+        return True
 
     def _choose(self, decision: Decision, lost: bool, gate: Gate | None) -> Choice:
         """Whether the step is full whatever the plan says, and why."""

@@ -134,6 +134,16 @@ class Seen:
         others = [inputs[at] for at in self._others_at]
         return not all(mark.same(value) for mark, value in zip(self._marks, others, strict=True))
 
+    def alike(self, other: Seen) -> bool:
+        """Whether both saw the same weights as they are, whatever their order."""
+        if len(self._weights) != len(other._weights):
+            return False
+        found = [
+            {id(ref()): version for ref, version in zip(each._weights, each._versions, strict=True)}
+            for each in (self, other)
+        ]
+        return found[0] == found[1]
+
 
 def fingerprint(weight: Tensor) -> tuple[Any, ...]:
     """What changes when a weight is written to, wherever its memory lies."""

@@ -121,6 +121,11 @@ REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "
     "is computed at every call; make them once, before the loop"
 )
+CHANGING = (
+    "the weights of the model, or a Python number that it computes with, are others at every step, "
+    "so that every step is full; pass a number that changes from step to step (a timestep?) as a "
+    "tensor, and set adapters and their scales before a run"
+)
 LOST = (
     "the model was called at a timestep that session(timesteps=...) does not list, and the "
     "modulations of the nearest one listed were used there. Give the values of the model's "
