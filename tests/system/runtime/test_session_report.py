@@ -21,6 +21,7 @@ KEYS = {
     "flops",
     "cache_bytes",
     "hoisted_bytes",
+    "moved_bytes",
     "seconds",
     "selection_seconds",
     "compiled_graphs",
