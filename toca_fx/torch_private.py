@@ -32,6 +32,9 @@ from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
 # One question at every call of a model instead of one per type of device.
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 
+# What Dynamo's graphs have for ``tensor.data``, an attribute.
+from torch._C._autograd import _get_data_attr as get_data  # type: ignore[attr-defined]
+
 # Decompositions in Python know symbolic sizes, those in C++ make numbers of them; torch.export
 # enters it, and no function of its own does.
 from torch._dispatch.python import enable_python_dispatcher
@@ -141,6 +144,7 @@ __all__ = [
     "exit_autocast",
     "foreach_copy_",
     "forget_compiled_call",
+    "get_data",
     "has_kernel",
     "is_any_autocast_enabled",
     "is_mutable",

@@ -214,6 +214,14 @@ def pools_can_be_closed() -> None:
     assert "def _cuda_endAllocateToPool(device: _int, mempool_id: tuple[_int, _int])" in stub
 
 
+def data_is_read() -> None:
+    """That Dynamo has it in its graphs is in tests/graph/capture/test_retrace.py."""
+    tensor = torch.ones(2)
+    private.get_data(tensor).zero_()
+    assert not tensor.any()
+    assert not tensor._version
+
+
 def modules_run_their_own_code() -> None:
     calls: list[int] = []
 
@@ -304,6 +312,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "exit_autocast": regions_are_known,
     "foreach_copy_": lists_are_copied,
     "forget_compiled_call": modules_run_their_own_code,
+    "get_data": data_is_read,
     "has_kernel": kernels_are_called,
     "is_any_autocast_enabled": regions_are_known,
     "is_mutable": schemas_are_read,

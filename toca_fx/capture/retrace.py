@@ -30,6 +30,7 @@ from toca_fx.torch_private import (
     FakeTensorMode,
     detect_fake_mode,
     enter_autocast,
+    get_data,
     is_mutable,
     is_switch,
     trace,
@@ -50,6 +51,11 @@ _UNTRACED = {
         "let the model use scaled_dot_product_attention (in diffusers: set_attention_backend)"
     ),
 }
+
+
+# Functions that tracers do not see (they would keep what is returned as a constant), and those that
+# return the same.
+_SEEN: Mapping[object, Callable[..., Any]] = {get_data: Tensor.detach}
 
 
 class _NotCopied(Exception):  # noqa: N818 - no error
@@ -113,6 +119,10 @@ class _Interpreter(fx.Interpreter):
         super().__init__(captured)
         self.extra_traceback = False  # says where in our own code
         self._states = states
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function returns."""
+        return super().call_function(_SEEN.get(target, target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node; None for a switch.
@@ -299,7 +309,7 @@ def _run(call: fx.Node, operands: Iterable[Tensor]) -> Any:
             if call.op == "call_method":
                 result = getattr(args[0], target)(*args[1:], **kwargs)
             else:
-                result = target(*args, **kwargs)
+                result = _SEEN.get(target, target)(*args, **kwargs)
     except RuntimeError as error:  # reads a number out of another call, say
         raise _NotCopied(f"{call} cannot be run by itself: {error}") from error
     if _layout(result) != _layout_of(call):
