@@ -54,6 +54,11 @@ from torch._dynamo.source import ConstantSource
 
 # A backend is given a graph, and is not told which model it was captured from.
 from torch._dynamo.symbolic_convert import InstructionTranslator
+
+# What Dynamo's graphs have for torch.vmap, around the calls in it.
+from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_end
+from torch._functorch.predispatch import _vmap_increment_nesting as vmap_begin
+from torch._functorch.predispatch import lazy_load_decompositions as vmap_prepare
 from torch._guards import (
     CompileContext,  # nor from which piece of the model's code
     detect_fake_mode,  # tensors do not say to which mode they belong
@@ -133,6 +138,7 @@ __all__ = [
     "ValueRanges",
     "argument_names",
     "autocast_devices",
+    "batches_ended",
     "call_kernel",
     "compiled_call",
     "compiling",
@@ -161,6 +167,9 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "use_lazy_graph_module",
+    "vmap_begin",
+    "vmap_end",
+    "vmap_prepare",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -199,16 +208,41 @@ def trace(
     function: Callable[..., Any],
     values: Sequence[Any],
     decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
+    *,
+    pre_dispatch: bool = True,
 ) -> fx.GraphModule:
-    """The graph of ``function`` in pre-dispatch ATen for ``values``, fake tensors and numbers."""
+    """The graph of ``function`` in ATen for ``values``, fake tensors and numbers.
+
+    It is ATen before dispatch, or what the dispatcher makes of it: batches of torch.vmap are axes.
+    """
     tracing = make_fx(
         function,
         tracing_mode="fake",
-        pre_dispatch=True,
+        pre_dispatch=pre_dispatch,
         decomposition_table=dict(decompositions or {}),
     )
     with compiling():
         return tracing(*values)
+
+
+@contextmanager
+def batches_ended() -> Iterator[None]:
+    """End the regions of torch.vmap that what is inside began, if it failed in one.
+
+    Whatever the thread calls later would be in them.
+    """
+    before = _depth()
+    try:
+        yield
+    finally:
+        while _depth() > before:
+            vmap_end()
+
+
+def _depth() -> int:
+    """How many transforms of functorch are active."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return 0 if top is None else int(top.level())
 
 
 def is_mutable(target: object) -> bool:

@@ -214,6 +214,19 @@ def pools_can_be_closed() -> None:
     assert "def _cuda_endAllocateToPool(device: _int, mempool_id: tuple[_int, _int])" in stub
 
 
+def batches_are_known() -> None:
+    """That Dynamo has them in its graphs is in tests/graph/capture/test_batches.py."""
+    private.vmap_prepare()
+    with private.batches_ended():
+        private.vmap_begin(2, "error")
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.rand(2)
+    with private.batches_ended():
+        private.vmap_begin(2, "error")
+        private.vmap_end()
+    torch.rand(2)
+
+
 def data_is_read() -> None:
     """That Dynamo has it in its graphs is in tests/graph/capture/test_retrace.py."""
     tensor = torch.ones(2)
@@ -301,6 +314,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
     "autocast_devices": regions_are_known,
+    "batches_ended": batches_are_known,
     "call_kernel": kernels_are_called,
     "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
@@ -329,6 +343,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "tree_map": outputs_are_mapped,
     "tree_map_only": outputs_are_mapped,
     "use_lazy_graph_module": code_is_generated_late,
+    "vmap_begin": batches_are_known,
+    "vmap_end": batches_are_known,
+    "vmap_prepare": batches_are_known,
 }
 
 
