@@ -6,8 +6,8 @@ import copy
 import logging
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,7 +74,7 @@ def compile(  # noqa: A001 - as torch.compile
             with a cache of diffusers (``enable_cache``).
     """
     given = None if policy is None else load_policy(policy)
-    backend = Backend(given, Inner(inner, mode), whole=True)
+    backend = Backend(given, Inner(inner, mode), "whole")
     transformer = getattr(model, "transformer", None)
     if not isinstance(model, nn.Module) and isinstance(transformer, nn.Module):
         if isinstance(getattr(model, "transformer_2", None), nn.Module):
@@ -92,7 +92,7 @@ def compile(  # noqa: A001 - as torch.compile
             f"{type(model).__name__}"
         )
     refuse_two_caches(model)
-    return twin_of(model, backend, METHODS)
+    return twin_of(model, backend, replace(backend, capture="parts"), METHODS)
 
 
 def toca(
@@ -126,14 +126,15 @@ def toca(
 class Backend:
     """A torch.compile backend with its options; a ``policy`` of None is chosen by the model.
 
-    ``whole`` says that models are captured as one graph, or not at all.
+    ``capture`` says that models are captured as one graph ("whole"), or in several ("parts"), of
+    which those without sites are run as they are; or that Dynamo decides.
 
     Frozen, because Dynamo guards on backends being equal.
     """
 
     policy: Policy | None
     inner: Inner
-    whole: bool = False
+    capture: Literal["whole", "parts", "any"] = "any"
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile Dynamo's graph for its first inputs; returns the callable that replaces it."""
@@ -145,6 +146,8 @@ class Backend:
                 "have no gradient. Sample under torch.no_grad() or torch.inference_mode()"
             )
             return self.inner(captured, list(inputs))
+        if not inputs:  # a part of a model that is given nothing
+            return self.inner(captured, [])
         refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
@@ -165,7 +168,7 @@ class Dispatcher:
         model_class: str,
         inputs: Sequence[Any],
     ) -> None:
-        self._captured, self._inner, self._whole = captured, backend.inner, backend.whole
+        self._captured, self._inner, self._capture = captured, backend.inner, backend.capture
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
@@ -193,7 +196,9 @@ class Dispatcher:
 
         If it raises, wherever that is, the call was not made.
         """
-        attempt = Attempt() if self._whole else attempt_of(self, 1)
+        expected = self._capture == "parts"
+        whole = self._capture == "whole"
+        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
         try:
             return self._run(inputs, attempt)
         except BaseException:
@@ -235,7 +240,13 @@ class Dispatcher:
             verify(self._captured, aten, inputs)
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
-        if not matches.sites and not whole_model(policy, matches):
+        if not matches.sites and self._capture == "parts":
+            # What lies ahead of the blocks, or behind them.
+            if policy.gate is not None:
+                log.warning("toca_fx: %s", words.NO_GATE)
+            policy = policy.without_memories()
+            roles.trust_names(aten.graph, input_sources(self._captured))
+        elif not matches.sites and not whole_model(policy, matches):
             log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
         planner = Planner(policy, matches, roles.aspect(aten.graph))
         runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)

@@ -47,7 +47,12 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.convert_frame import compile_lock
 
 # What torch.compile raises: no module exports it.
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    TorchDynamoException,
+    Unsupported,
+    UserError,
+)
 
 # A symbolic size has to come from somewhere; torch.export names inputs of its own only.
 from torch._dynamo.source import ConstantSource
@@ -135,6 +140,8 @@ __all__ = [
     "StatelessSymbolicContext",
     "StrictMinMaxConstraint",
     "TorchDynamoException",
+    "Unsupported",
+    "UserError",
     "ValueRanges",
     "argument_names",
     "autocast_devices",
@@ -325,12 +332,14 @@ def original_module(module: Module) -> Module:
 COMPILED_CALL = "_compiled_call_impl"
 
 
-def compiled_call(module: nn.Module, backend: Any) -> Callable[..., Any]:
-    """What ``module.compile(backend=backend, fullgraph=True)`` makes, without changing the module.
+def compiled_call(module: nn.Module, backend: Any, *, whole: bool = True) -> Callable[..., Any]:
+    """What ``module.compile(backend=backend, fullgraph=whole)`` makes, without changing the module.
 
     It runs what ``module()`` runs, hooks included; no public method does.
     """
-    compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(
+        module._call_impl, backend=backend, fullgraph=whole
+    )
     return compiled
 
 

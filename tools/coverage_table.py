@@ -32,13 +32,13 @@ _SIZES = (
     "not captured: a tensor's values decide on shapes "
     "(boolean indexing, nonzero or split by mask sums)"
 )
-_BRANCH = "not captured: a tensor's values decide on the way through the code"
+_PARTS = "captured in several graphs, a session caches what is in each"
 REFUSED: dict[str, str] = {
     "HiDreamImageTransformer2DModel": _SIZES + " in its mixture of experts",
     "HunyuanImageTransformer2DModel": _SIZES,
-    "HunyuanVideo15Transformer3DModel": _BRANCH,
-    "Lumina2Transformer2DModel": _SIZES,
-    "OmniGenTransformer2DModel": _BRANCH,
+    "HunyuanVideo15Transformer3DModel": _PARTS,
+    "Lumina2Transformer2DModel": _PARTS,
+    "OmniGenTransformer2DModel": _PARTS,
     "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
 }
 # Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is matched is

@@ -45,6 +45,9 @@ ALLOWED = {
 def errors_are_told_apart() -> None:
     assert issubclass(private.BackendCompilerFailed, private.TorchDynamoException)
     assert issubclass(private.TorchDynamoException, Exception)
+    for error in (private.Unsupported, private.UserError):
+        assert issubclass(error, private.TorchDynamoException)
+        assert not issubclass(private.BackendCompilerFailed, error)
 
 
 def captures_are_known() -> None:
@@ -311,6 +314,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "StatelessSymbolicContext": sizes_have_ranges,
     "StrictMinMaxConstraint": sizes_have_ranges,
     "TorchDynamoException": errors_are_told_apart,
+    "Unsupported": errors_are_told_apart,
+    "UserError": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
     "autocast_devices": regions_are_known,

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from toca_fx.torch_private import COMPILED_CALL, compiled_call, original_module
+from toca_fx.capture.calls import WholeOrParts
+from toca_fx.torch_private import COMPILED_CALL, original_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,8 +39,12 @@ class Twin:
         return operator.getitem, ([self._toca_model], 0)
 
 
-def twin_of(model: Model, backend: Any, methods: Mapping[str, Any] | None = None) -> Model:
+def twin_of(
+    model: Model, backend: Any, parts: Any, methods: Mapping[str, Any] | None = None
+) -> Model:
     """A twin of ``model`` that is compiled by ``backend`` as one graph, with some ``methods`` more.
+
+    Where Dynamo cannot capture it as one, ``parts`` compiles several.
 
     Both have one ``__dict__``: whatever is set on one, hooks and submodules included, is set on the
     other. The compiled call alone is the twin's own, in a slot, for which it needs a class of its
@@ -60,7 +65,7 @@ def twin_of(model: Model, backend: Any, methods: Mapping[str, Any] | None = None
     own = {
         "__dict__": vars(module),
         "_toca_model": module,
-        COMPILED_CALL: compiled_call(module, backend),
+        COMPILED_CALL: WholeOrParts(module, backend, parts),
     }
     for name, value in own.items():
         object.__setattr__(twin, name, value)

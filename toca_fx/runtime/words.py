@@ -112,6 +112,10 @@ BROKEN = (
     "the model was captured in several graphs, of which each is cached by itself; compile it with "
     "fullgraph=True (toca_fx.compile does) to see where Dynamo breaks off, and leave that out"
 )
+NO_GATE = (
+    "the policy has a gate, which measures whole models, and this one was captured in several "
+    "graphs: every step that the gate would decide on is full; take a policy without `gate`"
+)
 REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "
     "is computed at every call; make them once, before the loop"
