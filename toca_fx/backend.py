@@ -246,6 +246,9 @@ class Dispatcher:
                 log.warning("toca_fx: %s", words.NO_GATE)
             policy = policy.without_memories()
             roles.trust_names(aten.graph, input_sources(self._captured))
+        elif matches.is_block and not roles.positions(aten.graph, "timestep"):
+            policy = policy.without_memories()
+            log.warning("toca_fx: %s", words.BLOCK_ALONE)
         elif not matches.sites and not whole_model(policy, matches):
             log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
         planner = Planner(policy, matches, roles.aspect(aten.graph))

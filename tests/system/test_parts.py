@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import toca_fx
 from tests.helpers import make_policy
 from tests.models import randomize, tiny_original_dit
+from toca_fx.examples import build, examples, prediction, vary
 
 STEPS = 6
 
@@ -49,3 +50,19 @@ def test_several_graphs_are_one_step(caplog: pytest.LogCaptureFixture) -> None:
         ]
         assert "Decides cannot be captured as one graph, because of" in warning
         assert "test_parts.py" in warning
+
+
+def test_blocks_alone_are_not_cached(caplog: pytest.LogCaptureFixture) -> None:
+    """The default policy would forecast what each of them puts out."""
+    torch._dynamo.reset()
+    example = examples()["WanTransformer3DModel"]
+    model, first = build(example)
+    calls = [vary(example, first, step, STEPS) for step in range(STEPS)]
+    with torch.no_grad():
+        expected = [prediction(model(**call))[0] for call in calls]
+        model.compile_repeated_blocks(backend="toca", options={"inner": "eager"})
+        outputs = [prediction(model(**call))[0] for call in calls]
+    assert all(map(torch.equal, outputs, expected))
+    said = [record.message for record in caplog.records if "blocks alone" in record.message]
+    assert said
+    assert all("toca_fx.compile(model)" in message for message in said)
