@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from toca_fx.describe.explanation import Explanation as Explanation
     from toca_fx.diagnostics import PolicyError as PolicyError
     from toca_fx.diagnostics import UnsupportedModelError as UnsupportedModelError
-    from toca_fx.match.anchors import register_attention as register_attention
+    from toca_fx.match.fused import register_attention as register_attention
     from toca_fx.pipelines.twin import last_report as last_report
     from toca_fx.policy import Policy as Policy
     from toca_fx.policy import load_policy as load_policy
@@ -31,7 +31,7 @@ _HOME = {
     "calibrate": "toca_fx.quality.calibrate",
     "explain": "toca_fx.describe.explain",
     "Explanation": "toca_fx.describe.explanation",
-    "register_attention": "toca_fx.match.anchors",
+    "register_attention": "toca_fx.match.fused",
     "session": "toca_fx.runtime.context",
     "branch": "toca_fx.runtime.context",
     "last_report": "toca_fx.pipelines.twin",

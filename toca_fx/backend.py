@@ -6,9 +6,9 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -117,8 +117,9 @@ def _compile_module(
 ) -> Any:
     """A twin of a module, with some methods more."""
     refuse_two_caches(model)
-    backend = Backend(policy, inner, whole=True)
-    return twin_of(model, backend, {**METHODS, **(methods or {})}, backend.around)
+    backend = Backend(policy, inner, "whole")
+    parts = replace(backend, capture="parts")
+    return twin_of(model, backend, parts, {**METHODS, **(methods or {})}, backend.around)
 
 
 def _policies(policy: Any, models: Sequence[str]) -> dict[str, Policy | None]:
@@ -166,14 +167,15 @@ def toca(
 class Backend:
     """A torch.compile backend with its options; a ``policy`` of None is chosen by the model.
 
-    ``whole`` says that models are captured as one graph, or not at all.
+    ``capture`` says that models are captured as one graph ("whole"), or in several ("parts"), of
+    which those without sites are run as they are; or that Dynamo decides.
 
     Frozen, because Dynamo guards on backends being equal.
     """
 
     policy: Policy | None
     inner: Inner
-    whole: bool = False
+    capture: Literal["whole", "parts", "any"] = "any"
 
     def __call__(self, captured: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile Dynamo's graph for its first inputs; returns the callable that replaces it."""
@@ -186,6 +188,8 @@ class Backend:
             )
             run = self.inner(captured, list(inputs))
             return lambda *given: run(*onloaded(given))
+        if not inputs:  # a part of a model that is given nothing
+            return self.inner(captured, [])
         refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
         made = Dispatcher(captured, self, model_class(), inputs)
@@ -224,7 +228,7 @@ class Dispatcher:
     ) -> None:
         self._scalars = Scalars(captured)
         self._captured = captured = self._scalars.graph
-        self._inner, self._whole = backend.inner, backend.whole
+        self._inner, self._capture = backend.inner, backend.capture
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
         self._numbers = Numbers(captured)
@@ -257,7 +261,9 @@ class Dispatcher:
         code, self.captured_anew = self.captured_anew, None
         if code is not None:
             keep_recent(code, lambda backend: isinstance(backend, Backend))
-        attempt = Attempt() if self._whole else attempt_of(self, 1)
+        expected = self._capture == "parts"
+        whole = self._capture == "whole"
+        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
         try:
             given, numbers = self._scalars.given(inputs)
             return self._scalars.returned(self._run(given, attempt), numbers)
@@ -301,7 +307,16 @@ class Dispatcher:
             verify(self._captured, aten, onloaded(inputs))
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
-        if not matches.sites and not whole_model(policy, matches):
+        if not matches.sites and self._capture == "parts":
+            # What lies ahead of the blocks, or behind them.
+            if policy.gate is not None:
+                log.warning("toca_fx: %s", words.NO_GATE)
+            policy = policy.without_memories()
+            roles.trust_names(aten.graph, input_sources(self._captured))
+        elif matches.is_block and not roles.positions(aten.graph, "timestep"):
+            policy = policy.without_memories()
+            log.warning("toca_fx: %s", words.BLOCK_ALONE)
+        elif not matches.sites and not whole_model(policy, matches):
             log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
         planner = Planner(policy, matches, roles.aspect(aten.graph))
         runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)

@@ -34,6 +34,9 @@ from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
 # One question at every call of a model instead of one per type of device.
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 
+# What Dynamo's graphs have for ``tensor.data``, an attribute.
+from torch._C._autograd import _get_data_attr as get_data  # type: ignore[attr-defined]
+
 # The entries of Dynamo's cache for one code: torch.compiler.reset drops those of all codes, and
 # nothing public drops one.
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
@@ -56,7 +59,12 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import innermost_backend
 
 # What torch.compile raises: no module exports it.
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    TorchDynamoException,
+    Unsupported,
+    UserError,
+)
 from torch._dynamo.guards import DeletedGuardManagerWrapper  # what stands where an entry was
 
 # A symbolic size has to come from somewhere; torch.export names inputs of its own only.
@@ -64,6 +72,11 @@ from torch._dynamo.source import ConstantSource
 
 # A backend is given a graph, and is not told which model it was captured from.
 from torch._dynamo.symbolic_convert import InstructionTranslator
+
+# What Dynamo's graphs have for torch.vmap, around the calls in it.
+from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_end
+from torch._functorch.predispatch import _vmap_increment_nesting as vmap_begin
+from torch._functorch.predispatch import lazy_load_decompositions as vmap_prepare
 from torch._guards import (
     CompileContext,  # nor from which piece of the model's code
     detect_fake_mode,  # tensors do not say to which mode they belong
@@ -141,9 +154,12 @@ __all__ = [
     "StatelessSymbolicContext",
     "StrictMinMaxConstraint",
     "TorchDynamoException",
+    "Unsupported",
+    "UserError",
     "ValueRanges",
     "argument_names",
     "autocast_devices",
+    "batches_ended",
     "cache_entries",
     "call_kernel",
     "captured_any_number_of_times",
@@ -159,6 +175,7 @@ __all__ = [
     "exit_autocast",
     "foreach_copy_",
     "forget_compiled_call",
+    "get_data",
     "has_kernel",
     "innermost_backend",
     "is_any_autocast_enabled",
@@ -177,6 +194,9 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "use_lazy_graph_module",
+    "vmap_begin",
+    "vmap_end",
+    "vmap_prepare",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -247,16 +267,41 @@ def trace(
     function: Callable[..., Any],
     values: Sequence[Any],
     decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
+    *,
+    pre_dispatch: bool = True,
 ) -> fx.GraphModule:
-    """The graph of ``function`` in pre-dispatch ATen for ``values``, fake tensors and numbers."""
+    """The graph of ``function`` in ATen for ``values``, fake tensors and numbers.
+
+    It is ATen before dispatch, or what the dispatcher makes of it: batches of torch.vmap are axes.
+    """
     tracing = make_fx(
         function,
         tracing_mode="fake",
-        pre_dispatch=True,
+        pre_dispatch=pre_dispatch,
         decomposition_table=dict(decompositions or {}),
     )
     with compiling():
         return tracing(*values)
+
+
+@contextmanager
+def batches_ended() -> Iterator[None]:
+    """End the regions of torch.vmap that what is inside began, if it failed in one.
+
+    Whatever the thread calls later would be in them.
+    """
+    before = _depth()
+    try:
+        yield
+    finally:
+        while _depth() > before:
+            vmap_end()
+
+
+def _depth() -> int:
+    """How many transforms of functorch are active."""
+    top = torch._C._functorch.peek_interpreter_stack()
+    return 0 if top is None else int(top.level())
 
 
 def is_mutable(target: object) -> bool:
@@ -339,12 +384,14 @@ def original_module(module: Module) -> Module:
 COMPILED_CALL = "_compiled_call_impl"
 
 
-def compiled_call(module: nn.Module, backend: Any) -> Callable[..., Any]:
-    """What ``module.compile(backend=backend, fullgraph=True)`` makes, without changing the module.
+def compiled_call(module: nn.Module, backend: Any, *, whole: bool = True) -> Callable[..., Any]:
+    """What ``module.compile(backend=backend, fullgraph=whole)`` makes, without changing the module.
 
     It runs what ``module()`` runs, hooks included; no public method does.
     """
-    compiled: Callable[..., Any] = torch.compile(module._call_impl, backend=backend, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(
+        module._call_impl, backend=backend, fullgraph=whole
+    )
     return compiled
 
 

@@ -32,19 +32,13 @@ _SIZES = (
     "not captured: a tensor's values decide on shapes "
     "(boolean indexing, nonzero or split by mask sums)"
 )
-_BRANCH = "not captured: a tensor's values decide on the way through the code"
+_PARTS = "captured in several graphs, a session caches what is in each"
 REFUSED: dict[str, str] = {
-    "AnyFlowFARTransformer3DModel": "not captured: builds its masks with torch.vmap",
-    "GlmImageTransformer2DModel": _SIZES,
     "HiDreamImageTransformer2DModel": _SIZES + " in its mixture of experts",
     "HunyuanImageTransformer2DModel": _SIZES,
-    "HunyuanVideo15Transformer3DModel": _BRANCH,
-    "HunyuanVideoFramepackTransformer3DModel": _BRANCH,
-    "Kandinsky6SRTransformer3DModel": "not captured: builds its masks with torch.vmap",
-    "Lumina2Transformer2DModel": _SIZES,
-    "MochiTransformer3DModel": _SIZES,
-    "NucleusMoEImageTransformer2DModel": _SIZES + " in its mixture of experts",
-    "OmniGenTransformer2DModel": _BRANCH,
+    "HunyuanVideo15Transformer3DModel": _PARTS,
+    "Lumina2Transformer2DModel": _PARTS,
+    "OmniGenTransformer2DModel": _PARTS,
     "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
 }
 # Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is matched is
@@ -53,6 +47,7 @@ PARTLY: dict[str, str] = {
     "Cosmos3OmniTransformer": "a packed stream [tokens, channels] without batch",
     "ErnieImageTransformer2DModel": "a stream [tokens, batch, channels]",
     "LongCatAudioDiTTransformer": "a numbered text encoder of convolutions",
+    "NucleusMoEImageTransformer2DModel": "experts that choose their tokens",
     "SanaTransformer2DModel": "linear attention is no softmax attention",
     "SanaVideoTransformer3DModel": "linear attention is no softmax attention",
     "SanaWMTransformer3DModel": "linear attention; a stream [batch, frames, tokens, channels]",

@@ -45,6 +45,9 @@ ALLOWED = {
 def errors_are_told_apart() -> None:
     assert issubclass(private.BackendCompilerFailed, private.TorchDynamoException)
     assert issubclass(private.TorchDynamoException, Exception)
+    for error in (private.Unsupported, private.UserError):
+        assert issubclass(error, private.TorchDynamoException)
+        assert not issubclass(private.BackendCompilerFailed, error)
 
 
 def captures_are_known() -> None:
@@ -214,6 +217,27 @@ def pools_can_be_closed() -> None:
     assert "def _cuda_endAllocateToPool(device: _int, mempool_id: tuple[_int, _int])" in stub
 
 
+def batches_are_known() -> None:
+    """That Dynamo has them in its graphs is in tests/graph/capture/test_batches.py."""
+    private.vmap_prepare()
+    with private.batches_ended():
+        private.vmap_begin(2, "error")
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.rand(2)
+    with private.batches_ended():
+        private.vmap_begin(2, "error")
+        private.vmap_end()
+    torch.rand(2)
+
+
+def data_is_read() -> None:
+    """That Dynamo has it in its graphs is in tests/graph/capture/test_retrace.py."""
+    tensor = torch.ones(2)
+    private.get_data(tensor).zero_()
+    assert not tensor.any()
+    assert not tensor._version
+
+
 def modules_run_their_own_code() -> None:
     calls: list[int] = []
 
@@ -316,9 +340,12 @@ CHECKS: dict[str, Callable[[], None]] = {
     "StatelessSymbolicContext": sizes_have_ranges,
     "StrictMinMaxConstraint": sizes_have_ranges,
     "TorchDynamoException": errors_are_told_apart,
+    "Unsupported": errors_are_told_apart,
+    "UserError": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,
     "autocast_devices": regions_are_known,
+    "batches_ended": batches_are_known,
     "call_kernel": kernels_are_called,
     "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
@@ -330,6 +357,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "exit_autocast": regions_are_known,
     "foreach_copy_": lists_are_copied,
     "forget_compiled_call": modules_run_their_own_code,
+    "get_data": data_is_read,
     "has_kernel": kernels_are_called,
     "is_any_autocast_enabled": regions_are_known,
     "is_mutable": schemas_are_read,
@@ -346,6 +374,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "tree_map": outputs_are_mapped,
     "tree_map_only": outputs_are_mapped,
     "use_lazy_graph_module": code_is_generated_late,
+    "vmap_begin": batches_are_known,
+    "vmap_end": batches_are_known,
+    "vmap_prepare": batches_are_known,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.capture import modules
+from toca_fx.capture.batches import batched
 from toca_fx.capture.casts import bake
 from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.capture.functionalize import make_functional
@@ -57,7 +58,7 @@ def to_aten(
         for value in inputs
     ]
     numbers = numbers or Numbers(captured)
-    fixed = numbers.fixed(numbers.read(inputs))
+    fixed = batched(numbers.fixed(numbers.read(inputs)), fakes)
     _refuse_effects(fixed.graph)
     graph_module = retrace(fixed, fakes, DECOMPOSITIONS)
     sources = input_sources(captured)

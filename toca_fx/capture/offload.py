@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toca_fx.capture.calls import bring_in
 from toca_fx.capture.groups import Group, Slot, device_of, group_of, groups_by_slot
 from toca_fx.capture.hooks import Hooked, hooked_modules
 from toca_fx.capture.stubs import Fingerprint, Stubs, like_stub
@@ -192,6 +193,12 @@ class Weights:
             for value, each in zip(values, found, strict=True)
         ]
 
+    def onload_all(self) -> None:
+        """Bring all weights in, until the call ends."""
+        self._show()
+        self._always.update(dict.fromkeys(self._groups))
+        self._bring(self._groups)
+
     def bytes_to_move(self, asked: Iterable[Sequence[Any]]) -> int:
         """Bytes that a call brings in which asks for these values, one after the other."""
         moved, inside = 0, dict(self._always)
@@ -290,6 +297,7 @@ class Offloaded:
             if weights is not None:
                 inside.enter_context(weights.hidden())
                 inside.enter_context(self._onloading(weights))
+                inside.callback(bring_in.reset, bring_in.set(weights.onload_all))
             output = self._compiled(*args, **kwargs)
         for hook, owner in reversed(hooks.around):
             output = hook.post_forward(owner, output)

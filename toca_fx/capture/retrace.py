@@ -18,18 +18,13 @@ from torch import Tensor, fx, nn
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 from toca_fx.capture.casts import autocast_of, note, note_all
-from toca_fx.capture.inline import codes_of, given_code
-from toca_fx.capture.sources import user_line
-from toca_fx.diagnostics import UnsupportedModelError
+from toca_fx.capture.interpret import SEEN, Interpreter
 from toca_fx.graph.autocast import Autocast
 from toca_fx.graph.fragments import Decompositions
 from toca_fx.torch_private import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     detect_fake_mode,
-    enter_autocast,
     is_mutable,
     is_switch,
     trace,
@@ -42,14 +37,6 @@ log = logging.getLogger(__name__)
 # What a traced node has from the node that it was traced for.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 _NUMBER = re.compile(r"_\d+$")
-
-# Operators whose trace is no graph (the code that they are given is traced for each position), and
-# what to do instead.
-_UNTRACED = {
-    "flex_attention": (
-        "let the model use scaled_dot_product_attention (in diffusers: set_attention_backend)"
-    ),
-}
 
 
 class _NotCopied(Exception):  # noqa: N818 - no error
@@ -90,7 +77,7 @@ def retrace(
         return _retrace_calls(captured, fakes, decompositions, states)
     except _NotCopied as reason:
         log.debug("all calls are traced, equal ones too: %s", reason)
-    traced = _trace(_Interpreter(captured, states).run, fakes, decompositions)
+    traced = _trace(Interpreter(captured, states).run, fakes, decompositions)
     by_name = {node.name: state for node, state in states.items()}
 
     def of_call(node: fx.Node) -> Autocast:
@@ -101,60 +88,6 @@ def retrace(
     for node in traced.graph.nodes:
         node.meta.pop("from_node", None)
     return traced
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs each call of Dynamo's graph in its state of autocast, and switches nothing itself.
-
-    What it cannot trace is named by the user's line.
-    """
-
-    def __init__(self, captured: fx.GraphModule, states: Mapping[fx.Node, Autocast]) -> None:
-        super().__init__(captured)
-        self.extra_traceback = False  # says where in our own code
-        self._states = states
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The value of a node; None for a switch.
-
-        Raises:
-            UnsupportedModelError: it depends on values of tensors, or is given code.
-        """
-        if is_switch(n.target):
-            return None
-        if given_code(n) and str(n.target) in _UNTRACED:
-            raise UnsupportedModelError(
-                f"the model calls {n.target} at {user_line(n)}, which cannot be followed; "
-                f"{_UNTRACED[str(n.target)]}"
-            )
-        if _switches(n):
-            raise UnsupportedModelError(
-                f"the model calls torch.ops.higher_order.{n.target} at {user_line(n)} with code "
-                "that switches autocast, which cannot be followed; put the region around the call"
-            )
-        try:
-            with self._states[n].again():
-                return super().run_node(n)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise UnsupportedModelError(
-                f"the model makes a number or a size out of the values of a tensor at "
-                f"{user_line(n)} ({error.func}), which cannot be followed; use .item() there, or "
-                "keep it a tensor of a size that depends on shapes alone"
-            ) from error
-        except Exception as error:
-            if not given_code(n):
-                raise
-            raise UnsupportedModelError(
-                f"the model calls torch.ops.higher_order.{n.target} at {user_line(n)}, which "
-                f"cannot be followed ({type(error).__name__}: {error}); exclude its module from "
-                "compilation"
-            ) from error
-
-
-def _switches(call: fx.Node) -> bool:
-    """Whether autocast is switched in the code that an operator is given: tracers do not do it."""
-    nodes = [node for code in codes_of(call) for node in code.graph.nodes]
-    return any(node.target is enter_autocast or _switches(node) for node in nodes)
 
 
 def _retrace_calls(
@@ -299,7 +232,7 @@ def _run(call: fx.Node, operands: Iterable[Tensor]) -> Any:
             if call.op == "call_method":
                 result = getattr(args[0], target)(*args[1:], **kwargs)
             else:
-                result = target(*args, **kwargs)
+                result = SEEN.get(target, target)(*args, **kwargs)
     except RuntimeError as error:  # reads a number out of another call, say
         raise _NotCopied(f"{call} cannot be run by itself: {error}") from error
     if _layout(result) != _layout_of(call):

@@ -8,15 +8,10 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import nn
 
-from toca_fx.torch_private import (
-    COMPILED_CALL,
-    captured_any_number_of_times,
-    compiled_call,
-    original_module,
-)
+from toca_fx.capture.calls import WholeOrParts
+from toca_fx.torch_private import COMPILED_CALL, original_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,25 +39,16 @@ class Twin:
         return operator.getitem, ([self._toca_model], 0)
 
 
-def _unlimited(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``compiled``, which Dynamo captures as often as adapters and sizes change."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # as a part of something else
-            return compiled(*args, **kwargs)
-        with captured_any_number_of_times():
-            return compiled(*args, **kwargs)
-
-    return call
-
-
 def twin_of(
     model: Model,
     backend: Any,
+    parts: Any,
     methods: Mapping[str, Any] | None = None,
     around: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Model:
     """A twin of ``model`` that is compiled by ``backend`` as one graph, with some ``methods`` more.
+
+    Where Dynamo cannot capture it as one, ``parts`` compiles several.
 
     Both have one ``__dict__``: whatever is set on one, hooks and submodules included, is set on the
     other. The compiled call alone is the twin's own, in a slot, for which it needs a class of its
@@ -81,7 +67,7 @@ def twin_of(
     }
     made = types.new_class(of.__name__, (Twin, of), exec_body=lambda space: space.update(body))
     twin: Any = object.__new__(made)
-    compiled = _unlimited(compiled_call(module, backend))
+    compiled = WholeOrParts(module, backend, parts)
     own = {
         "__dict__": vars(module),
         "_toca_model": module,

@@ -29,6 +29,10 @@ from toca_fx.torch_private import (
 
 aten = torch.ops.aten
 
+# An operator that is given code, for each score and for the mask: ``flex_attention``. It returns
+# the result, a log-sum-exp and the largest scores.
+FLEX = torch.ops.higher_order.flex_attention
+
 
 class Family(Flag):
     """What operators have in common. SAME to PART have one operand and compute nothing."""
@@ -134,6 +138,7 @@ OPS: Mapping[Any, Op] = {
     aten.conv2d.default: _CONVOLUTION,
     aten.conv3d.default: _CONVOLUTION,
     aten.scaled_dot_product_attention.default: Op(axes.attention, Family.ATTENTION),
+    FLEX: Op(None, Family.ATTENTION),
     aten.softmax.int: Op(axes.along_dim(1, -1), Family.SOFTMAX),
     aten._softmax.default: Op(axes.along_dim(1, -1), Family.SOFTMAX),
     aten.log_softmax.int: Op(axes.along_dim(1, -1)),

@@ -80,6 +80,16 @@ def mark(graph: fx.Graph, sources: Sequence[str], inputs: Sequence[Any]) -> None
         node.meta["role"] = "latents"
 
 
+def trust_names(graph: fx.Graph, sources: Sequence[str]) -> None:
+    """Of a part of a model that has no block: nothing is latents but what is called so.
+
+    What it returns is embeddings, which are shaped like a caption.
+    """
+    for node, source in zip(graph.find_nodes(op="placeholder"), sources, strict=True):
+        if node.meta["role"] == "latents" and _argument(source) not in _LATENTS:
+            node.meta["role"] = "condition"
+
+
 def timesteps(sources: Sequence[str], inputs: Sequence[Any]) -> tuple[int, ...]:
     """The positions of the inputs that hold timesteps, first the one that tells steps apart.
 

@@ -70,6 +70,8 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
     region = assign(module.graph)
     _hand_over_contiguous(module.graph, region)
     body = sorted(region, key=region.__getitem__)
+    for node in module.graph.find_nodes(op="get_attr"):
+        body[0].prepend(node)
     for before, after in itertools.pairwise(body):
         before.append(after)
     # Pieces get their code when they run: most are equal to others, and never do.
@@ -178,8 +180,13 @@ def signature(region: fx.GraphModule, inputs: Sequence[Any]) -> object:
         given = (node.args, node.kwargs)
         return repr(fx.node.map_arg(given, lambda operand: f"%{position[operand]}"))
 
+    def of_target(node: fx.Node) -> object:
+        attribute = getattr(region, str(node.target), None) if node.op == "get_attr" else None
+        # Code that an operator is given: another name in each piece.
+        return signature(attribute, ()) if isinstance(attribute, fx.GraphModule) else node.target
+
     body = tuple(
-        (node.op, node.target, of_arguments(node))
+        (node.op, of_target(node), of_arguments(node))
         for node in region.graph.nodes
         if node.op != "placeholder"
     )

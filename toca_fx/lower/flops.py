@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from toca_fx.graph.autocast import OFF
-from toca_fx.graph.ops import overloads_of
+from toca_fx.graph.ops import FLEX, overloads_of
 from toca_fx.kernels.columns import attention_and_columns
 from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
 from toca_fx.torch_private import (
@@ -190,6 +190,10 @@ class _Counting(fx.Interpreter):
 
     def _counted(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[int, Any]:
         """The FLOPs of a node, and what it returns."""
+        if node.target is FLEX:  # which the counter does not run; as if no block were masked
+            with self._mode:
+                returned = getattr(self, node.op)(node.target, args, kwargs)
+            return _attention(*(operand.shape for operand in args[:3])), returned
         counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         counter.mod_tracker = _NoModules()
         # Tables that the graph makes by itself are fake too.

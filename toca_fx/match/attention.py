@@ -9,8 +9,8 @@ from torch import fx
 
 from toca_fx.graph.ops import is_constant
 from toca_fx.graph.stream import Flow
-from toca_fx.match.anchors import Attention
 from toca_fx.match.branches import Found, in_a_row, module_output, residuals_behind, site_at
+from toca_fx.match.fused import Attention
 from toca_fx.match.origins import (
     attention_kind,
     is_sequence_first,
@@ -66,7 +66,7 @@ def _in_a_row(attention: Attention, output: fx.Node, flow: Flow) -> fx.Node:
 def _with_map(site: Site, attention: Attention, output: fx.Node, flow: Flow) -> Site:
     """``site`` with what is known of the rows and columns of its attention's map."""
     rows = rows_of(attention, output, site.shape, flow)
-    if rows is None:
+    if rows is None or not attention.plain:
         return site
     read = replace(site, segment=rows.segment, packed=rows.packed)
     if site.kind == "cross_attention":

@@ -12,6 +12,7 @@ from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, activations, is_cheap
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.match.anchors import attention_at
+from toca_fx.match.sites import OUTSIDE as OUTSIDE_BLOCKS
 from toca_fx.match.sites import NearMiss, Site
 
 _OTHER_VIEWS = RESHAPES | PERMUTES | SAME
@@ -102,12 +103,7 @@ def site_at(
     block, layer = flow.block_of(anchors)
     shape = tuple(getattr(output.meta["val"], "shape", ()))
     if layer is None:
-        return NearMiss(
-            kind,
-            path,
-            "it lies outside the numbered blocks (no index in its module path, and no module like "
-            "it beside it)",
-        )
+        return NearMiss(kind, path, OUTSIDE_BLOCKS)
     if len(shape) != 3:
         return NearMiss(kind, path, f"its output has shape {shape}, not [batch, tokens, channels]")
     return Site(

@@ -15,7 +15,7 @@ from toca_fx.graph import axes, tokenwise
 from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, linear_input
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
-from toca_fx.match.anchors import Attention
+from toca_fx.match.fused import Attention
 
 # The same tensor in another shape or dtype, and not a part of it.
 _RESHAPED = RESHAPES | SAME

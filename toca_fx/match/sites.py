@@ -55,6 +55,12 @@ class NearMiss:
     reason: str
 
 
+OUTSIDE = (
+    "it lies outside the numbered blocks (no index in its module path, and no module like it "
+    "beside it)"
+)
+
+
 @dataclass(frozen=True)
 class Matches:
     """All sites of a graph in execution order, and what came close.
@@ -71,3 +77,8 @@ class Matches:
     states: tuple[Site, ...] = ()
     uncut: str = ""
     first_block: tuple[str, ...] = ()
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the graph is that of a block, not of a model: it has modules and no blocks."""
+        return not self.sites and any(miss.reason == OUTSIDE for miss in self.misses)

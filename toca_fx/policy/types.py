@@ -308,6 +308,13 @@ class Policy:
 
         return to_yaml(self)
 
+    def without_memories(self) -> Policy:
+        """A policy with the same steps that keeps nothing of the whole model, for a part of one
+        that has no module to be cached.
+        """
+        cache = replace(self.cache, grain="module")
+        return replace(self, skip="none", cache=cache, gate=None, rules=())
+
     def for_site(self, kind: str, path: str, layer: int | None) -> SitePolicy:
         """What holds for the module of type `kind` at `path` in layer `layer`: matching rules
         applied in order.

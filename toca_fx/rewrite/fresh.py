@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 
 import torch
 from torch import Tensor, fx
 
+from toca_fx.graph.axes import first_operand
 from toca_fx.graph.edit import ancestors
 from toca_fx.graph.ops import RELAYOUTS, aten, operator_name
 from toca_fx.graph.tokenwise import Tokens
@@ -77,6 +79,8 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
+    while node.target is operator.getitem:  # one of several tensors
+        node = first_operand(node)
     return operator_name(node.target) or str(node.target)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from toca_fx.graph.ops import aten
 from toca_fx.kernels.influence import of_segment
 from toca_fx.kernels.scores import OF_ATTENTION, OfAttention
-from toca_fx.match.anchors import Attention, attention_at, attention_scale
+from toca_fx.match.anchors import attention_at
+from toca_fx.match.fused import Attention
 from toca_fx.plan.buffers import READ, Buffer
 from toca_fx.plan.scores import INSIDE
 from toca_fx.plan.step import AttentionScore
@@ -146,7 +147,7 @@ class _Attentions:
             heads=_Heads(attention.layout, batch),
             # A key that is multiplied explicitly is transposed.
             transposed=tuple(name == "key" and attention.weights is not None for name in reads),
-            scale=attention_scale(attention.output),
+            scale=attention.scale,
             options=tuple(options.items()),
         )
         nodes = tuple(getattr(attention, name) for name in reads)

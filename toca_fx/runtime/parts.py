@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toca_fx.runtime import words
+
 if TYPE_CHECKING:
     from toca_fx.runtime.clock import Progress
     from toca_fx.runtime.generation import Generation
@@ -55,7 +57,8 @@ class Attempt:
     ``call`` is where its first part was called (None: there is but one). ``known`` is what is known
     of the model, which may have ``begun`` before; ``before`` is the progress of the generation
     ahead of the call (None: it has not come to that). ``visits`` counts how often each other part
-    has come since, by its identity: layers may share their code.
+    has come since, by its identity: layers may share their code. That there are several was
+    ``expected``, and has been said.
     """
 
     call: Call | None = None
@@ -66,6 +69,7 @@ class Attempt:
     begun: bool = False
     before: Progress | None = None
     visits: Counter[Hashable] = field(default_factory=Counter)
+    expected: bool = False
 
     def begin(
         self,
@@ -98,7 +102,12 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def attempt_of(part: object, depth: int) -> Attempt:
+def behind(warn: Callable[[str | None], None]) -> Callable[[str | None], None]:
+    """``warn`` for parts behind the first: what they are given are no captions of the user's."""
+    return lambda message: None if message == words.REBUILT else warn(message)
+
+
+def attempt_of(part: object, depth: int, *, expected: bool = False) -> Attempt:
     """The call of ``part``, whose frame is ``depth`` up: a new one if ``part`` is the first."""
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
@@ -106,7 +115,8 @@ def attempt_of(part: object, depth: int) -> Attempt:
     last = _last.attempt
     if last is not None and last.session() is not None and _follows(part, frame, last.call):
         return last
-    return Attempt(Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code)))
+    call = Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code))
+    return Attempt(call, expected=expected)
 
 
 def _follows(part: object, frame: FrameType, lead: Call | None) -> bool:

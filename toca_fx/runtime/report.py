@@ -205,7 +205,11 @@ def make_report(
     hoisted_bytes: int,
     warnings: Sequence[str],
 ) -> Report:
-    """The report on ``calls``, each of which comes with the program that ran it."""
+    """The report on ``calls``, each of which comes with the program that ran it.
+
+    Where the graph of a model is broken, parts without sites are no steps of their own.
+    """
+    calls = [call for call in calls if call[0].analysis.matches.sites] or calls
     programs = list(dict.fromkeys(program for program, _ in calls))
     return Report(
         steps=tuple(record for _, record in calls),

@@ -125,7 +125,8 @@ class Session:
         known, whole = attempt.known(), attempt.generation()
         if known is None or whole is None:
             raise AssertionError("the first part of the call has just run")
-        self._say(known.said, (words.BROKEN,))
+        if not attempt.expected:
+            self._say(known.said, (words.BROKEN,))
         decision, which = whole.latest, (id(model), id(runner))
         attempt.visits[which] += 1
         key = (model, runner, attempt.visits[which])
@@ -133,9 +134,9 @@ class Session:
         if part is None:
             plan = runner.program.analysis.plan(decision.num_steps)
             begins = replace(decision, place="generation")
-            part = whole.parts[key] = Generation(
-                runner, plan, begins, (), whole.path, whole.run, whole.owner, None, self.warn
-            )
+            warn, of = parts.behind(self.warn), (whole.path, whole.run, whole.owner)
+            part = Generation(runner, plan, begins, (), *of, None, warn)
+            whole.parts[key] = part
         missed = part.progress.position != decision.position
         decision = replace(decision, full=decision.full or missed)
         outputs, record = part.run_step(decision, attempt.timestep, inputs)

@@ -117,6 +117,15 @@ BROKEN = (
     "the model was captured in several graphs, of which each is cached by itself; compile it with "
     "fullgraph=True (toca_fx.compile does) to see where Dynamo breaks off, and leave that out"
 )
+BLOCK_ALONE = (
+    "what is compiled is one block, as by compile_repeated_blocks: blocks alone cannot be cached, "
+    "as none knows which step it is in, and they run as they are. Compile the model instead, by "
+    'toca_fx.compile(model) or model.compile(backend="toca"): equal blocks are compiled once'
+)
+NO_GATE = (
+    "the policy has a gate, which measures whole models, and this one was captured in several "
+    "graphs: every step that the gate would decide on is full; take a policy without `gate`"
+)
 REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "
     "is computed at every call; make them once, before the loop"

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.helpers import capture
@@ -104,16 +103,6 @@ def test_wrapped_code_is_as_if_it_were_not_wrapped(name: str, times: int) -> Non
 def test_a_graph_without_wrapped_code_is_left_as_it_is() -> None:
     captured, _ = capture(Model(plain, plain), torch.randn(2, 8, 16), torch.rand(2, 1, 1))
     assert inlined(captured) is captured
-
-
-def test_an_attention_that_cannot_be_followed_is_refused_by_its_name() -> None:
-    class Flex(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return flex_attention(x, x, x)
-
-    captured, inputs = capture(Flex(), torch.randn(1, 2, 16, 8))
-    with pytest.raises(UnsupportedModelError, match=r"flex_attention at .*test_inline\.py:[0-9]+ "):
-        to_aten(captured, inputs)
 
 
 def test_other_operators_with_code_are_refused_by_the_users_line() -> None:

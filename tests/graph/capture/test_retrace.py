@@ -87,6 +87,19 @@ def test_functions_are_as_if_traced_whole(
     assert not checked(captured, inputs, caplog)
 
 
+def data_read(x: Tensor) -> Tensor:
+    y = x * 2
+    return y.data.relu() + y.data[:1].data
+
+
+def test_data_is_no_constant() -> None:
+    captured, inputs = capture(Function(data_read), torch.randn(2, 8))
+    traced = retrace(captured, [FakeTensorMode().from_tensor(value) for value in inputs], {})
+    assert not traced.graph.find_nodes(op="get_attr")
+    other = torch.randn(2, 8)
+    assert torch.equal(traced(other)[0], data_read(other))
+
+
 def test_graphs_with_writes_are_traced_whole(caplog: pytest.LogCaptureFixture) -> None:
     captured, inputs = capture(Function(half_in_place), torch.randn(2, 8))
     (reason,) = checked(captured, inputs, caplog)

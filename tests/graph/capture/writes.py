@@ -206,6 +206,17 @@ def detached(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def through_data(x: Tensor, y: Tensor) -> Tensor:
+    x.data[:, 1:3].copy_(y[:, :2])
+    return x
+
+
+def data_of_a_view(x: Tensor, y: Tensor) -> Tensor:
+    memory = x[:, 1:3].data
+    memory += y[:, :2]
+    return x
+
+
 SCATTERED = [aten.clone.default, aten.slice_scatter.default]
 WRITES: dict[Write, list[Any]] = {
     slice_of_tokens: SCATTERED,
@@ -246,6 +257,8 @@ WRITES: dict[Write, list[Any]] = {
     with_an_axis_more: [aten.mul.Tensor, aten.select_scatter.default],
     with_an_axis_less: [aten.mul.Tensor, aten.slice_scatter.default],
     detached: SCATTERED,
+    through_data: SCATTERED,
+    data_of_a_view: [aten.add.Tensor, aten.slice_scatter.default],
 }
 # torch 2.15 traces a number that is written as a number, no longer as a tensor.
 SINCE_2_15 = {aten.fill.Tensor: aten.fill.Scalar, aten.index_put.default: aten.masked_fill.Scalar}

@@ -1,0 +1,81 @@
+"""Calls of a module that Dynamo captures as one graph, or in several where it cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from toca_fx.capture.sources import line_in
+from toca_fx.torch_private import (
+    Unsupported,
+    UserError,
+    captured_any_number_of_times,
+    compiled_call,
+)
+
+log = logging.getLogger(__name__)
+
+
+# Brings in all weights that are away during a call: what runs uncompiled cannot ask for them.
+bring_in: ContextVar[Callable[[], None] | None] = ContextVar("toca_fx_bring_in", default=None)
+
+
+def _come_in() -> None:
+    bring = bring_in.get()
+    if bring is not None:
+        bring()
+
+
+class WholeOrParts:
+    """Calls ``module`` as one graph, compiled by ``whole``.
+
+    From the first call that Dynamo cannot capture so, it is captured in several graphs, which
+    ``parts`` compiles: what decides on the way through the code is run between them.
+    """
+
+    def __init__(self, module: nn.Module, whole: Any, parts: Any) -> None:
+        self._module, self._parts = module, parts
+        self._whole: Callable[..., Any] | None = compiled_call(module, whole)
+        self._broken = compiled_call(module, parts, whole=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        if torch.compiler.is_dynamo_compiling():  # as a part of something else
+            return self._broken(*args, **kwargs)
+        with captured_any_number_of_times():
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._whole is not None:
+            with suppress(Unsupported, UserError):
+                return self._whole(*args, **kwargs)
+            _come_in()
+            try:
+                # What a model makes at its first call (tables) is there at the second.
+                self._module(*args, **kwargs)
+                return self._whole(*args, **kwargs)
+            except (Unsupported, UserError) as error:
+                reason = str(error)
+            self._whole = None
+            self._say(reason)
+        _come_in()
+        return self._broken(*args, **kwargs)
+
+    def _say(self, reason: str) -> None:
+        """Warn, in our words; Dynamo's are in the debug log."""
+        log.debug("captured in several graphs: %s", reason)
+        at = line_in(reason)
+        log.warning(
+            "toca_fx: %s cannot be captured as one graph%s: values of tensors decide there on the "
+            "way through the code. It is captured in several: those without an attention or MLP "
+            "run at every step, and if there is more than one with, each is cached by itself. "
+            "Where a number, a mask or a list can be made before the run, hand it in",
+            type(self._module).__name__,
+            f", because of {at}" if at else "",
+        )
