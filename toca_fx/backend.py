@@ -16,6 +16,7 @@ from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
+from toca_fx.capture.subclasses import Unwrapping, as_plain, unwrapped
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -147,15 +148,17 @@ class Backend:
             return self.inner(captured, list(inputs))
         refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
-        made = Dispatcher(captured, self, model_class(), inputs)
-        same = identity(captured, inputs)
+        plain, unwrapping = unwrapped(captured, inputs)
+        made = Dispatcher(plain, self, model_class(), inputs, unwrapping)
+        same = identity(plain, unwrapping(inputs))
         return made if same is None else _dispatchers.setdefault((self, same), made)
 
 
 class Dispatcher:
     """The callable that Dynamo runs instead of the model: it hands each call to the session.
 
-    If the ``backend`` has no policy it is chosen by ``model_class``, or by the inputs.
+    ``captured`` takes what ``unwrapping`` makes of the inputs of a call. If the ``backend`` has no
+    policy it is chosen by ``model_class``, or by the inputs.
     """
 
     def __init__(
@@ -164,7 +167,10 @@ class Dispatcher:
         backend: Backend,
         model_class: str,
         inputs: Sequence[Any],
+        unwrapping: Unwrapping,
     ) -> None:
+        self._unwrapping = unwrapping
+        given, inputs = inputs, unwrapping(inputs)
         self._captured, self._inner, self._whole = captured, backend.inner, backend.whole
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
@@ -174,7 +180,7 @@ class Dispatcher:
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
         # buffers; or its buffers, where all weights are quantised.
-        weights = [at for at in state if isinstance(inputs[at], nn.Parameter)]
+        weights = [at for at in state if isinstance(given[unwrapping.outer[at]], nn.Parameter)]
         self._weights = picker(weights or [at for at in state if isinstance(inputs[at], Tensor)])
         # The frame keeps the parts of a broken graph apart. A graph that holds its weights is of
         # one model only.
@@ -195,7 +201,7 @@ class Dispatcher:
         """
         attempt = Attempt() if self._whole else attempt_of(self, 1)
         try:
-            return self._run(inputs, attempt)
+            return self._run(self._unwrapping(inputs), attempt)
         except BaseException:
             let_go()
             attempt.undo()
@@ -211,7 +217,8 @@ class Dispatcher:
         key = (shapes, self._numbers.read(inputs))
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
-        with OFF.again():  # its casts are in the graphs
+        # Casts are in the graphs, and so is what tensors of classes of their own make of calls.
+        with OFF.again(), as_plain():
             begun = attempt.session()
             if begun is None:
                 at = current_place()

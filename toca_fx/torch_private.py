@@ -22,6 +22,9 @@ from torch import _foreach_copy_ as foreach_copy_
 # Operators have no public way to the kernel that one dispatch key stands for.
 from torch._C import DisableTorchFunction, DispatchKey
 
+# Tensors of a class of its own act as plain ones in it; torch has the context and no public name.
+from torch._C import DisableTorchFunctionSubclass as plain_tensors
+
 # The types of devices that torch.is_autocast_enabled knows.
 from torch._C import _autocast_supported_devices as autocast_devices
 
@@ -98,6 +101,9 @@ from torch.fx.experimental.symbolic_shapes import (
 # What torch takes for a call that does more than to return something.
 from torch.fx.node import _side_effectful_functions as side_effectful
 
+# Which tensors hold others, and say so; what Dynamo and AOTAutograd go by.
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
+
 # Nested outputs of a model, of an operator; torch has no public module for them.
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -145,9 +151,11 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_mutable",
     "is_switch",
+    "is_wrapper",
     "list_mode_options",
     "lookup_backend",
     "original_module",
+    "plain_tensors",
     "sdpa_flop_count",
     "side_effectful",
     "storage_id",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import dropwhile
 
 import torch
@@ -98,6 +99,11 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
         captured.meta[_SOURCES] = tuple(map(_source, placeholders))
     found: tuple[str, ...] = captured.meta[_SOURCES]
     return found
+
+
+def keep_input_sources(captured: fx.GraphModule, sources: Sequence[str]) -> None:
+    """Let these be the names that ``input_sources`` returns for a graph made of Dynamo's."""
+    captured.meta[_SOURCES] = tuple(sources)
 
 
 def _source(placeholder: fx.Node) -> str:
