@@ -20,10 +20,8 @@ from torch import Tensor, fx, nn
 from torch import _foreach_copy_ as foreach_copy_
 
 # Operators have no public way to the kernel that one dispatch key stands for.
-from torch._C import DisableTorchFunction, DispatchKey
-
 # Tensors of a class of its own act as plain ones in it; torch has the context and no public name.
-from torch._C import DisableTorchFunctionSubclass as plain_tensors
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, DispatchKey
 
 # The types of devices that torch.is_autocast_enabled knows.
 from torch._C import _autocast_supported_devices as autocast_devices
@@ -122,6 +120,7 @@ __all__ = [
     "CustomOpDef",
     "DataDependentOutputException",
     "DimDynamic",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -155,7 +154,6 @@ __all__ = [
     "list_mode_options",
     "lookup_backend",
     "original_module",
-    "plain_tensors",
     "sdpa_flop_count",
     "side_effectful",
     "storage_id",

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from toca_fx.capture.sources import input_sources, keep_input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import is_wrapper, plain_tensors, tree_leaves
+from toca_fx.torch_private import DisableTorchFunctionSubclass, is_wrapper, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Wrapper:
     @classmethod
     def of(cls, value: Any) -> Wrapper | None:
         """How ``value`` is put together; None if it is no wrapper."""
+        kind: Any = type(value)
         if not is_wrapper(value):
             return None
         names, context = value.__tensor_flatten__()
@@ -51,7 +52,7 @@ class Wrapper:
         others = {name: one for name, one in held.items() if not isinstance(one, Tensor)}
         parts = tuple((name, cls.of(held[name])) for name in names if name not in others)
         says = repr((context, others))
-        return cls(type(value), parts, says, value.shape, value.stride(), context, others)
+        return cls(kind, parts, says, value.shape, value.stride(), context, others)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,12 +106,10 @@ class Unwrapping:
 
 def as_plain() -> AbstractContextManager[Any]:
     """Inside, tensors of classes of their own act as plain ones, and results are plain."""
-    return plain_tensors()
+    return DisableTorchFunctionSubclass()
 
 
-def unwrapped(
-    captured: fx.GraphModule, inputs: Sequence[Any]
-) -> tuple[fx.GraphModule, Unwrapping]:
+def unwrapped(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Unwrapping]:
     """Dynamo's graph for inputs without wrappers, and how to make such inputs of those of a call.
 
     It is ``captured`` itself if no input is a wrapper, else a copy.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from toca_fx.graph import axes, tokenwise
-from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, linear_input
+from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, is_scale, linear_input
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.anchors import Attention
@@ -46,7 +46,7 @@ def _source_linears(value: object) -> Iterator[fx.Node]:
     pending, seen = [value], set()
     while pending:
         node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen or is_constant(node):
+        if not isinstance(node, fx.Node) or node in seen or is_constant(node) or is_scale(node):
             continue
         seen.add(node)
         if linear_input(node) is not None:
@@ -180,7 +180,7 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]
     pending, seen = [(operand, where)], set()
     while pending:
         node, there = pending.pop()
-        if (node, there) in seen or is_constant(node):
+        if (node, there) in seen or is_constant(node) or is_scale(node):
             continue
         seen.add((node, there))
         moved = tokenwise.segment(node, there)
@@ -260,7 +260,7 @@ def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
     pending = [(start, where)]
     while pending:
         node, there = pending.pop()
-        if node in found:
+        if node in found or is_scale(node):
             continue
         found[node] = there
         source = linear_input(node)
