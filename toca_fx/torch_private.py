@@ -86,7 +86,12 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
 
 # ATen before autograd and autocast, of any function; torch.export takes modules only.
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+)
 
 # Symbols for sizes with a range that is said; torch.export.Dim cannot be had outside of an export.
 from torch.fx.experimental.symbolic_shapes import (
@@ -98,6 +103,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 # What torch takes for a call that does more than to return something.
 from torch.fx.node import _side_effectful_functions as side_effectful
+from torch.overrides import TorchFunctionMode
 
 # Which tensors hold others, and say so; what Dynamo and AOTAutograd go by.
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
@@ -209,8 +215,33 @@ def trace(
         pre_dispatch=True,
         decomposition_table=dict(decompositions or {}),
     )
-    with compiling():
+    with compiling(), _Wrappers():
         return tracing(*values)
+
+
+class _Wrappers(TorchFunctionMode):
+    """Asks ``__torch_dispatch__`` of wrappers for what they leave to it.
+
+    A trace of what comes before autograd takes all calls, and asks nobody: these are traced behind.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        values = tree_leaves((args, kwargs))
+        kinds: list[Any] = [type(value) for value in values if is_wrapper(value)]
+        mode = get_proxy_mode()
+        if not kinds or mode is None:
+            return func(*args, **kwargs)
+        if torch._C._is_torch_function_enabled():  # not by a class that is asked already
+            for kind in filter(_has_function, kinds):
+                with self:
+                    return kind.__torch_function__(func, types, args, kwargs)
+        with disable_proxy_modes_tracing(), ProxyTorchDispatchMode(mode.tracer, "fake"):
+            return func(*args, **kwargs)
+
+
+def _has_function(kind: type[Tensor]) -> bool:
+    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def is_mutable(target: object) -> bool:
