@@ -16,7 +16,7 @@ from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.sources import captured_model, frame_id, input_sources, model_class
-from toca_fx.capture.subclasses import Unwrapping, as_plain, unwrapped
+from toca_fx.capture.subclasses import Unwrapping, as_plain, refuse_opaque, unwrapped
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -73,6 +73,7 @@ def compile(  # noqa: A001 - as torch.compile
         PolicyError: the policy has problems (all are listed).
         ValueError, TypeError: an unknown ``inner`` or ``mode``, a ``model`` of another kind, or one
             with a cache of diffusers (``enable_cache``).
+        UnsupportedModelError: a parameter is a tensor of a class that cannot be followed.
     """
     given = None if policy is None else load_policy(policy)
     backend = Backend(given, Inner(inner, mode), whole=True)
@@ -93,6 +94,7 @@ def compile(  # noqa: A001 - as torch.compile
             f"{type(model).__name__}"
         )
     refuse_two_caches(model)
+    refuse_opaque(model)
     return twin_of(model, backend, METHODS)
 
 

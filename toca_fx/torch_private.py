@@ -155,6 +155,7 @@ __all__ = [
     "has_kernel",
     "is_any_autocast_enabled",
     "is_mutable",
+    "is_opaque",
     "is_switch",
     "is_wrapper",
     "list_mode_options",
@@ -238,6 +239,12 @@ class _Wrappers(TorchFunctionMode):
                     return kind.__torch_function__(func, types, args, kwargs)
         with disable_proxy_modes_tracing(), ProxyTorchDispatchMode(mode.tracer, "fake"):
             return func(*args, **kwargs)
+
+
+def is_opaque(value: Tensor) -> bool:
+    """Whether a tensor has a ``__torch_dispatch__`` of its own, and does not say what it holds."""
+    own = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not is_wrapper(value) and not isinstance(value, FakeTensor)
 
 
 def _has_function(kind: type[Tensor]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import toca_fx
 from tests.helpers import make_policy
@@ -16,7 +18,7 @@ from tests.system.quantised import SCHEMES, torchao_per_tensor
 from toca_fx.describe.explanation import Explanation
 from toca_fx.diagnostics import UnsupportedModelError
 
-STEPS = 6
+STEPS = 4
 OFTEN = ("torchao int8", "torchao int8 dynamic", "quanto int8", "GGUF Q8", "bitsandbytes NF4")
 
 
@@ -24,7 +26,7 @@ def policy(interval: int) -> Any:
     return make_policy(sampler={"steps": STEPS}, N={"base": interval})
 
 
-def tiny(layers: int = 2) -> nn.Module:
+def tiny() -> nn.Module:
     """A PixArt whose linear layers fit all schemes: 64 channels."""
     from diffusers import PixArtTransformer2DModel
 
@@ -32,7 +34,7 @@ def tiny(layers: int = 2) -> nn.Module:
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=32,
-        num_layers=layers,
+        num_layers=1,
         cross_attention_dim=64,
         sample_size=16,
         caption_channels=32,
@@ -66,22 +68,17 @@ def uncached(model: nn.Module) -> list[Tensor]:
         return [model(**call)[0] for call in calls()]
 
 
-def explained(model: nn.Module) -> Explanation:
-    return toca_fx.explain(model, policy(3), **next(calls()))
+def explained(model: nn.Module, interval: int = 3) -> Explanation:
+    return toca_fx.explain(model, policy(interval), **next(calls()))
 
 
-@pytest.mark.parametrize("scheme", slow_but(OFTEN, SCHEMES, "another scheme of the same kind"))
-def test_what_is_computed_is_what_the_model_computes(scheme: str) -> None:
-    model = tiny()
-    plain = explained(model)
-    SCHEMES[scheme](model)
-    found = explained(model)
-    assert [(site.path, site.kind, site.modes, site.influence) for site in found.sites] == [
-        (site.path, site.kind, site.modes, site.influence) for site in plain.sites
-    ]
-    assert not found.skipped
-    assert found.flops_uncached == plain.flops_uncached
-    assert found.flops_done == pytest.approx(plain.flops_done, rel=0.01)
+@cache
+def plain() -> Explanation:
+    return explained(tiny())
+
+
+def checked(model: nn.Module, partial: int = 2) -> None:
+    """Full steps are those of ``model``, bit by bit where nothing is scored; others are cached."""
     expected = uncached(model)
     outputs, kinds = run(toca_fx.compile(model, policy(1), inner="eager"))
     assert kinds == {"full": STEPS}
@@ -89,7 +86,101 @@ def test_what_is_computed_is_what_the_model_computes(scheme: str) -> None:
         assert type(output) is Tensor
         assert torch.equal(output, right)
     outputs, kinds = run(toca_fx.compile(model, policy(3), inner="eager"))
-    assert kinds == {"full": 2, "partial": 4}
-    assert torch.equal(outputs[0], expected[0])
-    assert torch.equal(outputs[3], expected[3])
-    assert all(output.isfinite().all() for output in outputs)
+    assert kinds == {"full": STEPS - partial, "partial": partial}
+    # Where attention is scored it is rounded otherwise, and a few bits may be others for that.
+    errors = [
+        float((own - right).abs().mean()) for own, right in zip(outputs, expected, strict=True)
+    ]
+    assert max(errors[0], errors[3]) < 5e-3 < 5e-2 < min(errors[1], errors[2])
+
+
+@pytest.mark.parametrize("scheme", slow_but(OFTEN, SCHEMES, "another scheme of the same kind"))
+def test_a_quantised_model_is_cached_as_the_plain_one(scheme: str) -> None:
+    model = tiny()
+    SCHEMES[scheme](model)
+    found = explained(model)
+    assert [(site.path, site.kind, site.modes, site.influence) for site in found.sites] == [
+        (site.path, site.kind, site.modes, site.influence) for site in plain().sites
+    ]
+    assert not found.skipped
+    assert found.flops_uncached == plain().flops_uncached
+    assert found.flops_done == pytest.approx(plain().flops_done, rel=0.01)
+    checked(model)
+
+
+@pytest.mark.parametrize(
+    "scheme", slow_but(("torchao int8",), ("torchao int8", "quanto int8", "bitsandbytes NF4"), "as")
+)
+def test_lora_on_quantised_weights(scheme: str) -> None:
+    peft: Any = pytest.importorskip("peft")
+    model = tiny()
+    SCHEMES[scheme](model)
+    config = peft.LoraConfig(
+        r=4, target_modules=["to_q", "to_out.0", "ff.net.2"], init_lora_weights="gaussian"
+    )
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.requires_grad_(False)
+    assert len(explained(model).sites) == len(plain().sites)
+    checked(model)
+
+
+def test_one_scale_for_all_tokens_is_a_near_miss() -> None:
+    """The MLP is computed as a whole, or with the whole model not at all."""
+    model = tiny()
+    torchao_per_tensor(model)
+    (miss,) = explained(model).skipped
+    assert miss.kind == "mlp"
+    assert "torchao.choose_qparams_affine" in miss.reason
+    assert "one scale for all" in miss.reason
+    checked(model)
+
+
+def test_models_are_told_apart_by_what_is_in_their_weights() -> None:
+    """They share all parameters but the quantised ones, and take turns."""
+    first = tiny()
+    second = tiny()
+    for model, scale in ((first, 1.0), (second, 2.0)):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.weight.data *= scale
+        SCHEMES["torchao int8"](model)
+    for path, parameter in first.named_parameters():
+        if type(parameter) is nn.Parameter:
+            owner, _, name = path.rpartition(".")
+            setattr(second.get_submodule(owner), name, parameter)
+    expected = [uncached(model) for model in (first, second)]
+    twins = [toca_fx.compile(model, policy(1), inner="eager") for model in (first, second)]
+    for twin, right in zip(twins, expected, strict=True):
+        outputs, _ = run(twin)
+        assert all(map(torch.equal, outputs, right))
+
+
+class Opaque(Tensor):
+    """A tensor in another one, which does not say so."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Opaque:
+        made: Opaque = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda value: value.inner, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return cls(result) if func is torch.ops.aten.detach.default else result
+
+
+@pytest.mark.parametrize("entry", [toca_fx.compile, explained])
+def test_an_unknown_class_is_refused_by_name(entry: Callable[[nn.Module], Any]) -> None:
+    model = tiny()
+    linear = model.get_submodule("transformer_blocks.0.ff.net.2")
+    linear.weight = nn.Parameter(Opaque(linear.weight.detach()), requires_grad=False)  # type: ignore[arg-type]
+    said = r"transformer_blocks\.0\.ff\.net\.2\.weight.*Opaque.*__tensor_flatten__"
+    with pytest.raises(UnsupportedModelError, match=said):
+        entry(model)

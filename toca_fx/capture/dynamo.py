@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from toca_fx.capture.sources import input_sources, line_in
-from toca_fx.capture.subclasses import unwrapped
+from toca_fx.capture.subclasses import refuse_opaque, unwrapped
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import (
     BackendCompilerFailed,
@@ -58,8 +58,10 @@ def capture(
     is remembered. The model's own code is inlined and stays untouched.
 
     Raises:
-        UnsupportedModelError: the model cannot be captured as one graph.
+        UnsupportedModelError: the model cannot be captured as one graph, or has a parameter of a
+            class that cannot be followed.
     """
+    refuse_opaque(model)
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

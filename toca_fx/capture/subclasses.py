@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from toca_fx.capture.sources import input_sources, keep_input_sources
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import DisableTorchFunctionSubclass, is_wrapper, tree_leaves
+from toca_fx.torch_private import DisableTorchFunctionSubclass, is_opaque, is_wrapper, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,22 @@ class Unwrapping:
             wrapper = self._wrappers.get(at)
             found += (value,) if wrapper is None else wrapper.tensors(value)
         return found
+
+
+def refuse_opaque(model: nn.Module) -> None:
+    """Refuse parameters and buffers of classes that make their own of calls, and do not say how.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        kind = type(value)
+        if is_opaque(value):
+            raise UnsupportedModelError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__}: a tensor that makes its own "
+                "of every call, and does not say of which tensors it is made; give its class "
+                "__tensor_flatten__ and __tensor_unflatten__, or let the module hold plain tensors"
+            )
 
 
 def as_plain() -> AbstractContextManager[Any]:
