@@ -19,7 +19,7 @@ from toca_fx.describe.explanation import Explanation
 from toca_fx.diagnostics import UnsupportedModelError
 
 STEPS = 4
-OFTEN = ("torchao int8", "torchao int8 dynamic", "quanto int8", "GGUF Q8", "bitsandbytes NF4")
+OFTEN = ("torchao int8 dynamic", "quanto int8", "GGUF Q8", "bitsandbytes NF4")
 
 
 def policy(interval: int) -> Any:
@@ -91,7 +91,8 @@ def checked(model: nn.Module, partial: int = 2) -> None:
     errors = [
         float((own - right).abs().mean()) for own, right in zip(outputs, expected, strict=True)
     ]
-    assert max(errors[0], errors[3]) < 5e-3 < 5e-2 < min(errors[1], errors[2])
+    assert max(errors[0], errors[3]) < 5e-3
+    assert min(errors[1], errors[2]) > 5e-2
 
 
 @pytest.mark.parametrize("scheme", slow_but(OFTEN, SCHEMES, "another scheme of the same kind"))

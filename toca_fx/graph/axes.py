@@ -92,49 +92,6 @@ def mm(node: fx.Node, axis: int) -> Axes | None:
     return {first_operand(node): axis} if axis == 0 else None
 
 
-def rows_of(*positions: int) -> Rule:
-    """The rule of products that scale each row: the arguments at ``positions`` have the rows.
-
-    Of one for all rows there is nothing to carry.
-    """
-
-    def rule(node: fx.Node, axis: int) -> Axes | None:
-        if axis != 0:
-            return None
-        rows = shape_of(first_operand(node))[0]
-        read = [node.args[at] for at in positions]
-        return {
-            operand: 0
-            for operand in read
-            if isinstance(operand, fx.Node) and (*shape_of(operand), 1)[0] == rows
-        }
-
-    return rule
-
-
-def of_blocks(node: fx.Node, axis: int) -> Axes | None:
-    """One number for each block, whose sizes are an argument: blocks of one are by themselves."""
-    sizes = next((one for one in node.args if isinstance(one, (list, tuple))), None)
-    return {first_operand(node): axis} if sizes is not None and sizes[axis] == 1 else None
-
-
-def quantized(node: fx.Node, axis: int) -> Axes | None:
-    """Numbers and their scales, which are broadcast; a scale may also be that of several."""
-    shape = shape_of(node)
-    for operand in tensors(node):
-        aligned = axis - len(shape) + len(shape_of(operand))
-        if aligned >= 0 and shape_of(operand)[aligned] not in (1, shape[axis]):
-            return None
-    return pointwise(node, axis)
-
-
-def quantized_rows(node: fx.Node, axis: int) -> Axes | None:
-    """Rows and a scale for each; with a threshold, columns are chosen by what is in all rows."""
-    source = first_operand(node)
-    threshold = node.args[1] if len(node.args) > 1 else 0.0
-    return {source: 0} if axis == 0 and len(shape_of(source)) == 2 and threshold == 0 else None
-
-
 def addmm(node: fx.Node, axis: int) -> Axes | None:
     """Rows of the left operand, times one matrix, plus one row for all of them."""
     bias, rows, _ = node.args

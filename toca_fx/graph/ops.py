@@ -10,7 +10,7 @@ every rule on numbers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph import axes
+from toca_fx.graph import axes, few_bits
 from toca_fx.graph.axes import Axes, Rule
+from toca_fx.graph.names import Members, namespace, qualified_name
 from toca_fx.torch_private import (
     CustomOpDef,
     OpOverload,
@@ -77,9 +78,9 @@ _SPLIT = Op(axes.along_dim(2, 0), Family.PART | Family.SPLIT)
 _LINEAR = Op(axes.all_but_last, Family.LINEAR)
 _PACKED = Op(axes.mm, Family.LINEAR)
 _INTEGERS = Op(axes.matmul, Family.MM)
-_SCALED = Op(axes.rows_of(0, 2), Family.LINEAR)
-_SCALES = Op(axes.of_blocks, Family.SCALE)
-_QUANTIZED = Op(axes.quantized, Family.QUANTIZE)
+_SCALED = Op(few_bits.rows_of(0, 2), Family.LINEAR)
+_SCALES = Op(few_bits.of_blocks, Family.SCALE)
+_QUANTIZED = Op(few_bits.quantized, Family.QUANTIZE)
 _CONVOLUTION = Op(axes.convolution, Family.CONVOLUTION)
 _ADD = Op(axes.pointwise, Family.ADD | Family.LINEAR_POINTWISE)
 _ABSORBED = Op(axes.pointwise, Family.LINEAR_POINTWISE)
@@ -148,8 +149,8 @@ OPS: Mapping[Any, Op] = {
     "bitsandbytes::gemv_4bit": _LINEAR,
     "bitsandbytes::int8_linear_matmul": _LINEAR,
     "bitsandbytes::int8_scaled_mm": _SCALED,
-    "bitsandbytes::int8_mm_dequant": Op(axes.rows_of(0, 1)),
-    "bitsandbytes::int8_vectorwise_quant": Op(axes.quantized_rows, Family.QUANTIZE),
+    "bitsandbytes::int8_mm_dequant": Op(few_bits.rows_of(0, 1)),
+    "bitsandbytes::int8_vectorwise_quant": Op(few_bits.quantized_rows, Family.QUANTIZE),
     aten.matmul.default: Op(axes.matmul, Family.MM | Family.PRODUCT),
     aten.bmm.default: Op(axes.matmul, Family.PRODUCT),
     aten.baddbmm.default: Op(axes.baddbmm, Family.PRODUCT),
@@ -219,24 +220,6 @@ def row_of(target: object) -> Op | None:
     if found is None and namespace(target) not in ("", "aten"):
         found = OPS.get(qualified_name(target))
     return found
-
-
-class Members(Set[Any]):
-    """Operators of the table. One of a library is a member if its name is: ``"quanto::unpack"``."""
-
-    def __init__(self, keys: Iterable[Any]) -> None:
-        self._keys = frozenset(keys)
-
-    def __contains__(self, target: object) -> bool:
-        if target in self._keys:
-            return True
-        return namespace(target) not in ("", "aten") and qualified_name(target) in self._keys
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def _members(families: Family) -> Members:
@@ -364,21 +347,6 @@ def is_activation(node: fx.Node) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def operator_name(target: object) -> str:
-    """The name of an operator without namespace and overload, "linear"; "" if it is none."""
-    return str(target.overloadpacket.__name__) if isinstance(target, OpOverload) else ""
-
-
-def namespace(target: object) -> str:
-    """The namespace of an operator, "aten" for those of PyTorch; "" if it is none."""
-    return target.namespace if isinstance(target, OpOverload) else ""
-
-
-def qualified_name(target: object) -> str:
-    """The name of an operator without overload, "aten::linear"; "" if it is none."""
-    return f"{namespace(target)}::{operator_name(target)}" if namespace(target) else ""
 
 
 def overloads_of(op: object) -> tuple[OpOverload, ...]:

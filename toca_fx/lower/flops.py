@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from toca_fx.graph.autocast import OFF
-from toca_fx.graph.ops import overloads_of, qualified_name
+from toca_fx.graph.names import qualified_name
+from toca_fx.graph.ops import overloads_of
 from toca_fx.kernels.columns import attention_and_columns
 from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
 from toca_fx.torch_private import (
