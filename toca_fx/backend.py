@@ -26,6 +26,7 @@ from toca_fx.capture.sources import (
     input_sources,
     model_class,
 )
+from toca_fx.capture.subclasses import Unwrapping, as_plain, refuse_opaque, unwrapped
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import did_you_mean
@@ -90,6 +91,7 @@ def compile(  # noqa: A001 - as torch.compile
         PolicyError: the policy has problems (all are listed).
         ValueError, TypeError: an unknown ``inner`` or ``mode``, a ``model`` of another kind, or one
             with a cache of diffusers (``enable_cache``).
+        UnsupportedModelError: a parameter is a tensor of a class that cannot be followed.
     """
     with_mode = Inner(inner, mode)
     if isinstance(model, nn.Module):
@@ -117,6 +119,7 @@ def _compile_module(
 ) -> Any:
     """A twin of a module, with some methods more."""
     refuse_two_caches(model)
+    refuse_opaque(model)
     backend = Backend(policy, inner, "whole")
     parts = replace(backend, capture="parts")
     return twin_of(model, backend, parts, {**METHODS, **(methods or {})}, backend.around)
@@ -192,8 +195,9 @@ class Backend:
             return self.inner(captured, [])
         refuse_two_caches(captured_model())
         input_sources(captured)  # Dynamo forgets them afterwards
-        made = Dispatcher(captured, self, model_class(), inputs)
-        same = identity(captured, inputs)
+        plain, unwrapping = unwrapped(captured, inputs)
+        made = Dispatcher(plain, self, model_class(), inputs, unwrapping)
+        same = identity(plain, unwrapping(inputs))
         found = made if same is None else _dispatchers.setdefault((self, same), made)
         _keep(captured_model(), captured_code(), found)
         return found
@@ -216,7 +220,8 @@ class Backend:
 class Dispatcher:
     """The callable that Dynamo runs instead of the model: it hands each call to the session.
 
-    If the ``backend`` has no policy it is chosen by ``model_class``, or by the inputs.
+    ``captured`` takes what ``unwrapping`` makes of the inputs of a call. If the ``backend`` has no
+    policy it is chosen by ``model_class``, or by the inputs.
     """
 
     def __init__(
@@ -225,7 +230,15 @@ class Dispatcher:
         backend: Backend,
         model_class: str,
         inputs: Sequence[Any],
+        unwrapping: Unwrapping,
     ) -> None:
+        self._unwrapping = unwrapping
+        outer, inputs = inputs, unwrapping(inputs)
+        parameters = {
+            id(value)
+            for value, at in zip(inputs, unwrapping.outer, strict=True)
+            if isinstance(outer[at], nn.Parameter)
+        }
         self._scalars = Scalars(captured)
         self._captured = captured = self._scalars.graph
         self._inner, self._capture = backend.inner, backend.capture
@@ -238,7 +251,7 @@ class Dispatcher:
         state = [at for at, value in enumerate(inputs) if roles.is_state(sources[at], value, model)]
         # What makes a model the one it is: its weights, as graphs for other shapes read other
         # buffers; or its buffers, where all weights are quantised.
-        weights = [at for at in state if isinstance(inputs[at], nn.Parameter)]
+        weights = [at for at in state if id(inputs[at]) in parameters]
         self._weights = picker(weights or [at for at in state if isinstance(inputs[at], Tensor)])
         # The frame keeps the parts of a broken graph apart. A graph that holds its weights is of
         # one model only.
@@ -265,7 +278,7 @@ class Dispatcher:
         whole = self._capture == "whole"
         attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
         try:
-            given, numbers = self._scalars.given(inputs)
+            given, numbers = self._scalars.given(self._unwrapping(inputs))
             return self._scalars.returned(self._run(given, attempt), numbers)
         except BaseException:
             let_go()
@@ -282,7 +295,8 @@ class Dispatcher:
         key = (shapes, self._numbers.read(onloaded(inputs, self._numbers.reads)))
         runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
         model = self._models.key(self._weights(inputs))
-        with OFF.again():  # its casts are in the graphs
+        # Casts are in the graphs, and so is what tensors of classes of their own make of calls.
+        with OFF.again(), as_plain():
             begun = attempt.session()
             if begun is None:
                 at = current_place()

@@ -38,6 +38,7 @@ ALLOWED = {
     ("quality/stand_in.py", "torch.utils._pytree"): _PYTREE,
     ("runtime/conditioning.py", "torch._foreach_copy_"): _FOREACH,
     ("runtime/selector.py", "torch._foreach_copy_"): _FOREACH,
+    ("capture/groups.py", "_non_persistent_buffers_set"): "accelerate's hooks leave these buffers",
     ("runtime/identity.py", "_version"): "the notes on autograd name it: writes are counted",
 }
 
@@ -148,6 +149,56 @@ def functions_are_traced() -> None:
     assert targets == [aten.linear.default, aten.scaled_dot_product_attention.default]
 
 
+class InPairs(Tensor):
+    """A tensor in another one, which its ``__torch_dispatch__`` adds to itself."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> InPairs:
+        made: InPairs = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*(one.inner + one.inner if isinstance(one, cls) else one for one in args))
+
+    def __tensor_flatten__(self) -> Any:
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, context: Any, shape: Any, stride: Any) -> InPairs:
+        return cls(inner["inner"])
+
+
+def wrappers_are_told_apart() -> None:
+    """A trace asks wrappers what they make of a call, whatever they leave to autograd."""
+    plain = torch.ones(2, 2)
+    assert private.is_wrapper(InPairs(plain))
+    assert not private.is_wrapper(plain)
+    assert not private.is_wrapper(nn.Parameter(plain))
+    assert not private.is_opaque(InPairs(plain))
+    assert not private.is_opaque(plain)
+    assert not private.is_opaque(private.FakeTensorMode().from_tensor(plain))
+    traced = private.trace(lambda x, inner: torch.mm(x, InPairs(inner)), [plain, plain])
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [aten.add.Tensor, aten.mm.default]
+
+
+class Named(Tensor):
+    pass
+
+
+def classes_are_left_out() -> None:
+    value = torch.ones(2).as_subclass(Named)
+    assert type(value + 1) is Named
+    with private.DisableTorchFunctionSubclass():
+        assert type(value + 1) is Tensor
+
+
 def compilations_are_apart() -> None:
     """What compiled functions of other threads do meanwhile is in tests/system/test_threads.py."""
     seen: list[tuple[bool, bool]] = []
@@ -170,6 +221,15 @@ def compilations_are_apart() -> None:
     look()
     compile_lock.release()
     assert seen[1:] == [(True, False)]
+
+
+def what_an_interrupt_left_is_ended() -> None:
+    compile_lock.acquire()
+    torch.compiler._is_compiling_flag = True
+    private.end_compiling()
+    assert not torch.compiler.is_compiling()
+    assert compile_lock.acquire(blocking=False)
+    compile_lock.release()
 
 
 def attention_is_counted() -> None:
@@ -331,6 +391,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "DynamicOutputShapeException": fake_tensors_are_made,
     "HigherOrderOperator": operators_that_are_given_code_have_a_class,
     "DimDynamic": sizes_have_ranges,
+    "DisableTorchFunctionSubclass": classes_are_left_out,
     "FakeTensor": fake_tensors_are_made,
     "FakeTensorMode": fake_tensors_are_made,
     "InstructionTranslator": captures_are_known,
@@ -361,7 +422,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "has_kernel": kernels_are_called,
     "is_any_autocast_enabled": regions_are_known,
     "is_mutable": schemas_are_read,
+    "is_opaque": wrappers_are_told_apart,
     "is_switch": regions_are_known,
+    "is_wrapper": wrappers_are_told_apart,
     "list_mode_options": modes_are_listed,
     "lookup_backend": backends_are_found,
     "original_module": modules_run_their_own_code,
@@ -369,6 +432,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "side_effectful": regions_are_known,
     "storage_id": memory_is_told_apart,
     "trace_structured": artifacts_are_taken,
+    "end_compiling": what_an_interrupt_left_is_ended,
     "trace": functions_are_traced,
     "tree_leaves": outputs_are_mapped,
     "tree_map": outputs_are_mapped,
@@ -394,7 +458,7 @@ def test_private_names_are_in_one_module() -> None:
     found = {
         (str(file.relative_to(PACKAGE)), name)
         for file in PACKAGE.rglob("*.py")
-        if file.name != "torch_private.py"
+        if file.parent.name != "torch_private"
         for name in _private_names(ast.parse(file.read_text(encoding="utf-8")), members)
     }
     assert found == set(ALLOWED)
@@ -404,7 +468,8 @@ def test_few_rooms_use_it() -> None:
     users = {
         file.relative_to(PACKAGE).parts[0]
         for file in PACKAGE.rglob("*.py")
-        if "torch_private" in file.read_text(encoding="utf-8") and file.name != "torch_private.py"
+        if "torch_private" in file.read_text(encoding="utf-8")
+        and file.parent.name != "torch_private"
     }
     assert users <= OPEN_TO
 

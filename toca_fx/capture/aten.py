@@ -27,7 +27,13 @@ from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
 from toca_fx.graph.autocast import OFF
 from toca_fx.graph.edit import is_check
-from toca_fx.torch_private import FakeTensorMode, is_mutable, is_switch, side_effectful
+from toca_fx.torch_private import (
+    FakeTensorMode,
+    is_mutable,
+    is_switch,
+    side_effectful,
+    storage_id,
+)
 
 aten = torch.ops.aten
 
@@ -60,7 +66,9 @@ def to_aten(
     numbers = numbers or Numbers(captured)
     fixed = batched(numbers.fixed(numbers.read(inputs)), fakes)
     _refuse_effects(fixed.graph)
+    memory = [_memory(fake) for fake in fakes]
     graph_module = retrace(fixed, fakes, DECOMPOSITIONS)
+    _leave_in_place(graph_module.graph, memory)
     sources = input_sources(captured)
     graph_module.meta["writes"] = False
     returned = graph_module.graph.output_node()
@@ -79,6 +87,23 @@ def to_aten(
     numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module
+
+
+def _memory(value: Any) -> object:
+    """What two tensors share that are one memory, read alike; None if a value is no tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    return storage_id(value), value.storage_offset(), value.shape, value.stride(), value.dtype
+
+
+def _leave_in_place(graph: fx.Graph, memory: Sequence[object]) -> None:
+    """Remove what gives an input the ``memory`` that it has: bitsandbytes does so at each call."""
+    held = dict(zip(graph.find_nodes(op="placeholder"), memory, strict=True))
+    for node in graph.find_nodes(op="call_function", target=aten.set_.source_Tensor):
+        given, other = held.get(node.args[0]), held.get(node.args[1])
+        if given is not None and given == other:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _clean(graph_module: fx.GraphModule, buffers: Collection[fx.Node]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from toca_fx.capture.sources import input_sources, line_in
+from toca_fx.capture.subclasses import refuse_opaque, unwrapped
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import (
     BackendCompilerFailed,
@@ -50,13 +51,17 @@ def capture(
 ) -> tuple[fx.GraphModule, list[Any]]:
     """Dynamo's graph of one call, and its flat inputs, parameters and buffers among them.
 
+    In the place of tensors that wrap others are these (see ``subclasses``).
+
     The model is not run. Dynamo keeps what it compiled, and the shapes it saw, with the code it
     captured: here that is code of our own, made anew each time, and with ``dynamic=False`` no shape
     is remembered. The model's own code is inlined and stays untouched.
 
     Raises:
-        UnsupportedModelError: the model cannot be captured as one graph.
+        UnsupportedModelError: the model cannot be captured as one graph, or has a parameter of a
+            class that cannot be followed.
     """
+    refuse_opaque(model)
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def stop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -78,7 +83,9 @@ def capture(
         raise UnsupportedModelError(_reason(error)) from error
     if not found:
         raise UnsupportedModelError("the model computes nothing with tensors")
-    return found[0]
+    graph, inputs = found[0]
+    plain, unwrapping = unwrapped(graph, inputs)
+    return plain, list(unwrapping(inputs))
 
 
 def _reason(error: Exception) -> str:

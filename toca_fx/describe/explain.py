@@ -16,7 +16,7 @@ from toca_fx.describe.rows import Skipped
 from toca_fx.describe.site import Kept, SiteExplanation
 from toca_fx.diagnostics import number_of_steps
 from toca_fx.graph import roles
-from toca_fx.graph.ops import namespace, operator_name
+from toca_fx.graph.names import namespace, operator_name
 from toca_fx.lower import memory
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.traffic import reads

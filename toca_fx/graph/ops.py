@@ -2,7 +2,8 @@
 
 ``OPS`` has one row per operator: the rule for its axes, and the families that it belongs to. An
 operator that the table lacks mixes all axes and belongs to no family, unless torch tags it as
-pointwise. Where one rule or family is wrong, results are wrong: tests/unit/graph/test_axes.py tries
+pointwise. Operators of libraries, which may not be installed, are in it by name. Where one rule or
+family is wrong, results are wrong: tests/unit/graph/test_axes.py tries
 every rule on numbers.
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from toca_fx.graph import axes
+from toca_fx.graph import axes, few_bits
 from toca_fx.graph.axes import Axes, Rule
+from toca_fx.graph.names import Members, namespace, qualified_name
 from toca_fx.torch_private import (
     CustomOpDef,
     OpOverload,
@@ -50,6 +52,8 @@ class Family(Flag):
     PRODUCT = auto()  # products of two tensors, axes in front of the matrices shared
     MM = auto()  # products of two matrices: a linear layer if the second is a weight
     CONVOLUTION = auto()
+    QUANTIZE = auto()  # the first operand in a few bits, times scales: part of a linear layer
+    SCALE = auto()  # the scales for that
     ATTENTION = auto()
     SOFTMAX = auto()
     NORM = auto()
@@ -75,7 +79,12 @@ _REGROUPED = Op(axes.view, Family.RESHAPE | Family.REGROUP)
 _VIEW = Op(axes.view, Family.RESHAPE | Family.REGROUP | Family.SIZED)
 _SAME = Op(axes.same_axis, Family.SAME)
 _SPLIT = Op(axes.along_dim(2, 0), Family.PART | Family.SPLIT)
+_LINEAR = Op(axes.all_but_last, Family.LINEAR)
 _PACKED = Op(axes.mm, Family.LINEAR)
+_INTEGERS = Op(axes.matmul, Family.MM)
+_SCALED = Op(few_bits.rows_of(0, 2), Family.LINEAR)
+_SCALES = Op(few_bits.of_blocks, Family.SCALE)
+_QUANTIZED = Op(few_bits.quantized, Family.QUANTIZE)
 _CONVOLUTION = Op(axes.convolution, Family.CONVOLUTION)
 _ADD = Op(axes.pointwise, Family.ADD | Family.LINEAR_POINTWISE)
 _ABSORBED = Op(axes.pointwise, Family.LINEAR_POINTWISE)
@@ -126,11 +135,26 @@ OPS: Mapping[Any, Op] = {
     aten.stack.default: Op(axes.stack),
     aten.slice_scatter.default: Op(axes.slice_scatter),
     aten.select_scatter.default: Op(axes.select_scatter),
-    aten.linear.default: Op(axes.all_but_last, Family.LINEAR),
+    aten.linear.default: _LINEAR,
     aten._weight_int8pack_mm.default: _PACKED,
     aten._weight_int4pack_mm.default: _PACKED,
     aten.addmm.default: Op(axes.addmm, Family.LINEAR),
     aten.mm.default: Op(axes.matmul, Family.MM),
+    aten._int_mm.default: _INTEGERS,
+    aten._scaled_mm.default: _SCALED,
+    "torchao::int_matmul": _INTEGERS,
+    "torchao::int_scaled_matmul": _SCALED,
+    "torchao::choose_qparams_affine": _SCALES,
+    "torchao::choose_scale_float8": _SCALES,
+    "torchao::quantize_affine": _QUANTIZED,
+    "torchao::quantize_affine_float8_non_decomposed": _QUANTIZED,
+    "quanto::qbytes_mm": _PACKED,
+    "bitsandbytes::gemm_4bit": _LINEAR,
+    "bitsandbytes::gemv_4bit": _LINEAR,
+    "bitsandbytes::int8_linear_matmul": _LINEAR,
+    "bitsandbytes::int8_scaled_mm": _SCALED,
+    "bitsandbytes::int8_mm_dequant": Op(few_bits.rows_of(0, 1)),
+    "bitsandbytes::int8_vectorwise_quant": Op(few_bits.quantized_rows, Family.QUANTIZE),
     aten.matmul.default: Op(axes.matmul, Family.MM | Family.PRODUCT),
     aten.bmm.default: Op(axes.matmul, Family.PRODUCT),
     aten.baddbmm.default: Op(axes.baddbmm, Family.PRODUCT),
@@ -195,9 +219,17 @@ OPS: Mapping[Any, Op] = {
 }
 
 
-def _members(families: Family) -> frozenset[Any]:
+def row_of(target: object) -> Op | None:
+    """The row of an operator, by itself or by its name; None if the table lacks it."""
+    found = OPS.get(target)
+    if found is None and namespace(target) not in ("", "aten"):
+        found = OPS.get(qualified_name(target))
+    return found
+
+
+def _members(families: Family) -> Members:
     """The operators of any of ``families``."""
-    return frozenset(target for target, row in OPS.items() if row.families & families)
+    return Members(target for target, row in OPS.items() if row.families & families)
 
 
 # One operand in, the same numbers out.
@@ -213,6 +245,8 @@ MMS = _members(Family.MM)
 PRODUCTS = _members(Family.PRODUCT)
 CONVOLUTIONS = _members(Family.CONVOLUTION)
 ATTENTIONS = _members(Family.ATTENTION)
+QUANTIZERS = _members(Family.QUANTIZE)
+SCALES = _members(Family.SCALE)
 # What a model spends its time on.
 WORK = LINEARS | MMS | PRODUCTS | CONVOLUTIONS | ATTENTIONS
 SOFTMAXES = _members(Family.SOFTMAX)
@@ -234,7 +268,7 @@ def operands(node: fx.Node, axis: int) -> Axes | None:
 
 def axis_rule(node: fx.Node) -> Rule | None:
     """The rule of a node's operator; None if it has none."""
-    row = OPS.get(node.target)
+    row = row_of(node.target)
     if row is not None:
         return row.axis_rule
     return axes.pointwise if is_pointwise(node) else None
@@ -244,8 +278,29 @@ def linear_input(node: fx.Node) -> fx.Node | None:
     """What a linear layer reads; None if ``node`` is no linear layer.
 
     A product is one if one of its two operands is a weight, and it is no outer product, as of
-    positions and frequencies.
+    positions and frequencies. If it reads few bits, it is what these were made of.
     """
+    source = _multiplied(node)
+    quantizer = _quantizer(source)
+    return axes.first_operand(quantizer) if quantizer is not None else source
+
+
+def quantizer_of(linear: fx.Node) -> fx.Node | None:
+    """The operator that puts what a linear layer reads into a few bits; None if there is none."""
+    return _quantizer(_multiplied(linear))
+
+
+def _quantizer(source: fx.Node | None) -> fx.Node | None:
+    """The quantizer that ``source`` comes from; constants may have been added, as to unsign it."""
+    while source is not None and source.target not in QUANTIZERS:
+        read = list(activations(source))
+        moves = source.target in RELAYOUTS or source.target in LINEAR_POINTWISE
+        source = read[0] if moves and len(read) == 1 else None
+    return source
+
+
+def _multiplied(node: fx.Node) -> fx.Node | None:
+    """The operand of a linear layer that is no weight; None if ``node`` is no linear layer."""
     source: Any = None
     if node.target in LINEARS:
         source = node.args[1 if node.target is aten.addmm.default else 0]
@@ -264,6 +319,11 @@ def linear_input(node: fx.Node) -> fx.Node | None:
 def is_constant(value: object) -> bool:
     """Whether a value depends on parameters, buffers and numbers only."""
     return not isinstance(value, fx.Node) or bool(value.meta.get("constant"))
+
+
+def is_scale(node: fx.Node) -> bool:
+    """Whether a node makes the scales that a linear layer reads beside a few bits."""
+    return node.target in SCALES or node.target in QUANTIZERS
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -292,16 +352,6 @@ def is_activation(node: fx.Node) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def operator_name(target: object) -> str:
-    """The name of an operator without namespace and overload, "linear"; "" if it is none."""
-    return str(target.overloadpacket.__name__) if isinstance(target, OpOverload) else ""
-
-
-def namespace(target: object) -> str:
-    """The namespace of an operator, "aten" for those of PyTorch; "" if it is none."""
-    return target.namespace if isinstance(target, OpOverload) else ""
 
 
 def overloads_of(op: object) -> tuple[OpOverload, ...]:

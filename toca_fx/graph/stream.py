@@ -15,7 +15,15 @@ from typing import Any
 from torch import fx
 
 from toca_fx.graph.modules import OUTSIDE, Block, blocks_of
-from toca_fx.graph.ops import ADDS, RELAYOUTS, aten, is_constant, linear_input
+from toca_fx.graph.ops import (
+    ADDS,
+    RELAYOUTS,
+    activations,
+    aten,
+    is_constant,
+    linear_input,
+    quantizer_of,
+)
 
 # The operands of an add that may be (stream, branch).
 _EITHER = ((0, 1), (1, 0))
@@ -128,6 +136,15 @@ def root(node: fx.Node) -> fx.Node:
     while node.target in RELAYOUTS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+def scales_of(linear: fx.Node) -> set[fx.Node]:
+    """What makes the scales of the few bits that a linear layer reads; empty if it reads none."""
+    quantizer = quantizer_of(linear)
+    if quantizer is None:
+        return set()
+    _, *scales = activations(quantizer)
+    return {quantizer, *map(root, scales)}
 
 
 def _addends(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from toca_fx.graph.autocast import OFF
+from toca_fx.graph.names import qualified_name
 from toca_fx.graph.ops import FLEX, overloads_of
 from toca_fx.kernels.columns import attention_and_columns
 from toca_fx.lower.layouts import Layout, described, key_of, layout_of, made
@@ -60,11 +61,50 @@ def _packed(rows: torch.Size, weight: torch.Size, *_args: Any, **_kwargs: Any) -
     return 2 * rows[0] * rows[1] * weight[0]
 
 
+def _columns_apart(left: torch.Size, right: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    """FLOPs of a product of [..., in] and [in, out]."""
+    return 2 * left.numel() * right[-1]
+
+
+def _columns_first(left: torch.Size, right: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    """FLOPs of a product of [..., in] and [out, in]."""
+    return 2 * left.numel() * right[0]
+
+
+def _of_shape(
+    left: torch.Size, _packed: torch.Size, shape: Sequence[int], *_args: Any, **_kwargs: Any
+) -> int:
+    """FLOPs of a product of [..., in] and packed weights that are said to be [out, in]."""
+    return 2 * left.numel() * shape[0]
+
+
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._weight_int8pack_mm: _packed,
+    torch.ops.aten._int_mm: _columns_apart,
     _SCORED.overloadpacket: _attention_and_columns,
 }
+
+# Those of libraries, which may not be installed, or not be imported yet.
+_OF_LIBRARIES = {
+    "torchao::int_matmul": _columns_apart,
+    "torchao::int_scaled_matmul": _columns_apart,
+    "quanto::qbytes_mm": _columns_first,
+    "bitsandbytes::gemm_4bit": _of_shape,
+    "bitsandbytes::gemv_4bit": _of_shape,
+    "bitsandbytes::int8_linear_matmul": _columns_first,
+    "bitsandbytes::int8_scaled_mm": _columns_first,
+}
+
+
+def _formulas(target: object) -> dict[Any, Any]:
+    """The formulas that counting a call of ``target`` takes, beside those of torch."""
+    own = _OF_LIBRARIES.get(qualified_name(target))
+    return (
+        FORMULAS | {target.overloadpacket: own}
+        if isinstance(target, OpOverload) and own
+        else FORMULAS
+    )
 
 
 class _NoModules(ModuleTracker):
@@ -194,7 +234,7 @@ class _Counting(fx.Interpreter):
             with self._mode:
                 returned = getattr(self, node.op)(node.target, args, kwargs)
             return _attention(*(operand.shape for operand in args[:3])), returned
-        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+        counter = FlopCounterMode(display=False, custom_mapping=_formulas(node.target))
         counter.mod_tracker = _NoModules()
         # Tables that the graph makes by itself are fake too.
         with self._mode, counter:

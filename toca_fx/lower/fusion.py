@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from toca_fx.graph.names import namespace, operator_name
 from toca_fx.graph.ops import (
     ATTENTIONS,
     CONVOLUTIONS,
@@ -33,8 +34,6 @@ from toca_fx.graph.ops import (
     RESHAPES,
     SAME,
     SOFTMAXES,
-    namespace,
-    operator_name,
 )
 from toca_fx.torch_private import storage_id
 

@@ -10,7 +10,7 @@ from torch import fx
 from toca_fx.graph.axes import shape_of
 from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, activations, is_cheap
-from toca_fx.graph.stream import Flow, passages, root
+from toca_fx.graph.stream import Flow, passages, root, scales_of
 from toca_fx.match.anchors import attention_at
 from toca_fx.match.sites import OUTSIDE as OUTSIDE_BLOCKS
 from toca_fx.match.sites import NearMiss, Site
@@ -71,12 +71,17 @@ def module_output(
     if at is not None:
         return way[at - 1]
     inside, output = set(region), branch
+    inside = inside.union(*map(scales_of, anchors))  # they are part of the linear
     for before, after in zip(reversed(way[:-1]), reversed(way[1:]), strict=True):
         start, stop = flow.position[before], flow.position[after]
         step = [node for node in region if start < flow.position[node] <= stop]
         if not all(is_cheap(node) for node in step):
             break
-        if any(operand not in inside for node in step for operand in activations(node)):
+        if any(
+            operand not in inside and root(operand) not in inside
+            for node in step
+            for operand in activations(node)
+        ):
             output = before
     return output
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
-from toca_fx.graph.ops import FLEX, argument, aten, namespace, operator_name, overloads_of
+from toca_fx.graph.names import namespace, operator_name
+from toca_fx.graph.ops import FLEX, argument, aten, overloads_of
 
 Layout = Literal["bhnd", "bnhd"]
 

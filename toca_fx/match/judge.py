@@ -10,6 +10,7 @@ from torch import fx
 from toca_fx.graph.ops import is_cheap
 from toca_fx.graph.stream import Flow, root
 from toca_fx.match.branches import Found
+from toca_fx.match.origins import unshaped
 from toca_fx.match.sites import Site
 
 
@@ -56,7 +57,7 @@ def _same_block(one: Site, other: Site) -> bool:
 def _followed(index: int, found: Sequence[Found], flow: Flow) -> int | None:
     """The index for ``follows`` of the site at ``index``; None if it follows none."""
     add = found[index].add
-    stream = flow.residuals[add][0]
+    stream = unshaped(flow.residuals[add][0])
     for at in reversed(range(index)):
         other = found[at]
         if not _same_block(other.site, found[index].site):

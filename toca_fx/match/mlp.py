@@ -12,15 +12,18 @@ from toca_fx.graph.modules import OUTSIDE, common_path
 from toca_fx.graph.ops import (
     CONVOLUTIONS,
     NORMS,
+    QUANTIZERS,
     REDUCTIONS,
+    SCALES,
     activations,
     aten,
     is_activation,
     is_cheap,
+    is_scale,
     linear_input,
     operands,
 )
-from toca_fx.graph.stream import Flow
+from toca_fx.graph.stream import Flow, scales_of
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.anchors import attention_at
 from toca_fx.match.branches import Found, in_a_row, module_output, residuals_behind, site_at
@@ -29,6 +32,8 @@ from toca_fx.match.sites import NearMiss
 
 # What may lie between the linears besides pointwise operators: norms, spelled out or not.
 _INSIDE = CONVOLUTIONS | NORMS | REDUCTIONS
+# What may be one for several tokens.
+_OVER_AXES = NORMS | REDUCTIONS | SCALES | QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -94,17 +99,19 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
                 continue
             mixing = _mixing(mlp, output, flow)
             if mixing is not None:
-                yield NearMiss("mlp", path, f"{mixing.target} in it may mix tokens")
+                scales = " (one scale for all?)" if is_scale(mixing) else ""
+                yield NearMiss("mlp", path, f"{mixing.target} in it may mix tokens{scales}")
                 continue
             site = site_at("mlp", path, linears, output, add, flow)
             yield site if isinstance(site, NearMiss) else Found(site, add)
 
 
 def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:
-    """A norm between the linears that may not be one of each token; None if there is none."""
+    """A norm or scale between the linears that may not be one of each token; None if all are."""
     shape = tuple(getattr(output.meta["val"], "shape", ()))
     if len(shape) != 3:
         return None
+    begins = set(mlp.first).union(*map(scales_of, mlp.first))
     inside: set[fx.Node] = set()
     above = [output]
     while above:
@@ -112,7 +119,7 @@ def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:
         # An attention beside the MLP has norms of its own.
         if node not in inside and attention_at(node) is None:
             inside.add(node)
-            if node not in mlp.first:
+            if node not in begins:
                 above += [other for other in activations(node) if flow.reads_a_stream(other)]
     pending, seen = [(output, Tokens(shape[0], shape[1]))], set()
     while pending:
@@ -121,9 +128,7 @@ def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:
             seen.add((node, where))
             pending += (tokenwise.followed(node, where) or {}).items()
     per_token = {node for node, where in seen if tokenwise.followed(node, where) is not None}
-    mixing = [
-        node for node in inside if node.target in NORMS | REDUCTIONS and node not in per_token
-    ]
+    mixing = [node for node in inside if node.target in _OVER_AXES and node not in per_token]
     return min(mixing, key=flow.position.__getitem__, default=None)
 
 
@@ -158,7 +163,7 @@ def _mlp_ending_at(last: fx.Node, flow: Flow) -> Mlp | None:
         if linear_input(node) is not None:
             first.append(node)
             continue
-        if node.op == "placeholder":
+        if node.op == "placeholder" or is_scale(node):
             continue
         if node.target is aten.cat.default:
             merge = node

@@ -12,7 +12,15 @@ from typing import Any
 from torch import fx
 
 from toca_fx.graph import axes, tokenwise
-from toca_fx.graph.ops import RESHAPES, SAME, aten, is_constant, linear_input
+from toca_fx.graph.ops import (
+    RESHAPES,
+    SAME,
+    aten,
+    is_constant,
+    is_scale,
+    linear_input,
+    quantizer_of,
+)
 from toca_fx.graph.stream import Flow, passages, root
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.match.fused import Attention
@@ -46,7 +54,7 @@ def _source_linears(value: object) -> Iterator[fx.Node]:
     pending, seen = [value], set()
     while pending:
         node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen or is_constant(node):
+        if not isinstance(node, fx.Node) or node in seen or is_constant(node) or is_scale(node):
             continue
         seen.add(node)
         if linear_input(node) is not None:
@@ -60,9 +68,7 @@ def projected(linear: fx.Node) -> fx.Node | None:
     source = linear_input(linear)
     while source is not None and (earlier := linear_input(root(source))) is not None:
         source = earlier
-    while source is not None and source.target in _RESHAPED and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-    return source
+    return unshaped(source)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]
     pending, seen = [(operand, where)], set()
     while pending:
         node, there = pending.pop()
-        if (node, there) in seen or is_constant(node):
+        if (node, there) in seen or is_constant(node) or is_scale(node):
             continue
         seen.add((node, there))
         moved = tokenwise.segment(node, there)
@@ -188,9 +194,8 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]
         if linear_input(node) is not None:
             # Of tokens with an axis of their own it does not matter where the samples lie.
             found |= {
-                (unshaped(source), at if at.flat else replace(at, batch_axis=None, groups=1))
-                for source, at in carried.items()
-                if not is_constant(source)
+                (source, at if at.flat else replace(at, batch_axis=None, groups=1))
+                for source, at in _unflattened(node, carried)
             }
         elif moved is not None:
             pending.append(moved)
@@ -199,6 +204,23 @@ def _read(operand: fx.Node, where: Tokens) -> set[tuple[fx.Node | None, Tokens]]
         else:
             pending += carried.items()
     return found
+
+
+def _unflattened(linear: fx.Node, carried: tokenwise.Operands) -> Iterator[tuple[fx.Node, Tokens]]:
+    """What a linear layer reads, out of few bits and in its own shape, and where the tokens lie."""
+    read = linear_input(linear)
+    for source, there in carried.items():
+        node, where = source, there
+        in_bits = quantizer_of(linear) is not None
+        while in_bits or node.target in _RESHAPED:
+            first = node.args[0]
+            within = tokenwise.followed(node, where) or {}
+            if not isinstance(first, fx.Node) or first not in within:
+                break
+            node, where = first, within[first]
+            in_bits = in_bits and node is not read
+        if not is_constant(source) and not is_scale(root(source)):
+            yield node, where
 
 
 def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
@@ -214,8 +236,8 @@ def _parts(node: fx.Node, where: Tokens) -> Iterator[tuple[fx.Node, Tokens]]:
 
 
 def unshaped(node: fx.Node | None) -> fx.Node | None:
-    """The node that ``node`` is a copy of, perhaps in another dtype."""
-    while node is not None and node.target in SAME and isinstance(node.args[0], fx.Node):
+    """The node that ``node`` is a copy of, perhaps in another shape or dtype."""
+    while node is not None and node.target in _RESHAPED and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -260,7 +282,7 @@ def _upstream(start: fx.Node, where: Tokens) -> dict[fx.Node, Tokens]:
     pending = [(start, where)]
     while pending:
         node, there = pending.pop()
-        if node in found:
+        if node in found or is_scale(node):
             continue
         found[node] = there
         source = linear_input(node)

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from toca_fx.graph.axes import first_operand
 from toca_fx.graph.edit import ancestors
-from toca_fx.graph.ops import RELAYOUTS, aten, operator_name
+from toca_fx.graph.names import operator_name
+from toca_fx.graph.ops import RELAYOUTS, aten
 from toca_fx.graph.tokenwise import Tokens
 from toca_fx.kernels.ranking import ranked
 from toca_fx.plan.buffers import Buffer

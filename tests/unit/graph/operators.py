@@ -53,6 +53,21 @@ def packed(call: Callable[..., fx.Node], x: fx.Node, scales: fx.Node) -> fx.Node
     return call(aten._weight_int8pack_mm.default, x, weight, scales)
 
 
+def integers(call: Callable[..., fx.Node], x: fx.Node) -> fx.Node:
+    weight = call(torch.full, (4, 5), 3, dtype=torch.int8)
+    return call(aten._int_mm.default, call(aten.to.dtype, x, torch.int8), weight)
+
+
+def scaled(call: Callable[..., fx.Node], x: fx.Node, scales: fx.Node) -> fx.Node:
+    """A linear layer in 8-bit floating point, with a scale for each row."""
+    few = torch.float8_e4m3fn
+    weight = call(aten.t.default, call(aten.to.dtype, call(torch.ones, 16, 16), few))
+    scales = call(aten.to.dtype, scales, torch.float32)
+    columns = call(torch.ones, 1, 16)
+    x = call(aten.to.dtype, x, few)
+    return call(aten._scaled_mm.default, x, weight, scales, columns, None, None, torch.float32)
+
+
 def constant(call: Callable[..., fx.Node], values: list[Any]) -> fx.Node:
     return call(torch.tensor, values)
 
@@ -176,6 +191,8 @@ CASES = [
     Case("addmm", ((5,), (6, 4), (4, 5)), op(aten.addmm.default), (0,)),
     Case("addmm, a bias of two axes", ((6, 5), (6, 4), (4, 5)), op(aten.addmm.default), ()),
     Case("packed weight", ((6, 4), (5,)), packed, (0,)),
+    Case("integers", ((6, 4),), integers, (0,)),
+    Case("scaled rows", ((6, 16), (6, 1)), scaled, (0,)),
     Case("matmul", ((2, 6, 4), (2, 4, 5)), op(aten.matmul.default), (0, 1, 2)),
     Case("matmul, one weight", ((2, 6, 4), (4, 5)), op(aten.matmul.default), (0, 1, 2)),
     Case(

@@ -93,6 +93,7 @@ def test_the_table_is_covered() -> None:
     functions = {op for op in ops.OPS if op in vars(operator).values()}
     ruled = {target for target, row in ops.OPS.items() if row.axis_rule is not None}
     ruled -= tagged | functions - {operator.getitem}
+    ruled = {target for target in ruled if not isinstance(target, str)}  # test_library_operators
     assert ruled - tried == {aten._weight_int4pack_mm.default}
     assert ops.OPS[aten._weight_int4pack_mm.default] is ops.OPS[aten._weight_int8pack_mm.default]
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 # torch.foreach has it since 2.15; a loop over copy_ is one launch per tensor.
 from torch import _foreach_copy_ as foreach_copy_
 
 # Operators have no public way to the kernel that one dispatch key stands for.
-from torch._C import DisableTorchFunction, DispatchKey
+# Tensors of a class of its own act as plain ones in it; torch has the context and no public name.
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, DispatchKey
 
 # The types of devices that torch.is_autocast_enabled knows.
 from torch._C import _autocast_supported_devices as autocast_devices
@@ -50,10 +51,6 @@ from torch._dynamo import config as dynamo_config
 
 # torch.compiler.list_backends gives names only.
 from torch._dynamo.backends.registry import lookup_backend
-
-# Tracing patches torch for the whole process, and torch.compile traces under this lock: whatever
-# traces beside it has to take the same one.
-from torch._dynamo.convert_frame import compile_lock
 
 # Backends come wrapped.
 from torch._dynamo.eval_frame import innermost_backend
@@ -110,9 +107,6 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 # Generates code for a graph when it is first run, and not as often as it is made anew.
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
 
-# ATen before autograd and autocast, of any function; torch.export takes modules only.
-from torch.fx.experimental.proxy_tensor import make_fx
-
 # Symbols for sizes with a range that is said; torch.export.Dim cannot be had outside of an export.
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -124,6 +118,9 @@ from torch.fx.experimental.symbolic_shapes import (
 # What torch takes for a call that does more than to return something.
 from torch.fx.node import _side_effectful_functions as side_effectful
 
+# Which tensors hold others, and say so; what Dynamo and AOTAutograd go by.
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
+
 # Nested outputs of a model, of an operator; torch has no public module for them.
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -134,6 +131,14 @@ from torch.utils._sympy.value_ranges import ValueRanges
 # ``__all__``.
 from torch.utils.flop_counter import sdpa_flop_count
 
+from toca_fx.torch_private.tracing import (
+    batches_ended,
+    compiling,
+    end_compiling,
+    is_opaque,
+    trace,
+)
+
 __all__ = [
     "COMPILED_CALL",
     "BackendCompilerFailed",
@@ -143,6 +148,7 @@ __all__ = [
     "DataDependentOutputException",
     "DeletedGuardManagerWrapper",
     "DimDynamic",
+    "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -171,6 +177,7 @@ __all__ = [
     "dynamo_config",
     "enable_python_dispatcher",
     "end_allocate_to_pool",
+    "end_compiling",
     "enter_autocast",
     "exit_autocast",
     "foreach_copy_",
@@ -180,7 +187,9 @@ __all__ = [
     "innermost_backend",
     "is_any_autocast_enabled",
     "is_mutable",
+    "is_opaque",
     "is_switch",
+    "is_wrapper",
     "keep_captures",
     "list_mode_options",
     "lookup_backend",
@@ -200,35 +209,6 @@ __all__ = [
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Alone in the process, trace or compile what is inside, as if Dynamo had asked for it.
-
-    Tracing patches ``nn.Module.__call__`` and sets flags for all threads. Dynamo's lock keeps two
-    compilations apart, its own among them; its flag says to compiled functions of other threads,
-    which run meanwhile, that it is not they who are traced.
-    There is no other lock around what traces, and so no order of locks; who holds one of his own
-    must not wait for this one.
-    """
-    with compile_lock:
-        before = torch.compiler._is_compiling_flag
-        torch.compiler._is_compiling_flag = True
-        try:
-            yield
-        finally:
-            torch.compiler._is_compiling_flag = before
-
-
-def end_compiling() -> None:
-    """End what an interrupt has left of ``compiling`` in this thread, which compiles nothing."""
-    with suppress(RuntimeError):  # this thread does not hold it
-        while True:
-            compile_lock.release()
-    if compile_lock.acquire(blocking=False):
-        torch.compiler._is_compiling_flag = False
-        compile_lock.release()
 
 
 def captured_any_number_of_times() -> AbstractContextManager[None]:
@@ -261,47 +241,6 @@ def keep_captures(code: CodeType, most: int, own: Callable[[Any], bool]) -> None
                 )
                 # What was guarded on may live on; it holds the guards for a finalizer.
                 found.root = found.cache_entry = found.extra_state = None
-
-
-def trace(
-    function: Callable[..., Any],
-    values: Sequence[Any],
-    decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
-    *,
-    pre_dispatch: bool = True,
-) -> fx.GraphModule:
-    """The graph of ``function`` in ATen for ``values``, fake tensors and numbers.
-
-    It is ATen before dispatch, or what the dispatcher makes of it: batches of torch.vmap are axes.
-    """
-    tracing = make_fx(
-        function,
-        tracing_mode="fake",
-        pre_dispatch=pre_dispatch,
-        decomposition_table=dict(decompositions or {}),
-    )
-    with compiling():
-        return tracing(*values)
-
-
-@contextmanager
-def batches_ended() -> Iterator[None]:
-    """End the regions of torch.vmap that what is inside began, if it failed in one.
-
-    Whatever the thread calls later would be in them.
-    """
-    before = _depth()
-    try:
-        yield
-    finally:
-        while _depth() > before:
-            vmap_end()
-
-
-def _depth() -> int:
-    """How many transforms of functorch are active."""
-    top = torch._C._functorch.peek_interpreter_stack()
-    return 0 if top is None else int(top.level())
 
 
 def is_mutable(target: object) -> bool:
