@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from tools.pipelines.parts import seeded
+from tools.pipelines.parts import model, seeded
 
 
 def vae(name: str, **config: Any) -> nn.Module:
@@ -250,8 +250,11 @@ def hunyuan_video15_vae(channels: int = 4) -> nn.Module:
 
 
 def same_vae(channels: int = 8) -> nn.Module:
-    """AutoencoderSAME: latents are 8 times shorter than the sound, of 16 samples a second."""
-    return vae(
+    """AutoencoderSAME: latents are 8 times shorter than the sound, of 16 samples a second.
+
+    The weights that diffusers draws decode any latents to the same sound.
+    """
+    return model(
         "AutoencoderSAME",
         patch_size=4,
         encoder_channels=16,
