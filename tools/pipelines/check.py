@@ -33,21 +33,25 @@ class Checked:
 
 
 def check(case: Case) -> Checked:
-    """Build and call the case twice.
+    """Build and call the case twice, and once more with other transformers.
 
-    Raises ValueError if the outputs differ, are constant or not finite, and if two calls of a
-    transformer give the same: steps and branches must differ for a cache to be seen.
+    Raises ValueError if the outputs of the two differ, are constant or not finite, if two calls of
+    a transformer give the same (steps and branches must differ for a cache to be seen), and if
+    another transformer does not change the output.
     """
-    first, second = (_called(case) for _ in range(2))
+    first, second = (_called(case, case.build()) for _ in range(2))
+    disturbed = _called(case, _disturbed(case.build()))
     if not first.outputs:
         raise ValueError(f"{case.name}: no tensor in the output")
-    for one, other in zip(first.outputs, second.outputs, strict=True):
+    for one, other, far in zip(first.outputs, second.outputs, disturbed.outputs, strict=True):
         if not one.isfinite().all():
             raise ValueError(f"{case.name}: the output is not finite")
         if one.float().std() < 1e-3:
             raise ValueError(f"{case.name}: the output is constant")
         if not torch.equal(one, other):
             raise ValueError(f"{case.name}: two builds differ by {(one - other).abs().max()}")
+        if torch.equal(one, far):
+            raise ValueError(f"{case.name}: the output does not depend on the transformer")
     return first
 
 
@@ -57,8 +61,23 @@ def tensors(output: Any) -> list[Tensor]:
     return [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor | np.ndarray)]
 
 
-def _called(case: Case) -> Checked:
-    pipe = case.build()
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by the names of the components."""
+    return {
+        name: model
+        for name, model in pipe.components.items()
+        if "transformer" in name and isinstance(model, nn.Module)
+    }
+
+
+def _disturbed(pipe: Any) -> Any:
+    for model in _transformers(pipe).values():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    return pipe
+
+
+def _called(case: Case, pipe: Any) -> Checked:
     with _recorded(pipe) as recorded, _steps(pipe.scheduler) as steps:
         output = case.call(pipe, STEPS)
     for name, predictions in recorded.items():
@@ -83,11 +102,7 @@ def _steps(scheduler: Any) -> AbstractContextManager[Mock]:
 @contextmanager
 def _recorded(pipe: Any) -> Iterator[dict[str, list[bytes]]]:
     """What each transformer of the pipeline predicts, call by call, by its name."""
-    models = {
-        name: model
-        for name, model in pipe.components.items()
-        if "transformer" in name and isinstance(model, nn.Module)
-    }
+    models = _transformers(pipe)
     recorded: dict[str, list[bytes]] = {name: [] for name in models}
 
     def recorder(name: str) -> Callable[..., None]:

@@ -7,12 +7,19 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from tools.pipelines.parts import seeded
+from tools.pipelines.parts import model, seeded
 
 
 def vae(name: str, **config: Any) -> nn.Module:
     """An autoencoder of diffusers with random weights, in eval mode."""
     made: nn.Module = seeded(lambda: getattr(diffusers, name)(**config))
+    return made
+
+
+def _softer(made: nn.Module) -> nn.Module:
+    """The autoencoder with a quarter of the contrast: most of its pixels were black or white."""
+    for parameter in made.decoder.conv_out.parameters():
+        parameter.mul_(0.25)
     return made
 
 
@@ -146,13 +153,14 @@ def mochi_vae() -> nn.Module:
 
 def cogvideo_vae(channels: int = 4) -> nn.Module:
     """AutoencoderKLCogVideoX: latents are 4 times shorter and 8 times smaller."""
-    return vae(
+    made = vae(
         "AutoencoderKLCogVideoX",
         latent_channels=channels,
         block_out_channels=(8,) * 4,
         layers_per_block=1,
         norm_num_groups=2,
     )
+    return _softer(made)
 
 
 def allegro_vae(channels: int = 4) -> nn.Module:
@@ -186,7 +194,7 @@ def oobleck_vae(channels: int = 8) -> nn.Module:
 
 def cosmos_vae(channels: int = 16) -> nn.Module:
     """AutoencoderKLCosmos: latents are 4 times shorter and 8 times smaller."""
-    return vae(
+    made = vae(
         "AutoencoderKLCosmos",
         latent_channels=channels,
         encoder_block_out_channels=(8,) * 4,
@@ -200,6 +208,7 @@ def cosmos_vae(channels: int = 16) -> nn.Module:
         spatial_compression_ratio=8,
         temporal_compression_ratio=4,
     )
+    return _softer(made)
 
 
 def magvit_vae(channels: int = 4) -> nn.Module:
@@ -241,8 +250,11 @@ def hunyuan_video15_vae(channels: int = 4) -> nn.Module:
 
 
 def same_vae(channels: int = 8) -> nn.Module:
-    """AutoencoderSAME: latents are 8 times shorter than the sound, of 16 samples a second."""
-    return vae(
+    """AutoencoderSAME: latents are 8 times shorter than the sound, of 16 samples a second.
+
+    The weights that diffusers draws decode any latents to the same sound.
+    """
+    return model(
         "AutoencoderSAME",
         patch_size=4,
         encoder_channels=16,

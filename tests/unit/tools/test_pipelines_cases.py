@@ -71,6 +71,19 @@ def test_blind_to_time_is_found() -> None:
         check(replace(case, build=blind))
 
 
+def test_blind_decoder_is_found() -> None:
+    case = CASES["FluxPipeline"]
+
+    def blind() -> Any:
+        pipe = case.build()
+        pipe.vae.decoder.conv_in.weight.zero_()
+        pipe.vae.decoder.conv_in.bias.normal_(generator=torch.Generator().manual_seed(0))
+        return pipe
+
+    with pytest.raises(ValueError, match="FluxPipeline: the output does not depend on"):
+        check(replace(case, build=blind))
+
+
 def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--check", "FluxPipelin"])
