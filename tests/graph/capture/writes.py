@@ -217,6 +217,11 @@ def data_of_a_view(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def diagonal_filled(x: Tensor, y: Tensor) -> Tensor:
+    x[0, :4, :4].fill_diagonal_(0)
+    return x
+
+
 SCATTERED = [aten.clone.default, aten.slice_scatter.default]
 WRITES: dict[Write, list[Any]] = {
     slice_of_tokens: SCATTERED,
@@ -259,6 +264,13 @@ WRITES: dict[Write, list[Any]] = {
     detached: SCATTERED,
     through_data: SCATTERED,
     data_of_a_view: [aten.add.Tensor, aten.slice_scatter.default],
+    diagonal_filled: [
+        aten.diagonal.default,
+        aten.full_like.default,
+        aten.diagonal_scatter.default,
+        *[aten.slice_scatter.default] * 2,
+        aten.select_scatter.default,
+    ],
 }
 # torch 2.15 traces a number that is written as a number, no longer as a tensor.
 SINCE_2_15 = {aten.fill.Tensor: aten.fill.Scalar, aten.index_put.default: aten.masked_fill.Scalar}
