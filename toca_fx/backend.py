@@ -78,7 +78,8 @@ def compile(  # noqa: A001 - as torch.compile
 
     A pipeline's twin has twins as its ``transformer`` and ``transformer_2``. Each call of it asks
     the scheduler for the steps of a run, gives the memories back when it ends, and leaves a report:
-    ``toca_fx.last_report(pipe)``. Copies and pickles of it are compiled too.
+    ``toca_fx.last_report(pipe)``. Copies and pickles of it are compiled too. A model that is a twin
+    already keeps its own policy.
 
     ``policy`` is a shipped name ("dit-xl-2"), a path, a mapping or a ``Policy``; None picks the
     shipped policy that names the model's class, else ``default-image`` or ``default-video``. Of a
@@ -108,6 +109,9 @@ def compile(  # noqa: A001 - as torch.compile
     policies = _policies(policy, tuple(models))
 
     def compile_model(module: nn.Module, name: str, methods: Mapping[str, Any]) -> nn.Module:
+        own = getattr(module, "_toca_backend", None)  # it was compiled by itself
+        if own is not None:
+            return cast("nn.Module", _compile_module(module, own.policy, own.inner, methods))
         return cast("nn.Module", _compile_module(module, policies.get(name), with_mode, methods))
 
     again = functools.partial(compile, policy=policy, inner=inner, mode=mode)

@@ -17,13 +17,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Twin:
-    """What the class of a twin adds to that of its model, ``_toca_model``.
+    """What the class of a twin adds to that of its model: that, and the backend that compiles it.
 
     Copies and pickles are the model's, and not compiled.
     """
 
     __slots__ = ()
     _toca_model: nn.Module
+    _toca_backend: Any
 
     def __init_subclass__(cls) -> None:
         """Nothing is registered: the class of a twin is no new kind of model."""
@@ -59,7 +60,7 @@ def twin_of(
     module = cast("Model", getattr(module, "_toca_model", module))
     of = type(module)
     body = {
-        "__slots__": (COMPILED_CALL, "_toca_model"),
+        "__slots__": (COMPILED_CALL, "_toca_model", "_toca_backend"),
         "__module__": of.__module__,
         "__qualname__": of.__qualname__,
         "__doc__": of.__doc__,
@@ -71,6 +72,7 @@ def twin_of(
     own = {
         "__dict__": vars(module),
         "_toca_model": module,
+        "_toca_backend": backend,
         COMPILED_CALL: compiled if around is None else around(module, compiled),
     }
     for name, value in own.items():

@@ -33,11 +33,11 @@ class Call:
 
     A run begins where its scheduler has other timesteps; the memories of the one before are given
     back then, and the rest when the call ends. Each model of a run has a session of its own, of the
-    steps that are its. ``models`` are the pipeline's, by the names of their components.
+    steps that are its. ``configs`` are those of the models, by the names of their components.
     """
 
     pipe: Any
-    models: Mapping[str, Any]
+    configs: Mapping[str, Any]
     notes: dict[str, None] = field(default_factory=dict)
     _table: Timetable | None = None
     _runs: int = 0
@@ -90,7 +90,7 @@ class Call:
     def _part(self, component: str, table: Timetable, step: int | None) -> _Part:
         first, last = self._share(component, table, step)
         schedule = tuple((value,) for value in table.values[first:last])
-        configs = (getattr(self.pipe.scheduler, "config", None), self.models[component])
+        configs = (getattr(self.pipe.scheduler, "config", None), self.configs.get(component))
         scales = {scale for config in configs for scale in numbers(config)}
         words = Scheduled(sorted(scales), self._warnings, self.notes)
         session = Session(len(schedule), schedule, scheduled=words)
@@ -105,9 +105,9 @@ class Call:
         steps, at = len(table.values), step or 0
         ratio = getattr(getattr(self.pipe, "config", None), "boundary_ratio", None)
         trained = getattr(getattr(self.pipe.scheduler, "config", None), "num_train_timesteps", None)
-        if ratio is not None and trained is not None and len(self.models) > 1:
+        if ratio is not None and trained is not None and len(self.configs) > 1:
             ahead = sum(value >= ratio * trained for value in table.values)
-            first, last = (0, ahead) if component == next(iter(self.models)) else (ahead, steps)
+            first, last = (0, ahead) if component == next(iter(self.configs)) else (ahead, steps)
             if step is None or first <= at < last:
                 return first, last
         return (at if self._parts else 0), steps

@@ -233,6 +233,14 @@ def test_policies_for_what_there_is_not() -> None:
         compiled(WAN.build(), {"transformer": EVERY, "transformer_3": THIRD})
 
 
+def test_a_twin_in_it_keeps_its_policy(fast: Any) -> None:
+    fast.transformer = compiled(fast._toca.pipeline.transformer, EVERY)
+    image(fast)
+    assert only_plan(toca_fx.last_report(fast)) == "F" * 12
+    image(compiled(fast))
+    assert only_plan(toca_fx.last_report(fast)) == "F" * 12
+
+
 # Refusals
 
 
