@@ -337,8 +337,9 @@ class Dispatcher:
         elif not matches.sites and not whole_model(policy, matches):
             log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
         planner = Planner(policy, matches, roles.aspect(aten.graph))
-        runner = Runner(Program(Analysis(aten, planner), self._inner), inputs)
-        return runner, aten.meta["updates"]
+        updates = aten.meta["updates"]
+        program = Program(Analysis(aten, planner), self._inner)
+        return Runner(program, inputs, updates.positions), updates
 
     def _choose(self, graph: fx.Graph) -> Policy:
         """The policy that was given, or the one that suits the model; for all shapes."""

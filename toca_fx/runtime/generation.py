@@ -225,7 +225,7 @@ class Generation:
         """
         if not self._keeps:
             return False
-        at, before = self.runner.program.analysis.inputs.state, self._state
+        at, before = self.runner.weights_at, self._state
         if before is not None and before[0] is self.runner and not before[1].differ(inputs):
             self._changes = 0
             return False

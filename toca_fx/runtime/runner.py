@@ -28,10 +28,13 @@ MOVING = "weights move or are cast at every call, and a recording reads them whe
 class Runner:
     """The storages of the generations of ``program``: handed out, and taken back.
 
-    ``inputs`` are those of the first call.
+    ``inputs`` are those of the first call; the model itself writes to ``written``. What it is made
+    of are the others of its state, at ``weights_at``.
     """
 
-    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, program: Program, inputs: Sequence[Any], written: Sequence[int] = ()
+    ) -> None:
         self.program = program
         self._lock = new_lock()
         self._idle: dict[tuple[int, int], list[Storage]] = {}
@@ -39,6 +42,7 @@ class Runner:
         self._seen: set[Hashable] = set()
         self._watches: list[Watch] = []
         found = program.analysis.inputs
+        self.weights_at = tuple(at for at in found.state if at not in written)
         self._recorder = recorder_for(found.device)
         self._timed_at = self._timed_inputs()
         self.timed_values = TimedValues()

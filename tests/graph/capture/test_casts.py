@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import capture
@@ -18,7 +19,7 @@ from toca_fx.capture.aten import to_aten
 from toca_fx.capture.casts import bake, note
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph.autocast import OFF, Autocast
-from toca_fx.torch_private import FakeTensorMode, make_fx
+from toca_fx.torch_private import FakeTensorMode
 
 aten = torch.ops.aten
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from tests.helpers import capture
@@ -16,7 +17,7 @@ from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.graph import ops
 from toca_fx.graph.autocast import OFF, Autocast
 from toca_fx.graph.ops import is_pointwise
-from toca_fx.torch_private import FakeTensorMode, make_fx, trace
+from toca_fx.torch_private import FakeTensorMode, trace
 
 aten = torch.ops.aten
 

@@ -21,6 +21,10 @@ from tools.pipelines.measure import EVERY, THIRD, expected, held_bytes, plans
 FLUX, WAN = CASES["FluxPipeline"], CASES["WanPipeline, two experts"]
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow("alike"))
+
+
 def compiled(pipe: Any, policy: Any = THIRD) -> Any:
     return toca_fx.compile(pipe, policy, inner="eager")
 
@@ -85,7 +89,7 @@ def test_save_and_load(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "made", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+    "made", [slow(copy.copy), copy.deepcopy, slow(lambda p: pickle.loads(pickle.dumps(p)))]
 )
 def test_copies_are_compiled(fast: Any, made: Any) -> None:
     other = made(fast)
@@ -117,7 +121,7 @@ def test_the_plan_is_for_the_calls_that_come(fast: Any) -> None:
     assert only_plan(toca_fx.last_report(fast)) == expected(3)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("strength", [slow(0.3), 0.6, slow(1.0)])
 def test_strength(strength: float) -> None:
     case = CASES["FluxImg2ImgPipeline"]
     pipe = compiled(case.build())
@@ -165,7 +169,7 @@ def test_two_runs_in_one_call(fast: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {step.run for step in toca_fx.last_report(fast).steps} == {0, 1}
 
 
-@pytest.mark.parametrize("stop", ["interrupt", "raise"])
+@pytest.mark.parametrize("stop", ["interrupt", slow("raise")])
 def test_a_run_that_is_stopped(fast: Any, stop: str) -> None:
     whole, kept = image(fast), []
 

@@ -254,9 +254,7 @@ def test_other_timesteps_than_announced_are_computed_in_the_call() -> None:
         *["partial"] * 2,
     ]
     (warning,) = report.warnings
-    assert warning.startswith(
-        "the model is called at a timestep that session(timesteps=...) does not"
-    )
+    assert warning.startswith("the model is called at a timestep that is not listed")
 
 
 def test_labels_that_change_where_nothing_is_listed_reach_the_listed_steps_behind() -> None:

@@ -27,6 +27,7 @@ KEYS = {
     "compiled_graphs",
     "launches",
     "warnings",
+    "notes",
 }
 
 
