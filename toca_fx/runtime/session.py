@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from toca_fx.diagnostics import PolicyError
@@ -30,7 +29,7 @@ from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.schedules import Schedule, Timestep
 from toca_fx.runtime.start import both, start
 from toca_fx.runtime.timesteps import read, rounding_of
-from toca_fx.runtime.units import Scheduled, in_units
+from toca_fx.runtime.units import Scheduled
 
 log = logging.getLogger(__name__)
 
@@ -161,16 +160,6 @@ class Session:
         """What was said of the run."""
         return Told(self.num_steps or runner.program.analysis.settings.steps, self._timesteps)
 
-    def _in_units(
-        self, said: Told, timestep: Timestep, dtype: torch.dtype, call: Told | None
-    ) -> Told:
-        """What a scheduler said of the run, in the units of the model's argument."""
-        if self._scheduled is None or said.timesteps is None:
-            return said
-        at = None if call is None else call.position
-        listed = in_units(said.timesteps, timestep, dtype, at, self._scheduled.scales)
-        return replace(said, timesteps=listed)
-
     def _place(
         self,
         known: Generations,
@@ -193,8 +182,8 @@ class Session:
         head = None if newest is None else newest.progress
         if head is None and known.told is not None and not known.begun:
             said = self._told(runner)
-            if at is not None and timestep is not None:
-                said = self._in_units(said, timestep, inputs[at].dtype, told)
+            if self._scheduled is not None and at is not None and timestep is not None:
+                said = self._scheduled.in_units(said, timestep, inputs[at].dtype, told)
             known.told, warning = start(
                 said, timestep, rounding, self._others(known), self.num_steps
             )
@@ -255,11 +244,7 @@ class Session:
             for warning in begun.plan.warnings:
                 self.warn(warning)
             if not settings.scales:
-                said = words.stretched(settings.policy, settings.steps, len(begun.plan.steps))
-                if self._scheduled is None:
-                    self.warn(said)
-                elif said is not None:
-                    self._scheduled.notes[said] = None
+                self.warn(words.stretched(settings.policy, settings.steps, len(begun.plan.steps)))
         return begun
 
     def _plan(self, known: Generations, runner: Runner, num_steps: int | None) -> Plan:
@@ -350,8 +335,15 @@ class Session:
                 log.warning("toca_fx: %s", warning)
 
     def warn(self, message: str | None) -> None:
-        """Log a warning once and keep it for the report; None: there is none."""
-        if message is not None and message not in self._warnings:
+        """Log a warning once and keep it for the report; None: there is none.
+
+        What only the writer of the loop can mend is a note, if that is a pipeline's.
+        """
+        if message is None:
+            return
+        if self._scheduled is not None and words.is_of_the_loop(message):
+            self._scheduled.notes[message] = None
+        elif message not in self._warnings:
             if not self.implicit:
                 self._warnings[message] = None
             log.warning("toca_fx: %s", message)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from toca_fx.runtime.clock import Told
 from toca_fx.runtime.schedules import Schedule, Timestep, fits
 
 _TRAINED = 1000.0  # the length of most schedulers' scale
@@ -26,6 +27,18 @@ class Scheduled:
     scales: Sequence[float] = ()
     warnings: dict[str, None] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
+
+    def in_units(
+        self, run: Told, timestep: Timestep, dtype: torch.dtype, call: Told | None
+    ) -> Told:
+        """What was told of a ``run``, with its timesteps as the model has them: see below.
+
+        ``call`` is what came with the first call, at ``timestep``.
+        """
+        if run.timesteps is None:
+            return run
+        at = None if call is None else call.position
+        return replace(run, timesteps=in_units(run.timesteps, timestep, dtype, at, self.scales))
 
 
 def in_units(

@@ -90,14 +90,14 @@ def beyond(num_steps: int) -> str:
     )
 
 
+_STRETCHED = ": its slopes and windows are stretched over them"
+
+
 def stretched(policy: str, tuned_for: int, num_steps: int) -> str | None:
     """A ``policy`` runs another number of steps than it was ``tuned_for``; None if it does not."""
     if num_steps == tuned_for:
         return None
-    return (
-        f"policy `{policy}` was tuned for {tuned_for} steps and runs {num_steps}: its slopes and "
-        "windows are stretched over them"
-    )
+    return f"policy `{policy}` was tuned for {tuned_for} steps and runs {num_steps}{_STRETCHED}"
 
 
 def ended_early(num_steps: int, calls: int) -> str:
@@ -181,3 +181,8 @@ UNNAMED = (
     "seen, so that this step is full. If calls are guidance branches, wrap each kind of call in "
     "toca_fx.branch(name); make captions and masks once, before the loop"
 )
+
+
+def is_of_the_loop(warning: str) -> bool:
+    """Whether only the writer of the loop can mend what a warning says."""
+    return warning == REBUILT or warning.endswith(_STRETCHED)

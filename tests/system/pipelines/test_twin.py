@@ -22,7 +22,7 @@ FLUX, WAN = CASES["FluxPipeline"], CASES["WanPipeline, two experts"]
 
 
 def slow(value: Any) -> Any:
-    return pytest.param(value, marks=pytest.mark.slow("alike"))
+    return pytest.param(value, marks=pytest.mark.slow(reason="alike"))
 
 
 def compiled(pipe: Any, policy: Any = THIRD) -> Any:
