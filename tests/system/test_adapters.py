@@ -272,6 +272,7 @@ def test_a_scale_that_changes_at_every_step_is_said() -> None:
     assert any("at every step" in warning for warning in run.report().warnings)
 
 
+@pytest.mark.slow(reason="a capture for each; what goes is in test_captures.py")
 def test_nine_policies_and_more_on_one_model() -> None:
     model = tiny("original", layers=1)
     steps = list(make_inputs(3))
