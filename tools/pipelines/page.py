@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from textwrap import shorten
 
 from tools.pipelines.cases import CASES, LEFT_OUT
 from tools.pipelines.measure import ENDS, STEPS, N, Row, expected
@@ -15,8 +16,8 @@ _HEAD = """# Pipelines of diffusers
     print(toca_fx.last_report(pipe))
 
 Written by `python -m tools.pipelines`, with diffusers {diffusers} and torch {torch}:
-{right} of {all} cases are right. Each is a real pipeline of tiny random components on a CPU, called
-for {steps} steps, untouched and compiled (`inner="eager"`) under a policy whose full steps are the
+{right} of {measured} cases are right; {rest} more are built and called by `--check`, and were not
+measured. Each is a real pipeline of tiny random components on a CPU, called for {steps} steps, untouched and compiled (`inner="eager"`) under a policy whose full steps are the
 first {ends}, the last {ends} and every {n}rd between: `{plan}` (F full, p cached) for {steps}
 calls, and the like for as many calls as come. *Right* means: with every step full the image equals
 the untouched pipeline's to the last bit; with that policy each run and branch has it; a second
@@ -44,7 +45,8 @@ def page(rows: Sequence[Row]) -> str:
         diffusers=version("diffusers"),
         torch=version("torch").split("+")[0],
         right=sum(row.right for row in rows),
-        all=len(CASES),
+        measured=len(rows),
+        rest=len(CASES) - len(rows),
         steps=STEPS,
         ends=ENDS,
         n=N,
@@ -55,7 +57,8 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    says = "; ".join([row.problem] if row.problem else [*row.notes, *row.warnings])
+    said = [row.problem] if row.problem else [*row.notes, *row.warnings]
+    says = "; ".join(shorten(each, 120, placeholder=" ...") for each in dict.fromkeys(said))
     cells = [
         row.name,
         str(row.calls),
