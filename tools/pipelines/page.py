@@ -17,12 +17,13 @@ _HEAD = """# Pipelines of diffusers
 
 Written by `python -m tools.pipelines`, with diffusers {diffusers} and torch {torch}:
 {right} of {measured} cases are right; {rest} more are built and called by `--check`, and were not
-measured. Each is a real pipeline of tiny random components on a CPU, called for {steps} steps, untouched and compiled (`inner="eager"`) under a policy whose full steps are the
-first {ends}, the last {ends} and every {n}rd between: `{plan}` (F full, p cached) for {steps}
-calls, and the like for as many calls as come. *Right* means: with every step full the image equals
-the untouched pipeline's to the last bit; with that policy each run and branch has it; a second
-image equals the first, and differs from the untouched one; no warning; no bytes of ours while the
-VAE decodes, and none afterwards.
+measured. Each is a real pipeline of tiny random components on a CPU, called for {steps} steps,
+untouched and compiled (`inner="eager"`) under a policy whose full steps are the first {ends}, the
+last {ends} and every {n}rd between: `{plan}` (F full, p cached) for {steps} calls, and the like
+for as many calls as come. *Right* means: with every step full the image equals the untouched
+pipeline's to the last bit; with that policy each run and branch has its plan; a second image equals
+the first, and differs from the untouched one; no warning; no bytes of ours while the VAE decodes,
+and none afterwards.
 
 | pipeline | calls | plans | at N = 1 | second | less work | bytes at decode, after | right | |
 |---|---|---|---|---|---|---|---|---|
