@@ -34,7 +34,7 @@ class StepRecord:
     "planned", "nothing kept" or "in doubt", or what a gate saw. ``timestep`` is the model's, if it
     is known. Of a pipeline ``component`` is the name of the model, and ``run`` the number of the
     run in the call. ``moved_bytes`` are those of the weights that were away and were brought in
-    for it.
+    for it. ``beside`` says that it was a part of a model without sites, captured apart.
     """
 
     index: int
@@ -51,6 +51,7 @@ class StepRecord:
     component: str = ""
     run: int = 0
     moved_bytes: int = 0
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Report:
     ``step_flops`` are the FLOPs of the step graph of each call. ``flops_uncached`` is what as many
     calls of the uncached model cost. ``cache_bytes`` are those of caches, histories with their
     weights, scores and counters, ``hoisted_bytes`` those of values computed ahead of the steps.
-    ``notes`` say what is not compiled.
+    ``notes`` are worth knowing and nothing to mend: what of a pipeline is not compiled, say.
     """
 
     steps: tuple[StepRecord, ...]
@@ -207,9 +208,9 @@ def make_report(
 ) -> Report:
     """The report on ``calls``, each of which comes with the program that ran it.
 
-    Where the graph of a model is broken, parts without sites are no steps of their own.
+    Parts of a model that lie ahead of its blocks, or behind, are no steps of their own.
     """
-    calls = [call for call in calls if call[0].analysis.matches.sites] or calls
+    calls = [call for call in calls if not call[1].beside] or calls
     programs = list(dict.fromkeys(program for program, _ in calls))
     return Report(
         steps=tuple(record for _, record in calls),

@@ -110,7 +110,10 @@ class Session:
                 generation.running = True
             outputs, record = generation.run_step(decision, timestep, inputs)
             with known.lock:
-                self._note(known, generation, decision, runner, record)
+                self._note(known, generation, decision, runner)
+                self._record(attempt, runner, record)
+                if not self.implicit and decision.place != "on":
+                    self._hold()
             parts.leads(attempt)
             return outputs
         finally:
@@ -139,8 +142,7 @@ class Session:
         missed = part.progress.position != decision.position
         decision = replace(decision, full=decision.full or missed)
         outputs, record = part.run_step(decision, attempt.timestep, inputs)
-        if not self.implicit:
-            self._calls.append((runner.program, record))
+        self._record(attempt, runner, record)
         return outputs
 
     def _known(self, model: ModelKey, runner: Runner) -> Generations:
@@ -300,7 +302,6 @@ class Session:
         generation: Generation,
         decision: Decision,
         runner: Runner,
-        record: StepRecord,
     ) -> None:
         """Take note of a call that has been made."""
         known.called(generation)
@@ -314,10 +315,12 @@ class Session:
                 known.model.schedules.add(trail)
                 if known.told.timesteps is not None:  # as they were told, not as they were rounded
                     known.model.schedules.add(known.told.timesteps)
+
+    def _record(self, attempt: Attempt, runner: Runner, record: StepRecord) -> None:
+        """Keep the record of a call, for the report."""
         if not self.implicit:
-            self._calls.append((runner.program, record))
-            if decision.place != "on":
-                self._hold()
+            beside = attempt.expected and not runner.program.analysis.matches.sites
+            self._calls.append((runner.program, replace(record, beside=beside)))
 
     def _hold(self) -> None:
         """Note how much is held, for the report."""

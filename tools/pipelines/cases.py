@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tools.pipelines import families
 from tools.pipelines.case import Case
-from tools.pipelines.families import (
-    classic,
-    cosmos,
-    flux,
-    flux2,
-    hunyuan,
-    hunyuan_dit,
-    image,
-    kandinsky,
-    ltx2,
-    modular,
-    prompted,
-    qwen,
-    sana,
-    sd3,
-    skyreels,
-    sound,
-    video,
-    wan,
-    zimage,
-)
 
-_MODULES = (
-    classic,
-    cosmos,
-    flux,
-    flux2,
-    hunyuan,
-    hunyuan_dit,
-    image,
-    kandinsky,
-    ltx2,
-    modular,
-    prompted,
-    qwen,
-    sana,
-    sd3,
-    skyreels,
-    sound,
-    video,
-    wan,
-    zimage,
+FAMILIES: tuple[tuple[Case, ...], ...] = tuple(
+    import_module(f"{families.__name__}.{found.name}").CASES
+    for found in iter_modules(families.__path__)
 )
-
-FAMILIES = tuple(module.CASES for module in _MODULES)
 
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family}
 """A pipeline may have several: its class is what stands before the comma."""

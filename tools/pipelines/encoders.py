@@ -23,17 +23,18 @@ from transformers import (
 
 from tools.pipelines.parts import seeded
 
+_VISION = {
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+
 
 def clip_vision(width: int = 20) -> dict[str, Any]:
     """A CLIP that sees 12 x 12 pixels as 10 tokens of ``width``, and what prepares its pictures."""
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=12,
-        patch_size=4,
-    )
+    config = CLIPVisionConfig(hidden_size=width, **_VISION)
     return {
         "image_encoder": seeded(lambda: CLIPVisionModel(config)),
         "image_processor": CLIPImageProcessor(size=12, crop_size=12),
@@ -42,14 +43,7 @@ def clip_vision(width: int = 20) -> dict[str, Any]:
 
 def siglip_vision(width: int = 20) -> dict[str, Any]:
     """A SigLIP that sees 12 x 12 pixels as 9 tokens of ``width``, and what prepares them."""
-    config = SiglipVisionConfig(
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=12,
-        patch_size=4,
-    )
+    config = SiglipVisionConfig(hidden_size=width, **_VISION)
     return {
         "image_encoder": seeded(lambda: SiglipVisionModel(config)),
         "feature_extractor": SiglipImageProcessor(size={"height": 12, "width": 12}),

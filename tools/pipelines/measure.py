@@ -41,7 +41,8 @@ class Row:
     ``calls`` are those of the models, ``plans`` what they did, by run, component and branch.
     ``exact`` says whether all steps in full give the untouched pipeline's image to the last bit,
     ``again`` whether a second cached image equals the first. ``flops`` is the factor by which work
-    fell, ``decode_bytes`` and ``after_bytes`` what we held then, ``problem`` what refused it.
+    fell, ``decode_bytes`` and ``after_bytes`` what we held then (None: nothing was decoded),
+    ``problem`` what refused it.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Row:
     flops: float = 1.0
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    decode_bytes: int = 0
+    decode_bytes: int | None = None
     after_bytes: int = 0
     problem: str = ""
 
@@ -108,19 +109,26 @@ def _measure(case: Case, row: Row) -> None:
 def plans(report: Report) -> dict[str, str]:
     """What the steps of each run, component and branch were: F full, p any other.
 
-    ? is a step whose calls differ; the first call of a branch that begins later does, as it has no
-    memories yet.
+    ? is a step whose calls differ. Branches that nobody names are taken together: of those that are
+    called at a step, all but one may begin later, and are full then, as nothing is kept yet.
     """
     found: dict[str, dict[int, list[StepRecord]]] = defaultdict(lambda: defaultdict(list))
     for step in report.steps:
         found[f"{step.run}/{step.component}/{step.branch}"][step.index].append(step)
-    return {key: "".join(_kind(steps[at]) for at in sorted(steps)) for key, steps in found.items()}
+    return {key: _plan([steps[at] for at in sorted(steps)]) for key, steps in found.items()}
 
 
-def _kind(calls: Sequence[StepRecord]) -> str:
-    begun = [call for call in calls if call.reason != "nothing kept"] or calls
-    kinds = {"F" if call.kind == "full" else "p" for call in begun}
-    return kinds.pop() if len(kinds) == 1 else "?"
+def _plan(steps: Sequence[Sequence[StepRecord]]) -> str:
+    """One letter for the calls of each step."""
+    begun = [[call for call in calls if call.reason != "nothing kept"] for calls in steps]
+    late = sum(len(calls) - len(kept) for calls, kept in zip(steps, begun, strict=True) if kept)
+    if late >= max(map(len, steps)):  # more than begin: memories are lost again and again
+        begun = [*map(list, steps)]
+    kinds = [
+        {"F" if call.kind == "full" else "p" for call in kept or calls}
+        for kept, calls in zip(begun, steps, strict=True)
+    ]
+    return "".join(kind.pop() if len(kind) == 1 else "?" for kind in kinds)
 
 
 def held_bytes() -> int:
@@ -166,7 +174,7 @@ def _decoding(pipe: Any, row: Row) -> Iterator[None]:
     decode = vae.decode
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        row.decode_bytes = max(row.decode_bytes, held_bytes())
+        row.decode_bytes = max(row.decode_bytes or 0, held_bytes())
         return decode(*args, **kwargs)
 
     vae.decode = watched

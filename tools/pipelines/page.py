@@ -67,7 +67,7 @@ def _line(row: Row) -> str:
         "yes" if row.exact else "**no**",
         "equal" if row.again else "**no**",
         f"{row.flops:.2f}x",
-        f"{row.decode_bytes} / {row.after_bytes}",
+        f"{'-' if row.decode_bytes is None else row.decode_bytes} / {row.after_bytes}",
         "yes" if row.right else "**no**",
         says.replace("|", "\\|").replace("\n", " "),
     ]

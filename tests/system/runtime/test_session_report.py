@@ -98,6 +98,25 @@ def test_cache_bytes_of_two_branches(model: nn.Module) -> None:
     assert sizes[1] == 2 * sizes[0] > 0
 
 
+class Scaling(nn.Module):
+    """A model without sites."""
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return hidden_states * timestep[:, None]
+
+
+def test_a_model_without_sites_is_in_the_report_too() -> None:
+    fast, other = fast_twin(tiny("diffusers", layers=2)), fast_twin(Scaling().eval())
+    with toca_fx.session() as run, torch.no_grad():
+        for x, t, y in make_inputs():
+            call(fast, x, t, y)
+            other(torch.ones(1, 4), t[:1].float())
+    kinds = [step.kind for step in run.report().steps]
+    assert len(kinds) == 24
+    assert kinds[1::2] == ["full"] * 12
+    assert kinds[::2] == DEFAULT
+
+
 def test_a_report_without_calls() -> None:
     with toca_fx.session() as run:
         pass
