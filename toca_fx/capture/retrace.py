@@ -27,6 +27,7 @@ from toca_fx.torch_private import (
     detect_fake_mode,
     is_mutable,
     is_switch,
+    is_wrapper,
     trace,
     tree_leaves,
     tree_map,
@@ -73,11 +74,18 @@ def retrace(
     """
     now = Autocast.now()
     states = autocast_of(captured.graph, lambda _: now)
+    wrappers = any(
+        is_wrapper(value)
+        for node in captured.graph.nodes
+        for value in tree_leaves(node.meta.get("example_value"))
+    )
     try:
+        if wrappers:
+            raise _NotCopied("there are tensors that wrap others")
         return _retrace_calls(captured, fakes, decompositions, states)
     except _NotCopied as reason:
         log.debug("all calls are traced, equal ones too: %s", reason)
-    traced = _trace(Interpreter(captured, states).run, fakes, decompositions)
+    traced = _trace(Interpreter(captured, states).run, fakes, decompositions, wrappers=wrappers)
     by_name = {node.name: state for node, state in states.items()}
 
     def of_call(node: fx.Node) -> Autocast:
@@ -120,11 +128,15 @@ def _retrace_calls(
 
 
 def _trace(
-    function: Callable[..., Any], values: Sequence[Any], decompositions: Decompositions
+    function: Callable[..., Any],
+    values: Sequence[Any],
+    decompositions: Decompositions,
+    *,
+    wrappers: bool = False,
 ) -> fx.GraphModule:
     """The graph of ``function`` for ``values``; nodes tell for which they were traced."""
     with preserve_node_meta():
-        return trace(function, values, decompositions)
+        return trace(function, values, decompositions, wrappers=wrappers)
 
 
 def _first_equals(graph: fx.Graph, states: Mapping[fx.Node, Autocast]) -> dict[fx.Node, fx.Node]:

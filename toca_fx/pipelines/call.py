@@ -123,7 +123,12 @@ class Call:
         held = [each.session.held_bytes for each in self._parts.values()]
         self._cache_bytes = max(self._cache_bytes, sum(caches for caches, _ in held))
         self._hoisted_bytes = max(self._hoisted_bytes, sum(hoisted for _, hoisted in held))
-        if all(each.over for each in part.session.generations):
+        known = part.session.generations
+        if any(each.over for each in known):  # branches that end earlier do not come again
+            for each in known:
+                if each.progress.position < each.progress.num_steps - 1:
+                    each.close()
+        if all(each.storage is None for each in known):
             _forget_timed_values(part.session)
 
     def _end_run(self) -> None:

@@ -221,16 +221,14 @@ class Generations:
     def called(self, generation: Generation) -> None:
         """Note that a call of ``generation`` has been made.
 
-        Branches that have not come for many steps give their memories back, and those that are
-        behind when another has come to the end.
+        Branches that have not come for many steps give their memories back.
         """
         if generation in self.all:  # at once: an interrupt may come in between
             self.all = [*(each for each in self.all if each is not generation), generation]
         self.begun = True
         for each in self.all:
             behind = generation.progress.position - each.progress.position
-            ended = behind > (1 if generation.over else _MANY_STEPS)
-            if each.run is generation.run and ended and not each.running:
+            if each.run is generation.run and behind > _MANY_STEPS and not each.running:
                 each.close()
 
 

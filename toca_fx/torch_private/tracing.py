@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -65,10 +65,12 @@ def trace(
     decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
     *,
     pre_dispatch: bool = True,
+    wrappers: bool = False,
 ) -> fx.GraphModule:
     """The graph of ``function`` in ATen for ``values``, fake tensors and numbers.
 
     It is ATen before dispatch, or what the dispatcher makes of it: batches of torch.vmap are axes.
+    ``wrappers`` says that it computes with tensors that wrap others.
     """
     tracing = make_fx(
         function,
@@ -76,7 +78,8 @@ def trace(
         pre_dispatch=pre_dispatch,
         decomposition_table=dict(decompositions or {}),
     )
-    with compiling(), _Wrappers():
+    # Each call of a trace comes by the mode, which takes as long as tracing it.
+    with compiling(), _Wrappers() if wrappers else nullcontext():
         return tracing(*values)
 
 
