@@ -183,8 +183,12 @@ def wrappers_are_told_apart() -> None:
     assert not private.is_opaque(InPairs(plain))
     assert not private.is_opaque(plain)
     assert not private.is_opaque(private.FakeTensorMode().from_tensor(plain))
-    traced = private.trace(lambda x, inner: torch.mm(x, InPairs(inner)), [plain, plain])
-    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+
+    def product(x: Tensor, inner: Tensor) -> Tensor:
+        return torch.mm(x, InPairs(inner))
+
+    traced = private.trace(product, [plain, plain], wrappers=True).graph
+    targets = [node.target for node in traced.nodes if node.op == "call_function"]
     assert targets == [aten.add.Tensor, aten.mm.default]
 
 
