@@ -133,10 +133,15 @@ def _plan(steps: Sequence[Sequence[StepRecord]]) -> str:
 
 def held_bytes() -> int:
     """The bytes of all memories and hoisted values that are alive."""
-    gc.collect()
-    found = gc.get_objects()
-    kept = sum(each.total_bytes for each in found if type(each) is Storage)
-    return kept + sum(each._bytes for each in found if type(each) is TimedValues)
+    return _held() and _held(collect=True)  # what nobody can reach holds nothing
+
+
+def _held(collect: bool = False) -> int:
+    if collect:
+        gc.collect()
+    kinds = (Storage, TimedValues)
+    found = [each for each in gc.get_objects() if type(each) in kinds]
+    return sum(each.total_bytes if type(each) is Storage else each._bytes for each in found)
 
 
 def _image(case: Case, pipe: Any) -> list[Tensor]:

@@ -17,15 +17,24 @@ def setup() -> Setup:
     return tiny_digits(blocks=2)
 
 
+@pytest.fixture(scope="module")
+def plain(setup: Setup) -> tuple[torch.Tensor, int]:
+    """The images of the model itself, and their FLOPs."""
+    return sampled(setup, setup.model)
+
+
 @pytest.mark.parametrize("scheme", schemes(), ids=str)
-def test_full_steps_are_the_models(setup: Setup, scheme: Scheme) -> None:
+def test_full_steps_are_the_models(
+    setup: Setup, plain: tuple[torch.Tensor, int], scheme: Scheme
+) -> None:
     images, _ = sampled(setup, Tokens(setup.model, range(STEPS), 1, scheme))
-    expected, _ = sampled(setup, setup.model)
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images, plain[0], rtol=0, atol=1e-4)
 
 
-def test_all_tokens_through_all_blocks_are_the_model(setup: Setup) -> None:
-    expected, uncached = sampled(setup, setup.model)
+def test_all_tokens_through_all_blocks_are_the_model(
+    setup: Setup, plain: tuple[torch.Tensor, int]
+) -> None:
+    expected, uncached = plain
     for keep in ("nothing", "append"):
         scheme = Scheme("model", 1.0, "random", keep)  # type: ignore[arg-type]
         images, _ = sampled(setup, Tokens(setup.model, EVERY_FIFTH, 1, scheme))
