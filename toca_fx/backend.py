@@ -19,6 +19,7 @@ from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.offload import Offloaded
 from toca_fx.capture.recent import is_first, keep_recent
 from toca_fx.capture.scalars import Scalars
+from toca_fx.capture.sizes import Sizes
 from toca_fx.capture.sources import (
     captured_code,
     captured_model,
@@ -38,6 +39,7 @@ from toca_fx.lower.locks import let_go
 from toca_fx.lower.once import Recent, once
 from toca_fx.lower.onload import onloaded, onloading
 from toca_fx.lower.program import Program
+from toca_fx.lower.sizes import Shared
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
 from toca_fx.pipelines.twin import original_pipeline, pipeline_twin, transformers_of
@@ -248,7 +250,8 @@ class Dispatcher:
         self._inner, self._capture = backend.inner, backend.capture
         self._given, self._model_class = backend.policy, model_class
         self._chosen: Policy | None = None
-        self._numbers = Numbers(captured)
+        self._numbers, self._sizes = Numbers(captured), Sizes(captured)
+        self._shared = Shared(self._sizes.expressions)
         sources = input_sources(captured)
         inputs = self._scalars.examples(inputs)
         model = roles.model_name(sources)
@@ -323,23 +326,43 @@ class Dispatcher:
         aten = to_aten(self._captured, given, self._numbers)
         if aten.meta["writes"]:
             verify(self._captured, aten, onloaded(inputs))
+        analysis = self._analysed(aten, lambda word: log.warning("toca_fx: %s", word))
+        other = functools.cache(lambda: self._at_other_sizes(given, aten))
+        program = Program(analysis, self._inner, self._shared, other)
+        updates = aten.meta["updates"]
+        return Runner(program, inputs, updates.positions), updates
+
+    def _at_other_sizes(self, inputs: Sequence[Any], aten: fx.GraphModule) -> Analysis | None:
+        """The analysis for other sizes than those that ``aten`` is for; None: there is none.
+
+        Of the numbers in both graphs those that differ follow from the sizes.
+        """
+        sizes = self._sizes.others(aten.meta["sizes"])
+        if sizes is None:
+            return None
+        try:
+            return self._analysed(to_aten(self._captured, inputs, self._numbers, sizes))
+        except Exception as error:  # of torch's operators, which say in many ways what they refuse
+            log.debug("toca_fx: sizes %s cannot be tried: %s", sizes, error)
+            return None
+
+    def _analysed(
+        self, aten: fx.GraphModule, warn: Callable[[str], None] = lambda _: None
+    ) -> Analysis:
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
         if not matches.sites and self._capture == "parts":
             # What lies ahead of the blocks, or behind them.
             if policy.gate is not None:
-                log.warning("toca_fx: %s", words.NO_GATE)
+                warn(words.NO_GATE)
             policy = policy.without_memories()
             roles.trust_names(aten.graph, input_sources(self._captured))
         elif matches.is_block and not roles.positions(aten.graph, "timestep"):
             policy = policy.without_memories()
-            log.warning("toca_fx: %s", words.BLOCK_ALONE)
+            warn(words.BLOCK_ALONE)
         elif not matches.sites and not whole_model(policy, matches):
-            log.warning("toca_fx: %s", words.nothing_to_cache(len(matches.misses)))
-        planner = Planner(policy, matches, roles.aspect(aten.graph))
-        updates = aten.meta["updates"]
-        program = Program(Analysis(aten, planner), self._inner)
-        return Runner(program, inputs, updates.positions), updates
+            warn(words.nothing_to_cache(len(matches.misses)))
+        return Analysis(aten, Planner(policy, matches, roles.aspect(aten.graph)))
 
     def _choose(self, graph: fx.Graph) -> Policy:
         """The policy that was given, or the one that suits the model; for all shapes."""

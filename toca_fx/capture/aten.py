@@ -21,6 +21,7 @@ from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.capture.functionalize import make_functional
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.retrace import retrace
+from toca_fx.capture.sizes import Sizes, Values
 from toca_fx.capture.sources import input_sources
 from toca_fx.capture.updates import Updates, updates_of, written_buffers
 from toca_fx.diagnostics import UnsupportedModelError
@@ -39,15 +40,21 @@ aten = torch.ops.aten
 
 
 def to_aten(
-    captured: fx.GraphModule, inputs: Sequence[Any], numbers: Numbers | None = None
+    captured: fx.GraphModule,
+    inputs: Sequence[Any],
+    numbers: Numbers | None = None,
+    sizes: Values | None = None,
 ) -> fx.GraphModule:
     """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``.
+
+    If ``sizes`` are given it is for these, and for ``inputs`` as they would be.
 
     The inputs are not modified. Placeholders keep their order. Every node carries ``meta["val"]``
     (fake tensors with concrete shapes) and ``meta["path"]`` (the module path such as
     ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
     whether the model writes to tensors in place, which the returned graph does not; what it writes
-    to its buffers is in ``meta["updates"]``. Regions of autocast, those of the caller too, have
+    to its buffers is in ``meta["updates"]``, and ``meta["sizes"]`` are those for which it holds, by
+    Dynamo's symbols. Regions of autocast, those of the caller too, have
     become casts: the graph is right with autocast off, and without gradients.
 
     Numbers that the model reads out of tensors are those of ``inputs``; ``numbers`` are where it
@@ -58,19 +65,24 @@ def to_aten(
             depends on what changes at every step, or a call has an effect that a rewritten graph
             would lose.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, symbols = FakeTensorMode(allow_non_fake_inputs=True), Sizes(captured)
+    numbers = numbers or Numbers(captured)
+    fixed = numbers.fixed(numbers.read(inputs))
+    if symbols:
+        sizes = sizes or symbols.of(inputs)
+        inputs = symbols.examples(inputs, sizes, mode)
+        fixed = symbols.fixed(fixed, sizes, mode)
     fakes = [
         mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
         for value in inputs
     ]
-    numbers = numbers or Numbers(captured)
-    fixed = batched(numbers.fixed(numbers.read(inputs)), fakes)
+    fixed = batched(fixed, fakes)
     _refuse_effects(fixed.graph)
     memory = [_memory(fake) for fake in fakes]
     graph_module = retrace(fixed, fakes, DECOMPOSITIONS)
     _leave_in_place(graph_module.graph, memory)
     sources = input_sources(captured)
-    graph_module.meta["writes"] = False
+    graph_module.meta["writes"], graph_module.meta["sizes"] = False, sizes or {}
     returned = graph_module.graph.output_node()
     buffers = written_buffers(graph_module.graph, sources, inputs)
     # Whoever has the model reads its buffers afterwards.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -90,11 +91,13 @@ class Analysis:
     """The model's graph for one set of input shapes, with its matches and plans.
 
     ``aten`` is the graph, ``hoisted`` are the values that its steps need not compute, ``output`` is
-    the position of the output that is made of latents (None: there is none).
+    the position of the output that is made of latents (None: there is none), ``at_sizes`` are the
+    sizes for which it holds, by Dynamo's symbols.
     """
 
     def __init__(self, aten: fx.GraphModule, planner: Planner) -> None:
         self.aten, self.matches = aten, planner.matches
+        self.at_sizes: Mapping[sympy.Symbol, int] = aten.meta.get("sizes", {})
         self.settings, self.plan = planner.settings, planner.plan
         self.uncached = planner.uncached
         self.hoisted = find_hoistable(aten.graph, self.matches.sites, self.settings.hoisting_bytes)
@@ -192,6 +195,10 @@ class Analysis:
             part = extract(self.aten, names, given=conditions)
             flops = self._flops_of(part.module)
         return Wanted(bool(part.buffers) or not read.isdisjoint(conditions), names, part, flops)
+
+    def wanted_part(self, wanted: Wanted) -> StepGraph:
+        """The part that computes the same timed values as that of ``wanted`` of other sizes."""
+        return extract(self.aten, wanted.names, given=self.hoisted.conditions)
 
     @traced_once
     def uncached_flops(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,14 @@ from torch import Tensor, fx
 from torch.fx.passes.split_module import split_module
 
 from toca_fx.graph.modules import numbered_block
-from toca_fx.lower.fake_inputs import like
+from toca_fx.lower.compiler import Inner
 from toca_fx.lower.onload import is_offloaded, onloaded
-from toca_fx.torch_private import FakeTensorMode, enable_python_dispatcher, use_lazy_graph_module
+from toca_fx.torch_private import (
+    FakeTensorMode,
+    computed,
+    enable_python_dispatcher,
+    use_lazy_graph_module,
+)
 
 aten = torch.ops.aten
 
@@ -41,6 +46,8 @@ def compile_regions(
     ``examples`` are its inputs, fake tensors of ``mode``; ``module`` is changed. Weights that are
     away come in for the piece that reads them, and so a graph that reads such is never whole.
     """
+    if isinstance(compiler, Inner) and compiler.exact and not is_offloaded():
+        return _on_weights(compiler(module, list(examples)))  # nothing takes long
     pieces = cut(module)
     kinds = _Survey(pieces, mode).kinds(examples)
     if len(set(kinds.values())) == len(kinds) and not is_offloaded():
@@ -165,12 +172,13 @@ def signature(region: fx.GraphModule, inputs: Sequence[Any]) -> object:
     def of_size(size: Any) -> object:
         if isinstance(size, int):
             return size
-        expression = size.node.expr
-        for symbol in sorted(expression.free_symbols, key=str):
+        for symbol in _symbols((size,)):
             symbols.setdefault(symbol, sympy.Symbol(f"k{len(symbols)}", integer=True))
-        return expression.xreplace(symbols)
+        return size.node.expr.xreplace(symbols)
 
     def of_input(value: Any) -> object:
+        if isinstance(value, torch.SymInt):
+            return of_size(value)
         if not isinstance(value, Tensor):
             return repr(value)
         sizes = (*value.shape, *value.stride(), value.storage_offset())
@@ -217,6 +225,12 @@ class _Survey(fx.Interpreter):
 
     def kinds(self, examples: Sequence[Any]) -> dict[str, _Kind]:
         """The kind of each piece, in the order of their calls."""
+        self._sizes = {
+            size.node.expr: size
+            for value in examples
+            for size in _sizes_of(value)
+            if isinstance(size, torch.SymInt)
+        }
         # Python's decompositions know symbols; the C++ ones of torch 2.11 (matmul's, for one) make
         # them numbers.
         with self._mode, torch.no_grad(), enable_python_dispatcher():
@@ -227,14 +241,49 @@ class _Survey(fx.Interpreter):
         piece: fx.GraphModule = self.fetch_attr(target)
         sign = signature(piece, args)
         first = self._known.get(sign)
-        # Outputs whose sizes are symbols have other symbols in every piece.
-        if first is not None and all(map(_is_static, first.outputs)):
-            outputs = tuple(like(self._mode, value) for value in first.outputs)
-        else:
+        outputs = None if first is None else self._returned(first, args)
+        if outputs is None:
             outputs = super().call_module(target, args, kwargs)
         self._kinds[target] = self._known.setdefault(sign, _Kind(piece, args, outputs))
         return outputs
 
+    def _returned(self, first: _Kind, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
+        """What a piece equal to ``first`` returns; None if that has to be found out."""
+        own = dict(zip(_symbols_of(first.inputs), _symbols_of(inputs), strict=True))
+        if not all(map(self._sizes.__contains__, own.values())):
+            return None
+        if not own.keys() >= set(_symbols_of(first.outputs)):
+            return None
+        sizes = {symbol: self._sizes[other] for symbol, other in own.items()}
 
-def _is_static(value: Any) -> bool:
-    return isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
+        def at(size: Any) -> Any:
+            return size if isinstance(size, int) else computed(size.node.expr, sizes)
+
+        def like_first(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return at(value) if isinstance(value, torch.SymInt) else value
+            shape, stride = map(at, value.shape), map(at, value.stride())
+            return torch.empty_strided(
+                tuple(shape), tuple(stride), dtype=value.dtype, device=value.device
+            )
+
+        with self._mode:
+            return tuple(map(like_first, first.outputs))
+
+
+def _sizes_of(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return (*value.shape, *value.stride(), value.storage_offset())
+    return (value,) if isinstance(value, torch.SymInt) else ()
+
+
+def _symbols(sizes: Iterable[Any]) -> Iterator[sympy.Symbol]:
+    """The symbols in sizes, in order."""
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            yield from sorted(size.node.expr.free_symbols, key=str)
+
+
+def _symbols_of(values: Iterable[Any]) -> tuple[sympy.Symbol, ...]:
+    """The symbols in the sizes of values, each once, in order."""
+    return tuple(dict.fromkeys(s for value in values for s in _symbols(_sizes_of(value))))

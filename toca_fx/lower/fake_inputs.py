@@ -67,20 +67,26 @@ class FakeInputs:
     def _tokens(self, buffer: Buffer) -> int:
         return self._plan.sites[buffer.site].tokens
 
+    def most(self, buffer: Buffer) -> int:
+        """The most tokens of a site for which 32 bits are enough for an index."""
+        fresh, tokens = self._graph.fresh_nodes[buffer.site], self._tokens(buffer)
+        nodes = self._graph.module.graph.nodes
+        values = [node.meta.get("val") for node in nodes if node.name in fresh]
+        sizes = [value.numel() for value in values if isinstance(value, Tensor)]
+        return _INT32_MAX * tokens // max([tokens, *sizes])
+
     def _symbol(self, buffer: Buffer) -> Any:
-        """A symbol for the number of fresh tokens of a site: anything up to all of them.
+        """A symbol for the number of fresh tokens of a site: anything up to all of them, and to
+        those of larger images, as code is shared by sizes.
 
         The range lets a compiler prove what it would guard otherwise: that 32 bits are enough for
         an index. Where it can prove nothing it goes by the example, and for all tokens it takes 64
         bits if any number of tokens needs them.
         """
-        tokens, fresh = self._tokens(buffer), self._graph.fresh_nodes[buffer.site]
-        nodes = self._graph.module.graph.nodes
-        values = (node.meta.get("val") for node in nodes if node.name in fresh)
-        wide = any(isinstance(value, Tensor) and value.numel() > _INT32_MAX for value in values)
+        tokens, most = self._tokens(buffer), self.most(buffer)
         # It must not be 0 or 1, which would be taken for constants.
-        example = torch.empty(max(2, tokens if wide else tokens // 8), device="meta")
-        range_ = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, max(2, tokens)))
+        example = torch.empty(max(2, tokens // 8 if tokens <= most else tokens), device="meta")
+        range_ = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(0, max(2, tokens, most)))
         context: Any = StatelessSymbolicContext(
             dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[range_]
         )

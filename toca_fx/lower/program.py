@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -13,16 +12,18 @@ from torch import Tensor, fx
 
 from toca_fx.lower.analysis import Analysis, Wanted
 from toca_fx.lower.compiler import Inner
-from toca_fx.lower.fake_inputs import like
+from toca_fx.lower.fake_inputs import FakeInputs, like
 from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import Recent, once
 from toca_fx.lower.onload import is_offloaded, run_part
 from toca_fx.lower.show import show
+from toca_fx.lower.sizes import Shared, Sized, Values
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
 from toca_fx.plan.schedule import Modes
 from toca_fx.plan.step import StepSpec
+from toca_fx.rewrite.step_graph import StepGraph
 from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,21 @@ _MOST_STEPS, _MOST_PLANS = 512, 64
 class Program:
     """The compiled steps of an analysed model, and what is known of it.
 
+    What was compiled for other sizes of it is in ``shared``, and ``other`` analyses it for some.
     ``compiled_graphs`` is how many step graphs have been compiled so far.
     """
 
-    def __init__(self, analysis: Analysis, inner: Inner) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        inner: Inner,
+        shared: Shared | None = None,
+        other: Callable[[], Analysis | None] = lambda: None,
+    ) -> None:
         self.analysis, self.inner = analysis, inner
+        # Where nothing takes long to compile, nothing is shared.
+        self._shared = shared if shared is not None and not inner.exact else Shared()
+        self._other = other
         self._steps: Recent[StepSpec, CompiledStep] = Recent(_MOST_STEPS)
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
@@ -61,9 +72,30 @@ class Program:
         if spec not in self._steps:
             graph = self.analysis.step_graph(plan, modes)
             show(f"step_{self.compiled_graphs}_{kind_of(modes, plan.whole)}", graph.module)
-            self._steps[spec] = CompiledStep(graph, self.analysis.aten, plan, self.inner)
-            self.compiled_graphs += 1
+            before = self._shared.compiled
+            self._steps[spec] = CompiledStep(
+                graph,
+                self.analysis.aten,
+                plan,
+                self.inner,
+                self._shared,
+                self.analysis.at_sizes,
+                lambda: self._at_other_sizes(plan, modes),
+            )
+            self.compiled_graphs += self._shared.compiled - before
         return plan, self._steps[spec]
+
+    def _at_other_sizes(self, plan: Plan, modes: Modes) -> Sized | None:
+        """The graph for steps in these modes as it is for other sizes; None: there is no such."""
+        found = self._other()
+        if found is None:
+            return None
+        other = found.plan(len(plan.steps)) if plan.sites else found.uncached
+        if [site.path for site in other.sites] != [site.path for site in plan.sites]:
+            return None
+        graph = found.step_graph(other, modes)
+        inputs = FakeInputs(graph, found.aten, other)
+        return Sized(graph.module, inputs.symbolic(), found.at_sizes, inputs.mode)
 
     def step_flops(self, plan: Plan, step: StepPlan) -> int:
         """FLOPs of one call that did ``step`` of a plan.
@@ -95,7 +127,11 @@ class Program:
         module = wanted.part.module
         if is_offloaded():  # compiled it would need all of its weights at once
             return functools.partial(run_part, module)
-        return once(self._parts, wanted.names, lambda: self._compiled_part(module))
+        return once(
+            self._parts,
+            wanted.names,
+            lambda: self._compiled_part(module, lambda found: found.wanted_part(wanted)),
+        )
 
     def first_block(self, inputs: Sequence[Any]) -> Tensor:
         """What the first block adds to the residual stream, for a call with these inputs."""
@@ -104,14 +140,32 @@ class Program:
         if is_offloaded():
             before, behind = run_part(part.module, *given)
         else:
-            run = once(self._parts, names, lambda: self._compiled_part(part.module))
+            run = once(
+                self._parts,
+                names,
+                lambda: self._compiled_part(part.module, lambda found: found.first_block),
+            )
             before, behind = run(*given)
         added: Tensor = behind - before
         return added
 
-    def _compiled_part(self, part: fx.GraphModule) -> Callable[..., Any]:
-        module = fx.GraphModule(part, copy.deepcopy(part.graph))
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        placeholders = module.graph.find_nodes(op="placeholder")
-        with torch.no_grad():
-            return self.inner(module, [like(mode, node.meta["val"]) for node in placeholders])
+    def _compiled_part(
+        self, part: fx.GraphModule, of: Callable[[Analysis], StepGraph]
+    ) -> Callable[..., Any]:
+        """A part of the graph, compiled; ``of`` gives that of another analysis."""
+
+        def sized(module: fx.GraphModule, sizes: Values) -> Sized:
+            mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+            placeholders = module.graph.find_nodes(op="placeholder")
+            inputs = [like(mode, node.meta["val"]) for node in placeholders]
+            return Sized(module, inputs, sizes, mode)
+
+        def other() -> Sized | None:
+            found = self._other()
+            return None if found is None else sized(of(found).module, found.at_sizes)
+
+        def compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            with torch.no_grad():
+                return self.inner(module, inputs)
+
+        return self._shared.fitted(sized(part, self.analysis.at_sizes), compiled, other, {}).run

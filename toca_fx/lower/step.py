@@ -20,6 +20,7 @@ from toca_fx.lower.cost import StepCost
 from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.lower.flops import FlopCounter
 from toca_fx.lower.onload import onloaded
+from toca_fx.lower.sizes import Shared, Sized, Values
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.step_graph import StepGraph
@@ -38,7 +39,16 @@ class CompiledStep:
     and returns the model's outputs.
     """
 
-    def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan, inner: Inner) -> None:
+    def __init__(
+        self,
+        graph: StepGraph,
+        source: fx.GraphModule,
+        plan: Plan,
+        inner: Inner,
+        shared: Shared | None = None,
+        sizes: Values | None = None,
+        other: Callable[[], Sized | None] = lambda: None,
+    ) -> None:
         self.graph = graph
         self._fake = FakeInputs(graph, source, plan)
         self.cost = StepCost(graph, self._fake, plan, FlopCounter())
@@ -48,9 +58,10 @@ class CompiledStep:
         self._holds: dict[tuple[int, ...], bool] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
         # (some steps compute no token at all) is shown by test_inductor.py, not by the compiler.
-        self._run = self._compile(self._fake.symbolic())
-        self._symbols = dict(self._fake.symbols)
-        self.conditions = [guard.expr for guard in self._fake.shapes.guards]
+        found = Sized(graph.module, self._fake.symbolic(), sizes or {}, self._fake.mode)
+        fitted = (shared or Shared()).fitted(found, self._lowered, other, self._fake.symbols)
+        self._run, self._symbols = fitted.run, fitted.symbols
+        self.conditions = fitted.conditions
         if self.conditions:
             self._warn()
 
@@ -103,9 +114,12 @@ class CompiledStep:
     def _compile(self, examples: list[Any]) -> Callable[..., Any]:
         # The compiler may rewrite what it is given; ours is still needed for counting FLOPs.
         graph = copy.deepcopy(self.graph.module.graph)
+        return self._lowered(fx.GraphModule(self.graph.module, graph), examples)
+
+    def _lowered(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        """Compile the graph, or what has become of it for all sizes."""
         if self._inner.backend == "inductor":
-            use_few_rows(graph, set().union(*self.graph.fresh_nodes.values()))
-        module = fx.GraphModule(self.graph.module, graph)
+            use_few_rows(module.graph, set().union(*self.graph.fresh_nodes.values()))
         with compiling(), torch.no_grad():
             return compile_regions(module, examples, self._inner, self._fake.mode)
 

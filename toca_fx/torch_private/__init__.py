@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, TypeVar
 
+import sympy
 import torch
 from torch import Tensor, nn
 
@@ -124,6 +125,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wra
 # Nested outputs of a model, of an operator; torch has no public module for them.
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+# What Python makes of an expression of symbols; sympy itself would round otherwise.
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
 # The range in a StrictMinMaxConstraint.
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -172,6 +177,7 @@ __all__ = [
     "captures",
     "compiled_call",
     "compiling",
+    "computed",
     "custom_overload",
     "detect_fake_mode",
     "dynamo_config",
@@ -272,6 +278,14 @@ _SWITCHES = frozenset(
 def is_switch(target: object) -> bool:
     """Whether ``target`` begins or ends a region of autocast, gradients, inference or a profile."""
     return target in _SWITCHES
+
+
+def computed(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """What Python computes for an expression of symbols, with numbers or symbolic sizes for these.
+
+    It is a number if ``values`` are numbers.
+    """
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
 
 
 def has_kernel(op: OpOverload, key: str) -> bool:

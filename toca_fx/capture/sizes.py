@@ -1,0 +1,175 @@
+"""Sizes that Dynamo left symbolic: lengths of texts, heights, widths, frames, samples.
+
+Here a graph is made for the sizes of one call, as if they had been numbers all along: what is found
+in it and planned for it holds for that call. What is compiled is shared (``lower/sizes.py``), and
+how sizes depend on each other is told by ``expressions``.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from toca_fx.torch_private import FakeTensor, FakeTensorMode, computed, tree_leaves, tree_map
+
+Values = Mapping[sympy.Symbol, int]
+
+_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TRIES = 200
+_GRANULES = (1, 2, 4, 8, 16, 32)
+
+
+class Sizes:
+    """The symbols for sizes in Dynamo's graph ``captured``; false if there are none.
+
+    ``expressions`` are the sizes that are made of them anywhere in the graph.
+    """
+
+    def __init__(self, captured: fx.GraphModule) -> None:
+        self._inputs: list[Any] = [
+            node.meta.get("example_value") for node in captured.graph.find_nodes(op="placeholder")
+        ]
+        self._places = {
+            size.node.expr: (at, axis)
+            for at, value in enumerate(self._inputs)
+            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else [value])
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+        }
+        known = self._places.keys()
+        values = (node.meta.get("example_value") for node in captured.graph.nodes if known)
+        found = (size.node.expr for value in values for size in _sizes_of(value))
+        self.expressions = tuple(dict.fromkeys(e for e in found if e.free_symbols <= known))
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def of(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """The sizes of a call with these inputs."""
+        return {
+            symbol: int(value.shape[axis] if isinstance(value := inputs[at], Tensor) else value)
+            for symbol, (at, axis) in self._places.items()
+        }
+
+    def others(self, sizes: Values) -> dict[sympy.Symbol, int] | None:
+        """Sizes at which the graph is right too, other ones than ``sizes``; None: none were found.
+
+        As many as can be are others, each by a difference of its own.
+        """
+        if not sizes:
+            return None
+        env = next(size.node.shape_env for value in self._inputs for size in _sizes_of(value))
+        asked = (env.replace(guard.expr) for guard in env.guards)
+        guards = [each for each in asked if each.free_symbols <= sizes.keys()]
+
+        def hold(trial: Values) -> bool:
+            ranges = all(
+                env.var_to_range[symbol].lower <= size <= env.var_to_range[symbol].upper
+                for symbol, size in trial.items()
+                if symbol in env.var_to_range
+            )
+            return ranges and all(computed(guard, trial) for guard in guards)
+
+        free = [symbol for symbol in sizes if any(map(hold, _moved(sizes, [symbol])))]
+        return next(filter(hold, _moved(sizes, free or list(sizes))), None)
+
+    def examples(self, inputs: Sequence[Any], sizes: Values, mode: FakeTensorMode) -> list[Any]:
+        """``inputs`` as they would be at ``sizes``: numbers, and fake tensors of ``mode``."""
+        return [
+            value if own is None or not _is_symbolic(own) else _at(own, sizes, mode)
+            for value, own in zip(inputs, self._inputs, strict=True)
+        ]
+
+    def fixed(
+        self, captured: fx.GraphModule, sizes: Values, mode: FakeTensorMode
+    ) -> fx.GraphModule:
+        """``captured`` for ``sizes``: a copy, whose nodes say what they return there."""
+        if not self:
+            return captured
+        module = fx.GraphModule(captured, copy.deepcopy(captured.graph))
+        module.meta = captured.meta
+        for node in module.graph.nodes:
+            value = node.meta.get("example_value")
+            if value is None or not _is_symbolic(value) or not _is_known(value, self._places):
+                continue
+            node.meta["example_value"] = found = tree_map(
+                lambda each: _at(each, sizes, mode), value
+            )
+            if all(isinstance(each, (int, float)) for each in tree_leaves(found)):
+                _put(node, found)
+        for node in reversed(module.graph.nodes):
+            numbers = tree_leaves(node.meta.get("example_value"))
+            spare = node.op in ("call_function", "call_method") and not node.users
+            if spare and numbers and all(isinstance(each, _NUMBERS) for each in numbers):
+                module.graph.erase_node(node)
+        module.recompile()
+        return module
+
+
+def _sizes_of(value: Any) -> Iterator[Any]:
+    """The symbolic ones among the sizes of tensors, and among numbers, in a value."""
+    for leaf in tree_leaves(value):
+        for size in (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else [leaf]:
+            if isinstance(size, torch.SymInt):
+                yield size
+
+
+def _is_symbolic(value: Any) -> bool:
+    return any(isinstance(each, _SYMBOLIC) for each in tree_leaves(value)) or any(
+        True for _ in _sizes_of(value)
+    )
+
+
+def _is_known(value: Any, known: Mapping[sympy.Symbol, Any]) -> bool:
+    """Whether all of a value follows from the sizes of the inputs."""
+    leaves = tree_leaves(value)
+    numbers = [leaf for leaf in leaves if isinstance(leaf, _SYMBOLIC)]
+    symbols = {s for each in (*numbers, *_sizes_of(value)) for s in each.node.expr.free_symbols}
+    plain = all(type(leaf) is FakeTensor for leaf in leaves if isinstance(leaf, Tensor))
+    return plain and symbols <= known.keys()
+
+
+def _at(value: Any, sizes: Values, mode: FakeTensorMode) -> Any:
+    """A number, or a fake tensor of ``mode``, as it is for ``sizes``."""
+    if isinstance(value, _SYMBOLIC):
+        return computed(value.node.expr, sizes)
+    if not isinstance(value, Tensor):
+        return value
+    shape, stride = (
+        [size if isinstance(size, int) else computed(size.node.expr, sizes) for size in of]
+        for of in (value.shape, value.stride())
+    )
+    with mode:
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+
+
+def _put(node: fx.Node, found: Any) -> None:
+    """Let the users of ``node`` have its value."""
+
+    def known(operand: fx.Node) -> Any:
+        return found if operand is node else operand
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, known)
+        user.kwargs = fx.node.map_arg(user.kwargs, known)
+
+
+def _moved(sizes: Values, free: Sequence[sympy.Symbol]) -> Iterator[dict[sympy.Symbol, int]]:
+    """``sizes`` with others for the symbols in ``free``: first all by multiples of one granule."""
+    chosen = random.Random(0)
+    for sign in (1, -1):
+        for granule in _GRANULES:
+            steps = {symbol: sign * granule * (at + 1) for at, symbol in enumerate(free)}
+            yield {symbol: size + steps.get(symbol, 0) for symbol, size in sizes.items()}
+    for _ in range(_TRIES):
+        steps = {
+            symbol: chosen.choice((1, -1)) * chosen.choice(_GRANULES) * chosen.randint(1, 7)
+            for symbol in free
+        }
+        yield {symbol: size + steps.get(symbol, 0) for symbol, size in sizes.items()}

@@ -1,0 +1,334 @@
+"""One compiled graph for many sizes.
+
+    a text of 12:  view(x, [2, 12, 64])      a text of 20:  view(x, [2, 20, 64])
+    compiled:      view(x, [2, s, 64])
+
+A model is analysed for the sizes of each call, and what was found holds for them: nothing has to be
+proven of symbols. Its graphs are compared number by number with those that were compiled before;
+where they differ in numbers only, these become symbols. Code fits other sizes if all numbers follow
+from the symbols, and if what the compiler asks of these is true.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from toca_fx.lower.once import Recent
+from toca_fx.torch_private import (
+    ConstantSource,
+    DimDynamic,
+    FakeTensorMode,
+    StatelessSymbolicContext,
+    computed,
+)
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+Values = Mapping[sympy.Symbol, int]
+
+_MOST_GRAPHS = 512
+_MOST_OF_ONE = 8  # of one graph, for sizes that do not fit each other
+_MOST_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A graph for the ``sizes`` of a call, by the symbols that Dynamo has for them.
+
+    ``inputs`` are fake tensors of ``mode``; symbols among their sizes stay what they are.
+    """
+
+    module: fx.GraphModule
+    inputs: Sequence[Any]
+    sizes: Values
+    mode: FakeTensorMode
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Code that fits: a function of the graph's inputs, and what it asks of other symbols."""
+
+    run: Callable[..., Any]
+    conditions: tuple[sympy.Basic, ...]
+    symbols: Mapping[sympy.Expr, Any]
+
+
+class _Unfit(Exception):  # noqa: N818 - no error
+    """Why compiled code is not for some sizes."""
+
+
+class Shared:
+    """What was compiled of the graphs of one capture.
+
+    ``expressions`` are sizes that the model makes of Dynamo's symbols. ``compiled`` counts graphs,
+    ``reasons`` are why some of them were compiled once more.
+    """
+
+    def __init__(self, expressions: Sequence[sympy.Expr] = ()) -> None:
+        self._expressions = expressions
+        self._codes: Recent[Hashable, list[_Code]] = Recent(_MOST_GRAPHS)
+        self._examples: Recent[Hashable, list[_Numbers]] = Recent(_MOST_GRAPHS)
+        self.compiled = 0
+        self.reasons: list[str] = []
+
+    def fitted(
+        self,
+        graph: Sized,
+        compiler: Compile,
+        other: Callable[[], Sized | None],
+        symbols: Mapping[sympy.Expr, Any],
+    ) -> Fitted:
+        """Code for ``graph``, compiled for other sizes before, or else now.
+
+        ``other`` makes the same graph for other sizes. ``symbols`` are those that the inputs have,
+        with what each stands for: code says by them what it asks.
+        """
+        key, numbers = _skeleton(graph)
+        own = _Numbers(numbers, graph.sizes)
+        codes = self._codes.get(key, [])
+        for code in codes:
+            try:
+                return code.fitted(own)
+            except _Unfit as reason:
+                self.reasons.append(str(reason))
+                log.info("a graph is compiled once more: %s", reason)
+        seen = self._examples.setdefault(key, [])
+        examples = [own, *seen]
+        if not seen and graph.sizes and (found := other()) is not None:
+            other_key, other_numbers = _skeleton(found)
+            if other_key == key:
+                examples.append(_Numbers(other_numbers, found.sizes))
+        code = _Code(graph, examples, self._expressions, compiler, symbols)
+        self.compiled += 1
+        self._codes[key] = [*codes, code][-_MOST_OF_ONE:]
+        self._examples[key] = examples[:_MOST_EXAMPLES]
+        return code.fitted(own)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The whole numbers of a graph, in order, at some sizes."""
+
+    all: tuple[int, ...]
+    sizes: Values
+
+
+class _Code:
+    """A graph, compiled with symbols for the numbers that differ among ``examples``.
+
+    The first of them is that of ``graph`` itself.
+    """
+
+    def __init__(
+        self,
+        graph: Sized,
+        examples: Sequence[_Numbers],
+        expressions: Sequence[sympy.Expr],
+        compiler: Compile,
+        symbols: Mapping[sympy.Expr, Any],
+    ) -> None:
+        columns = [*zip(*(example.all for example in examples), strict=True)]
+        named = _named(examples, expressions)
+        self._terms = [named.get(column, column[0]) for column in columns]
+        own = {symbol for term in named.values() for symbol in term.free_symbols}
+        # Those that stand for no size of the call are read where they are in the graph.
+        self._read = {
+            term: columns.index(column)
+            for column, term in named.items()
+            if term in own and term not in graph.sizes
+        }
+        self._symbols = symbols
+        values = {**graph.sizes, **{s: examples[0].all[at] for s, at in self._read.items()}}
+        self._sizes = _new_symbols({s: values[s] for s in sorted(own, key=str)}, graph.mode)
+        self._given = [*self._sizes, *(term for term in named.values() if term not in self._sizes)]
+        module, inputs = self._general(graph)
+        self._run = compiler(module, inputs)
+        made = {size.node.expr: s for s, size in self._sizes.items()}
+        env = graph.mode.shape_env
+        self._guards = () if env is None else tuple(g.expr.xreplace(made) for g in env.guards)
+
+    def _general(self, graph: Sized) -> tuple[fx.GraphModule, list[Any]]:
+        """A copy of the graph that takes sizes as further inputs, and its inputs."""
+        made = {
+            term: self._sizes[term] if term in self._sizes else computed(term, self._sizes)
+            for term in self._given
+        }
+        module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
+        if not made:
+            return module, list(graph.inputs)
+        placeholders = module.graph.find_nodes(op="placeholder")
+        given = {}
+        with module.graph.inserting_after(placeholders[-1]):
+            for number, term in reversed([*enumerate(self._given)]):
+                given[term] = module.graph.placeholder(f"size_{number}")
+                given[term].meta["val"] = made[term]
+        terms = iter(self._terms)
+        inputs = [_with_sizes(value, terms, made, graph.mode) for value in graph.inputs]
+        for node in module.graph.nodes:
+            if node.op != "placeholder":
+                node.args, node.kwargs = _mapped(
+                    (node.args, node.kwargs), lambda _: given.get(term := next(terms), term)
+                )
+        return module, [*inputs, *(made[term] for term in self._given)]
+
+    def fitted(self, numbers: _Numbers) -> Fitted:
+        """The code for a graph of the same kind with these numbers.
+
+        Raises:
+            _Unfit: it is not for them.
+        """
+        sizes = {**numbers.sizes, **{s: numbers.all[at] for s, at in self._read.items()}}
+        sizes = {symbol: sizes[symbol] for symbol in self._sizes}
+        values = {term: computed(term, sizes) for term in dict.fromkeys(self._given)}
+        for number, term in zip(numbers.all, self._terms, strict=True):
+            if number != values.get(term, term):
+                raise _Unfit(f"{number} is not {term}, as it was for other sizes")
+        if values and min(sizes.values()) < 2:
+            raise _Unfit("a size of 0 or 1 is computed in ways of its own")
+        conditions = []
+        for guard in self._guards:
+            asked = guard.xreplace({s: sympy.Integer(size) for s, size in sizes.items()})
+            if asked.free_symbols:
+                conditions.append(asked)
+            elif not computed(asked, {}):
+                raise _Unfit(f"the compiled code asks for {guard}")
+        run, more = self._run, tuple(values[term] for term in self._given)
+        return Fitted(
+            (lambda *given: run(*given, *more)) if more else run, tuple(conditions), self._symbols
+        )
+
+
+def _named(
+    examples: Sequence[_Numbers], expressions: Sequence[sympy.Expr]
+) -> dict[tuple[int, ...], sympy.Expr]:
+    """A term for each set of numbers that differ among the examples.
+
+    It is one of the ``expressions`` if that gives these numbers, else made of terms before it, or
+    a symbol of its own.
+    """
+    known: dict[tuple[int, ...], sympy.Expr] = {}
+    for term in expressions:
+        values = tuple(computed(term, example.sizes) for example in examples)
+        known.setdefault(values, term)
+    named: dict[tuple[int, ...], sympy.Expr] = {}
+    for values in dict.fromkeys(zip(*(example.all for example in examples), strict=True)):
+        if len(set(values)) > 1:
+            term = known.get(values)
+            if term is None:
+                term = _made_of(values, known) or sympy.Symbol(
+                    f"n{len(named)}", integer=True, positive=True
+                )
+                known[values] = term
+            named[values] = term
+    return named
+
+
+def _made_of(
+    values: tuple[int, ...], known: Mapping[tuple[int, ...], sympy.Expr]
+) -> sympy.Expr | None:
+    """A multiple, a product or a sum of ``known`` terms that gives ``values``."""
+    for one, term in known.items():
+        if all(own and value % own == 0 for value, own in zip(values, one, strict=True)):
+            factors = tuple(value // own for value, own in zip(values, one, strict=True))
+            if len(set(factors)) == 1:
+                return term * factors[0]
+            if factors in known:
+                return term * known[factors]
+        rest = tuple(value - own for value, own in zip(values, one, strict=True))
+        if rest in known:
+            return term + known[rest]
+        if len(set(rest)) == 1:
+            return term + rest[0]
+    return None
+
+
+def _new_symbols(sizes: Values, mode: FakeTensorMode) -> dict[sympy.Symbol, Any]:
+    """Symbolic sizes of ``mode`` for those of an example."""
+    made: dict[sympy.Symbol, Any] = {}
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    for symbol, size in sizes.items():
+        fake: Any = mode.from_tensor(
+            torch.empty(size, device="meta"),
+            source=ConstantSource(f"size_{symbol}"),
+            symbolic_context=context,
+        )
+        made[symbol] = fake.shape[0]
+    return made
+
+
+def _skeleton(graph: Sized) -> tuple[Hashable, tuple[int, ...]]:
+    """What a graph computes, but for its whole numbers, and these in order.
+
+    The numbers of its inputs come first: shapes and strides.
+    """
+    numbers: list[int] = []
+    position = {node: at for at, node in enumerate(graph.module.graph.nodes)}
+
+    def take(leaf: Any) -> str:
+        if isinstance(leaf, fx.Node):
+            return f"%{position[leaf]}"
+        numbers.append(leaf)
+        return "#"
+
+    def of_input(value: Any) -> object:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        count = sum(1 for _ in _sizes(value))
+        numbers.extend(_sizes(value))
+        return count, value.dim(), value.dtype, value.device
+
+    inputs = [of_input(value) for value in graph.inputs]
+    body = []
+    for node in graph.module.graph.nodes:
+        if node.op == "get_attr":  # a table or code of this graph alone
+            target: object = id(getattr(graph.module, str(node.target), None))
+        else:
+            target = "" if node.op == "placeholder" else str(node.target)
+        arguments = _mapped((node.args, node.kwargs), take, nodes=True)
+        body.append((node.op, target, arguments))
+    return hashlib.sha256(repr((inputs, body)).encode()).digest(), tuple(numbers)
+
+
+def _sizes(value: Tensor) -> Iterator[int]:
+    """The sizes of a tensor that are numbers."""
+    return (size for size in (*value.shape, *value.stride()) if isinstance(size, int))
+
+
+def _with_sizes(
+    value: Any, terms: Iterator[Any], made: Mapping[sympy.Expr, Any], mode: FakeTensorMode
+) -> Any:
+    """An input with the sizes that ``terms`` say; those that are symbols already stay."""
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [
+        made.get(term := next(terms), term) if isinstance(size, int) else size
+        for size in (*value.shape, *value.stride())
+    ]
+    with mode:
+        return torch.empty_strided(
+            sizes[: value.dim()], sizes[value.dim() :], dtype=value.dtype, device=value.device
+        )
+
+
+def _mapped(argument: Any, change: Callable[[Any], Any], *, nodes: bool = False) -> Any:
+    """Arguments of a node with other numbers, and other ``nodes`` if it is said; in order."""
+    if isinstance(argument, (tuple, list)):
+        found = [_mapped(each, change, nodes=nodes) for each in argument]
+        return tuple(found) if isinstance(argument, tuple) else found
+    if isinstance(argument, dict):
+        return {key: _mapped(each, change, nodes=nodes) for key, each in argument.items()}
+    if isinstance(argument, slice):
+        parts = (argument.start, argument.stop, argument.step)
+        return slice(*(_mapped(each, change, nodes=nodes) for each in parts))
+    is_taken = type(argument) is int or (nodes and isinstance(argument, fx.Node))
+    return change(argument) if is_taken else argument
