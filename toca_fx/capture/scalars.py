@@ -10,14 +10,13 @@ operator) stays where Dynamo has it, for ``numbers`` to fix.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Hashable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from toca_fx.capture.sources import input_sources, is_python_float, name_inputs
+from toca_fx.capture.sources import input_sources, is_of_shape, is_python_float, name_inputs
 from toca_fx.graph.edit import ancestors
 from toca_fx.graph.roles import state_name
 from toca_fx.torch_private import FakeTensor
@@ -26,7 +25,6 @@ from toca_fx.torch_private import FakeTensor
 _SHIFTS = frozenset({"add", "sub"})
 _ARITHMETIC = _SHIFTS | frozenset({"mul", "multiply", "div", "truediv", "true_divide"})
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-_OF_A_SHAPE = re.compile(r"\.(?:size|stride|storage_offset)\(\)")
 _MANY = 4096  # values
 
 _Key = tuple[fx.Node, torch.dtype, torch.device]
@@ -161,7 +159,7 @@ def _numbers(captured: fx.GraphModule) -> set[fx.Node]:
     for node, source in zip(inputs, input_sources(captured), strict=True):
         if is_python_float(node):
             floats.add(node)
-        elif _is_number(node) and source and not _OF_A_SHAPE.search(source):
+        elif _is_number(node) and source and not is_of_shape(source):
             found.add(node)
     for node in captured.graph.nodes:
         operands = node.all_input_nodes

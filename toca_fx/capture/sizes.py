@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
+from toca_fx.capture.sources import input_sources
 from toca_fx.torch_private import FakeTensor, FakeTensorMode, computed, tree_leaves, tree_map
 
 Values = Mapping[sympy.Symbol, int]
@@ -23,13 +25,15 @@ Values = Mapping[sympy.Symbol, int]
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _TRIES = 200
+_SIZE = re.compile(r"(.*)\.size\(\)\[(\d+)\]$")
 _GRANULES = (1, 2, 4, 8, 16, 32)
 
 
 class Sizes:
     """The symbols for sizes in Dynamo's graph ``captured``; false if there are none.
 
-    ``expressions`` are the sizes that are made of them anywhere in the graph.
+    ``expressions`` are the sizes that are made of them anywhere in the graph, and ``names`` are
+    what users call them: ``encoder_hidden_states.shape[1]``.
     """
 
     def __init__(self, captured: fx.GraphModule) -> None:
@@ -41,6 +45,10 @@ class Sizes:
             for at, value in enumerate(self._inputs)
             for axis, size in enumerate(value.shape if isinstance(value, Tensor) else [value])
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+        }
+        sources = input_sources(captured) if self._places else ()
+        self.names = {
+            symbol: _name(sources[at], axis) for symbol, (at, axis) in self._places.items()
         }
         known = self._places.keys()
         values = (node.meta.get("example_value") for node in captured.graph.nodes if known)
@@ -60,7 +68,7 @@ class Sizes:
     def others(self, sizes: Values) -> dict[sympy.Symbol, int] | None:
         """Sizes at which the graph is right too, other ones than ``sizes``; None: none were found.
 
-        As many as can be are others, each by a difference of its own.
+        As many as can be are others, and differ by different numbers.
         """
         if not sizes:
             return None
@@ -76,8 +84,18 @@ class Sizes:
             )
             return ranges and all(computed(guard, trial) for guard in guards)
 
-        free = [symbol for symbol in sizes if any(map(hold, _moved(sizes, [symbol])))]
-        return next(filter(hold, _moved(sizes, free or list(sizes))), None)
+        # Of one length Dynamo may know by several inputs, with a symbol for each.
+        alike: dict[int, list[sympy.Symbol]] = {}
+        for symbol, size in sizes.items():
+            alike.setdefault(size, []).append(symbol)
+        each, together = [[symbol] for symbol in sizes], list(alike.values())
+        for steps in (_multiples, _any_steps):
+            for groups in (each, together):
+                found = next(filter(hold, _moved(sizes, groups, steps)), None)
+                if found is not None:
+                    return found
+        free = [group for group in together if any(map(hold, _moved(sizes, [group], _multiples)))]
+        return next(filter(hold, _moved(sizes, free, _multiples)), None) if free else None
 
     def examples(self, inputs: Sequence[Any], sizes: Values, mode: FakeTensorMode) -> list[Any]:
         """``inputs`` as they would be at ``sizes``: numbers, and fake tensors of ``mode``."""
@@ -110,6 +128,16 @@ class Sizes:
                 module.graph.erase_node(node)
         module.recompile()
         return module
+
+
+def _name(source: str, axis: int) -> str:
+    """An axis of the input ``source``, or of the tensor whose size it is."""
+    tensor, at_end = source, str(axis)
+    if found := _SIZE.match(source):
+        tensor, at_end = found.groups()
+    names = re.findall(r"\w+", tensor)
+    name = names[-1] if names else "?"
+    return f"{name}.shape[{at_end}]"
 
 
 def _sizes_of(value: Any) -> Iterator[Any]:
@@ -160,16 +188,26 @@ def _put(node: fx.Node, found: Any) -> None:
         user.kwargs = fx.node.map_arg(user.kwargs, known)
 
 
-def _moved(sizes: Values, free: Sequence[sympy.Symbol]) -> Iterator[dict[sympy.Symbol, int]]:
-    """``sizes`` with others for the symbols in ``free``: first all by multiples of one granule."""
-    chosen = random.Random(0)
+def _moved(
+    sizes: Values,
+    groups: Sequence[Sequence[sympy.Symbol]],
+    steps: Callable[[int], Iterator[Sequence[int]]],
+) -> Iterator[dict[sympy.Symbol, int]]:
+    """``sizes`` with others for ``groups`` of symbols, each group by a step of its own."""
+    for step in steps(len(groups)):
+        by = {symbol: own for group, own in zip(groups, step, strict=True) for symbol in group}
+        yield {symbol: size + by.get(symbol, 0) for symbol, size in sizes.items()}
+
+
+def _multiples(count: int) -> Iterator[Sequence[int]]:
+    """So many different steps that are divisible alike."""
     for sign in (1, -1):
         for granule in _GRANULES:
-            steps = {symbol: sign * granule * (at + 1) for at, symbol in enumerate(free)}
-            yield {symbol: size + steps.get(symbol, 0) for symbol, size in sizes.items()}
+            yield [sign * granule * (at + 1) for at in range(count)]
+
+
+def _any_steps(count: int) -> Iterator[Sequence[int]]:
+    chosen = random.Random(0)
     for _ in range(_TRIES):
-        steps = {
-            symbol: chosen.choice((1, -1)) * chosen.choice(_GRANULES) * chosen.randint(1, 7)
-            for symbol in free
-        }
-        yield {symbol: size + steps.get(symbol, 0) for symbol, size in sizes.items()}
+        granules = [chosen.choice((1, -1)) * chosen.choice(_GRANULES) for _ in range(count)]
+        yield [granule * chosen.randint(1, 7) for granule in granules]

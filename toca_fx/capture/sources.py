@@ -20,6 +20,7 @@ from toca_fx.torch_private import CompileContext, InstructionTranslator
 _PATH_TOKEN = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z0-9_]+)")
 _PATH_NOISE = frozenset({"__dict__", "_modules", "_orig_mod"})
 _CALL_NOISE = frozenset({"L", "G", "self", "_call_impl", "forward", "fn"})
+_OF_A_SHAPE = re.compile(r"\.(?:size|stride|storage_offset)\(\)")
 _SOURCES = "toca_fx_input_sources"
 
 
@@ -112,6 +113,11 @@ def input_sources(captured: fx.GraphModule) -> tuple[str, ...]:
         captured.meta[_SOURCES] = tuple(map(_source, placeholders))
     found: tuple[str, ...] = captured.meta[_SOURCES]
     return found
+
+
+def is_of_shape(source: str) -> bool:
+    """Whether an input of that name is a number that Dynamo takes from a tensor's shape."""
+    return _OF_A_SHAPE.search(source) is not None
 
 
 def name_inputs(made: fx.GraphModule, sources: Sequence[str]) -> None:

@@ -203,8 +203,8 @@ def _blocks(query: Tensor, key: Tensor, every: int) -> tuple[int, int] | None:
     """
     batch, heads, queries, _ = query.shape
     of_query = max(1, heads * key.shape[2])
-    samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
-    rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
+    samples = min(batch, max(1, _BLOCK_ELEMENTS // max(1, of_query * queries)))
+    rows = min(queries, max(1, _BLOCK_ELEMENTS // (of_query * samples)))
     count = -(batch // -samples) * -(queries // -rows)
     return (samples, rows) if count <= (1 if every > _SPARSE else _MOST_BLOCKS) else None
 

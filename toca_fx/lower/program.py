@@ -36,7 +36,8 @@ class Program:
     """The compiled steps of an analysed model, and what is known of it.
 
     What was compiled for other sizes of it is in ``shared``, and ``other`` analyses it for some.
-    ``compiled_graphs`` is how many step graphs have been compiled so far.
+    ``compiled_graphs`` is how many step graphs have been compiled so far; ``notes`` say why, where
+    there was code for other sizes.
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class Program:
         self.analysis, self.inner = analysis, inner
         # Where nothing takes long to compile, nothing is shared.
         self._shared = shared if shared is not None and not inner.exact else Shared()
-        self._other = other
+        self._other = other if not inner.exact else lambda: None
         self._steps: Recent[StepSpec, CompiledStep] = Recent(_MOST_STEPS)
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
         self._kept: Recent[int, tuple[Plan, dict[Buffer, Tensor]]] = Recent(_MOST_PLANS)
         self._parts: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.compiled_graphs = 0
+        self.notes: dict[str, None] = {}
         matches = analysis.matches
         log.info("matched %d sites, %d near misses", len(matches.sites), len(matches.misses))
         show("captured", analysis.aten)
@@ -73,7 +75,7 @@ class Program:
             graph = self.analysis.step_graph(plan, modes)
             show(f"step_{self.compiled_graphs}_{kind_of(modes, plan.whole)}", graph.module)
             before = self._shared.compiled
-            self._steps[spec] = CompiledStep(
+            made = self._steps[spec] = CompiledStep(
                 graph,
                 self.analysis.aten,
                 plan,
@@ -83,6 +85,10 @@ class Program:
                 lambda: self._at_other_sizes(plan, modes),
             )
             self.compiled_graphs += self._shared.compiled - before
+            if made.reason:
+                self.notes[
+                    f"{kind_of(modes, plan.whole)} steps: compiled once more: {made.reason}"
+                ] = None
         return plan, self._steps[spec]
 
     def _at_other_sizes(self, plan: Plan, modes: Modes) -> Sized | None:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -56,11 +57,15 @@ class Sized:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Code that fits: a function of the graph's inputs, and what it asks of other symbols."""
+    """Code that fits: a function of the graph's inputs, and what it asks of other symbols.
+
+    ``reason`` is why it was compiled now, although there was code for other sizes.
+    """
 
     run: Callable[..., Any]
     conditions: tuple[sympy.Basic, ...]
     symbols: Mapping[sympy.Expr, Any]
+    reason: str = ""
 
 
 class _Unfit(Exception):  # noqa: N818 - no error
@@ -70,16 +75,19 @@ class _Unfit(Exception):  # noqa: N818 - no error
 class Shared:
     """What was compiled of the graphs of one capture.
 
-    ``expressions`` are sizes that the model makes of Dynamo's symbols. ``compiled`` counts graphs,
-    ``reasons`` are why some of them were compiled once more.
+    ``expressions`` are sizes that the model makes of Dynamo's symbols, ``names`` what these are
+    called. ``compiled`` counts graphs.
     """
 
-    def __init__(self, expressions: Sequence[sympy.Expr] = ()) -> None:
-        self._expressions = expressions
+    def __init__(
+        self,
+        expressions: Sequence[sympy.Expr] = (),
+        names: Mapping[sympy.Symbol, str] | None = None,
+    ) -> None:
+        self._expressions, self._names = expressions, names or {}
         self._codes: Recent[Hashable, list[_Code]] = Recent(_MOST_GRAPHS)
         self._examples: Recent[Hashable, list[_Numbers]] = Recent(_MOST_GRAPHS)
         self.compiled = 0
-        self.reasons: list[str] = []
 
     def fitted(
         self,
@@ -94,25 +102,54 @@ class Shared:
         with what each stands for: code says by them what it asks.
         """
         key, numbers = _skeleton(graph)
-        own = _Numbers(numbers, graph.sizes)
+        own, reason = _Numbers(numbers, graph.sizes), ""
         codes = self._codes.get(key, [])
         for code in codes:
             try:
                 return code.fitted(own)
-            except _Unfit as reason:
-                self.reasons.append(str(reason))
-                log.info("a graph is compiled once more: %s", reason)
-        seen = self._examples.setdefault(key, [])
+            except _Unfit as found:
+                reason = self._named(str(found))
+        seen = self._examples.get(key, [])
         examples = [own, *seen]
-        if not seen and graph.sizes and (found := other()) is not None:
-            other_key, other_numbers = _skeleton(found)
+        if not seen and graph.sizes and (another := other()) is not None:
+            other_key, other_numbers = _skeleton(another)
             if other_key == key:
-                examples.append(_Numbers(other_numbers, found.sizes))
-        code = _Code(graph, examples, self._expressions, compiler, symbols)
-        self.compiled += 1
-        self._codes[key] = [*codes, code][-_MOST_OF_ONE:]
+                examples.append(_Numbers(other_numbers, another.sizes))
+        made, failed = self._compiled(graph, examples, compiler, symbols)
+        self._codes[key] = [*codes, made][-_MOST_OF_ONE:]
         self._examples[key] = examples[:_MOST_EXAMPLES]
-        return code.fitted(own)
+        if len(codes) == _MOST_OF_ONE - 1:
+            log.warning(
+                "toca_fx: a graph has been compiled for %d sizes that cannot share code (%s); the "
+                "code used least recently goes from now on",
+                _MOST_OF_ONE,
+                reason,
+            )
+        return replace(made.fitted(own), reason=failed or reason)
+
+    def _compiled(
+        self,
+        graph: Sized,
+        examples: Sequence[_Numbers],
+        compiler: Compile,
+        symbols: Mapping[sympy.Expr, Any],
+    ) -> tuple[_Code, str]:
+        """Code for all of the ``examples``, or else for the first; and why it is not for all."""
+        self.compiled += 1
+        try:
+            return _Code(graph, examples, self._expressions, compiler, symbols), ""
+        except Exception as error:
+            if len(examples) == 1:
+                raise
+            log.debug("toca_fx: a graph cannot be compiled for all sizes", exc_info=True)
+            failed = f"symbolic sizes failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            return _Code(graph, examples[:1], (), compiler, symbols), failed
+
+    def _named(self, text: str) -> str:
+        """``text`` with the names of Dynamo's symbols."""
+        for symbol, name in self._names.items():
+            text = re.sub(rf"\b{symbol}\b", name, text)
+        return text
 
 
 @dataclass(frozen=True)
@@ -147,15 +184,16 @@ class _Code:
             for column, term in named.items()
             if term in own and term not in graph.sizes
         }
-        self._symbols = symbols
+        self._symbols, env = symbols, graph.mode.shape_env
+        before = 0 if env is None else len(env.guards)
         values = {**graph.sizes, **{s: examples[0].all[at] for s, at in self._read.items()}}
         self._sizes = _new_symbols({s: values[s] for s in sorted(own, key=str)}, graph.mode)
         self._given = [*self._sizes, *(term for term in named.values() if term not in self._sizes)]
         module, inputs = self._general(graph)
         self._run = compiler(module, inputs)
         made = {size.node.expr: s for s, size in self._sizes.items()}
-        env = graph.mode.shape_env
-        self._guards = () if env is None else tuple(g.expr.xreplace(made) for g in env.guards)
+        guards = [] if env is None else env.guards[before:]
+        self._guards = tuple(guard.expr.xreplace(made) for guard in guards)
 
     def _general(self, graph: Sized) -> tuple[fx.GraphModule, list[Any]]:
         """A copy of the graph that takes sizes as further inputs, and its inputs."""
@@ -179,6 +217,7 @@ class _Code:
                 node.args, node.kwargs = _mapped(
                     (node.args, node.kwargs), lambda _: given.get(term := next(terms), term)
                 )
+        module.recompile()
         return module, [*inputs, *(made[term] for term in self._given)]
 
     def fitted(self, numbers: _Numbers) -> Fitted:
@@ -217,7 +256,13 @@ def _named(
     a symbol of its own.
     """
     known: dict[tuple[int, ...], sympy.Expr] = {}
-    for term in expressions:
+    # Of a length that Dynamo knows by several inputs one symbol is enough.
+    first: dict[tuple[int, ...], sympy.Symbol] = {}
+    alike = {
+        symbol: first.setdefault(tuple(example.sizes[symbol] for example in examples), symbol)
+        for symbol in examples[0].sizes
+    }
+    for term in (each.xreplace(alike) for each in expressions):
         values = tuple(computed(term, example.sizes) for example in examples)
         known.setdefault(values, term)
     named: dict[tuple[int, ...], sympy.Expr] = {}

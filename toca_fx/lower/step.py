@@ -61,7 +61,7 @@ class CompiledStep:
         found = Sized(graph.module, self._fake.symbolic(), sizes or {}, self._fake.mode)
         fitted = (shared or Shared()).fitted(found, self._lowered, other, self._fake.symbols)
         self._run, self._symbols = fitted.run, fitted.symbols
-        self.conditions = fitted.conditions
+        self.conditions, self.reason = fitted.conditions, fitted.reason
         if self.conditions:
             self._warn()
 

@@ -80,7 +80,7 @@ class Call:
         made = make_report(
             self._calls, self._cache_bytes, self._hoisted_bytes, tuple(self._warnings)
         )
-        return replace(made, notes=tuple(self.notes))
+        return replace(made, notes=tuple({**self.notes, **dict.fromkeys(made.notes)}))
 
     def _is_new(self, scheduler: Any) -> bool:
         """Whether the scheduler's timesteps were set since the run began."""

@@ -235,6 +235,7 @@ def make_report(
         hoisted_bytes=hoisted_bytes,
         compiled_graphs=sum(program.compiled_graphs for program in programs),
         warnings=tuple(warnings),
+        notes=tuple(dict.fromkeys(note for program in programs for note in program.notes)),
     )
 
 
