@@ -10,7 +10,7 @@ from pathlib import Path
 from tools.rooms import PACKAGE, floors, rooms
 
 COMMANDS = {"cli", "explain_command", "tune_command", "named"}
-ENTRIES = {"__init__", "__main__", "backend", "dispatcher", "bench", "demo"} | COMMANDS
+ENTRIES = {"__init__", "__main__", "backend", "bench", "demo"} | COMMANDS
 OPEN_TO_ALL = {"diagnostics"}
 WITHOUT_TORCH = ("toca_fx.policy", "toca_fx.plan.planner", "toca_fx.plan.choose", "toca_fx.match")
 

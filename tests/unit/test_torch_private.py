@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -59,6 +60,23 @@ def captures_are_known() -> None:
     assert model_class() == ""
     with pytest.raises(AttributeError):
         private.InstructionTranslator.current_tx()
+
+
+def expressions_are_computed() -> None:
+    """As Python does it, for numbers and for symbolic sizes."""
+    size, other = sympy.symbols("size other", integer=True, positive=True)
+    expression = (size + 3) // 2 * other
+    assert private.computed(expression, {size: 4, other: 5}) == 15
+    assert private.computed(sympy.Eq(size, other), {size: 4, other: 4}) is True
+    with pytest.raises(KeyError):
+        private.computed(expression, {size: 4})
+    mode = private.FakeTensorMode(shape_env=private.ShapeEnv())
+    context = private.StatelessSymbolicContext(dynamic_sizes=[private.DimDynamic.DYNAMIC])
+    fake: Any = mode.from_tensor(
+        torch.empty(6), source=private.ConstantSource("x"), symbolic_context=context
+    )
+    found = private.computed(size * 2, {size: fake.shape[0]})
+    assert isinstance(found, torch.SymInt) and found.node.expr == 2 * fake.shape[0].node.expr
 
 
 def backends_are_found() -> None:
@@ -414,6 +432,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "call_kernel": kernels_are_called,
     "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
+    "computed": expressions_are_computed,
     "custom_overload": custom_operators_are_found,
     "detect_fake_mode": fake_tensors_are_made,
     "enable_python_dispatcher": sizes_have_ranges,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import capture, make_policy
-from toca_fx import backend
+from toca_fx.backend import dispatcher
 from toca_fx.capture.aten import to_aten, verify
 from toca_fx.capture.sources import clean_path
 from toca_fx.diagnostics import UnsupportedModelError
@@ -43,7 +43,7 @@ def test_models_that_write_in_place_are_verified(
     finish: Callable[[Tensor], Tensor], verified: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    monkeypatch.setattr(backend, "verify", lambda *given: runs.append(verify(*given)))
+    monkeypatch.setattr(dispatcher, "verify", lambda *given: runs.append(verify(*given)))
     with torch.no_grad():
         toca_fx.compile(Model(finish), make_policy(), inner="eager")(torch.randn(2, 8))
     assert len(runs) == verified

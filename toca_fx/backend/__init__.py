@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 
+from toca_fx.backend.dispatcher import Dispatcher, Options
 from toca_fx.capture.identity import identity
 from toca_fx.capture.offload import Offloaded
 from toca_fx.capture.recent import is_first
@@ -25,7 +26,6 @@ from toca_fx.capture.sources import (
 from toca_fx.capture.subclasses import refuse_opaque, unwrapped
 from toca_fx.capture.twin import twin_of
 from toca_fx.diagnostics import did_you_mean
-from toca_fx.dispatcher import Dispatcher, Options
 from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.once import Recent
 from toca_fx.lower.onload import onloaded, onloading
