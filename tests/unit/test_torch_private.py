@@ -76,7 +76,8 @@ def expressions_are_computed() -> None:
         torch.empty(6), source=private.ConstantSource("x"), symbolic_context=context
     )
     found = private.computed(size * 2, {size: fake.shape[0]})
-    assert isinstance(found, torch.SymInt) and found.node.expr == 2 * fake.shape[0].node.expr
+    assert isinstance(found, torch.SymInt)
+    assert found.node.expr == 2 * fake.shape[0].node.expr
 
 
 def backends_are_found() -> None:
