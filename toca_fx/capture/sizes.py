@@ -24,9 +24,11 @@ Values = Mapping[sympy.Symbol, int]
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_NUMERIC = (torch.SymInt, torch.SymFloat)
 _TRIES = 200
 _SIZE = re.compile(r"(.*)\.size\(\)\[(\d+)\]$")
-_GRANULES = (1, 2, 4, 8, 16, 32)
+# Large ones first: half of a size, rounded, is the same for the next one.
+_GRANULES = (8, 16, 32, 4, 2, 1)
 
 
 class Sizes:
@@ -52,7 +54,7 @@ class Sizes:
         }
         known = self._places.keys()
         values = (node.meta.get("example_value") for node in captured.graph.nodes if known)
-        found = (size.node.expr for value in values for size in _sizes_of(value))
+        found = (size.node.expr for value in values for size in _sizes_of(value, _NUMERIC))
         self.expressions = tuple(dict.fromkeys(e for e in found if e.free_symbols <= known))
 
     def __bool__(self) -> bool:
@@ -140,11 +142,11 @@ def _name(source: str, axis: int) -> str:
     return f"{name}.shape[{at_end}]"
 
 
-def _sizes_of(value: Any) -> Iterator[Any]:
+def _sizes_of(value: Any, kinds: Any = torch.SymInt) -> Iterator[Any]:
     """The symbolic ones among the sizes of tensors, and among numbers, in a value."""
     for leaf in tree_leaves(value):
         for size in (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else [leaf]:
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, kinds):
                 yield size
 
 

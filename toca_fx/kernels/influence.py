@@ -25,6 +25,8 @@ of a cross-attention is small: it is computed, and the output from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -203,27 +205,35 @@ def _blocks(query: Tensor, key: Tensor, every: int) -> tuple[int, int] | None:
     """
     batch, heads, queries, _ = query.shape
     of_query = max(1, heads * key.shape[2])
-    samples = min(batch, max(1, _BLOCK_ELEMENTS // max(1, of_query * queries)))
-    rows = min(queries, max(1, _BLOCK_ELEMENTS // (of_query * samples)))
-    count = -(batch // -samples) * -(queries // -rows)
-    return (samples, rows) if count <= (1 if every > _SPARSE else _MOST_BLOCKS) else None
+    samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
+    rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
+    along, down = -(batch // -samples), -(queries // -rows)
+    if along * down > (1 if every > _SPARSE else _MOST_BLOCKS):
+        return None
+    return -(batch // -along), -(queries // -down)  # of one size, but for the last
 
 
 def _in_blocks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, every: int, samples: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     outputs, columns = [], []
-    split = (torch.split(operand, samples) for operand in (query, key, value))
+    batch, _, queries, _ = query.shape
+    split = (_split(operand, samples, batch, 0) for operand in (query, key, value))
     for q, k, v in zip(*split, strict=True):
         parts = [
             _of_block(part * scale, k, v, every, -at * rows % every)
-            for at, part in enumerate(torch.split(q, rows, dim=2))
+            for at, part in enumerate(_split(q, rows, queries, 2))
         ]
         outputs.append(torch.cat([output for output, _ in parts], dim=2))
         columns.append(torch.stack([column for _, column in parts]).sum(0))
     # The fused kernels leave heads next to channels in memory; models may rely on it with a view.
     output = torch.cat(outputs).transpose(1, 2).contiguous().transpose(1, 2)
     return output, torch.cat(columns) / query.shape[1]
+
+
+def _split(operand: Tensor, size: int, whole: int, dim: int) -> Sequence[Tensor]:
+    # A graph that names no size is right for others too.
+    return (operand,) if size >= whole else torch.split(operand, size, dim)
 
 
 def _of_block(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 Values = Mapping[sympy.Symbol, int]
+Number = int | float
 
 _MOST_GRAPHS = 512
 _MOST_OF_ONE = 8  # of one graph, for sizes that do not fit each other
@@ -154,9 +156,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """The whole numbers of a graph, in order, at some sizes."""
+    """The numbers of a graph, in order, at some sizes."""
 
-    all: tuple[int, ...]
+    all: tuple[Number, ...]
     sizes: Values
 
 
@@ -186,7 +188,7 @@ class _Code:
         }
         self._symbols, env = symbols, graph.mode.shape_env
         before = 0 if env is None else len(env.guards)
-        values = {**graph.sizes, **{s: examples[0].all[at] for s, at in self._read.items()}}
+        values = {**graph.sizes, **{s: int(examples[0].all[at]) for s, at in self._read.items()}}
         self._sizes = _new_symbols({s: values[s] for s in sorted(own, key=str)}, graph.mode)
         self._given = [*self._sizes, *(term for term in named.values() if term not in self._sizes)]
         module, inputs = self._general(graph)
@@ -226,11 +228,11 @@ class _Code:
         Raises:
             _Unfit: it is not for them.
         """
-        sizes = {**numbers.sizes, **{s: numbers.all[at] for s, at in self._read.items()}}
+        sizes = {**numbers.sizes, **{s: int(numbers.all[at]) for s, at in self._read.items()}}
         sizes = {symbol: sizes[symbol] for symbol in self._sizes}
         values = {term: computed(term, sizes) for term in dict.fromkeys(self._given)}
         for number, term in zip(numbers.all, self._terms, strict=True):
-            if number != values.get(term, term):
+            if number != term and not math.isclose(number, values.get(term, term), rel_tol=1e-12):
                 raise _Unfit(f"{number} is not {term}, as it was for other sizes")
         if values and min(sizes.values()) < 2:
             raise _Unfit("a size of 0 or 1 is computed in ways of its own")
@@ -249,13 +251,13 @@ class _Code:
 
 def _named(
     examples: Sequence[_Numbers], expressions: Sequence[sympy.Expr]
-) -> dict[tuple[int, ...], sympy.Expr]:
+) -> dict[tuple[Number, ...], sympy.Expr]:
     """A term for each set of numbers that differ among the examples.
 
     It is one of the ``expressions`` if that gives these numbers, else made of terms before it, or
     a symbol of its own.
     """
-    known: dict[tuple[int, ...], sympy.Expr] = {}
+    known: dict[tuple[Number, ...], sympy.Expr] = {}
     # Of a length that Dynamo knows by several inputs one symbol is enough.
     first: dict[tuple[int, ...], sympy.Symbol] = {}
     alike = {
@@ -265,21 +267,21 @@ def _named(
     for term in (each.xreplace(alike) for each in expressions):
         values = tuple(computed(term, example.sizes) for example in examples)
         known.setdefault(values, term)
-    named: dict[tuple[int, ...], sympy.Expr] = {}
+    named: dict[tuple[Number, ...], sympy.Expr] = {}
     for values in dict.fromkeys(zip(*(example.all for example in examples), strict=True)):
         if len(set(values)) > 1:
             term = known.get(values)
             if term is None:
-                term = _made_of(values, known) or sympy.Symbol(
-                    f"n{len(named)}", integer=True, positive=True
-                )
-                known[values] = term
+                if not all(isinstance(value, int) for value in values):
+                    raise ValueError(f"it is not known how {values[0]} depends on sizes")
+                own = sympy.Symbol(f"n{len(named)}", integer=True, positive=True)
+                term = known[values] = _made_of(values, known) or own
             named[values] = term
     return named
 
 
 def _made_of(
-    values: tuple[int, ...], known: Mapping[tuple[int, ...], sympy.Expr]
+    values: tuple[Number, ...], known: Mapping[tuple[Number, ...], sympy.Expr]
 ) -> sympy.Expr | None:
     """A multiple, a product or a sum of ``known`` terms that gives ``values``."""
     for one, term in known.items():
@@ -311,19 +313,19 @@ def _new_symbols(sizes: Values, mode: FakeTensorMode) -> dict[sympy.Symbol, Any]
     return made
 
 
-def _skeleton(graph: Sized) -> tuple[Hashable, tuple[int, ...]]:
-    """What a graph computes, but for its whole numbers, and these in order.
+def _skeleton(graph: Sized) -> tuple[Hashable, tuple[Number, ...]]:
+    """What a graph computes, but for its numbers, and these in order.
 
     The numbers of its inputs come first: shapes and strides.
     """
-    numbers: list[int] = []
+    numbers: list[Number] = []
     position = {node: at for at, node in enumerate(graph.module.graph.nodes)}
 
     def take(leaf: Any) -> str:
         if isinstance(leaf, fx.Node):
             return f"%{position[leaf]}"
         numbers.append(leaf)
-        return "#"
+        return "#" if isinstance(leaf, int) else "#."
 
     def of_input(value: Any) -> object:
         if not isinstance(value, Tensor):
@@ -375,5 +377,10 @@ def _mapped(argument: Any, change: Callable[[Any], Any], *, nodes: bool = False)
     if isinstance(argument, slice):
         parts = (argument.start, argument.stop, argument.step)
         return slice(*(_mapped(each, change, nodes=nodes) for each in parts))
-    is_taken = type(argument) is int or (nodes and isinstance(argument, fx.Node))
+    is_taken = _is_number(argument) or (nodes and isinstance(argument, fx.Node))
     return change(argument) if is_taken else argument
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that may follow from sizes: no flag, no NaN."""
+    return type(value) is int or (type(value) is float and math.isfinite(value) and value != 0)

@@ -285,7 +285,15 @@ def computed(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
 
     It is a number if ``values`` are numbers.
     """
-    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
+    return sympy_interp(_Python, dict(values), expression)
+
+
+class _Python(PythonReferenceAnalysis):
+    """With the quotient of whole numbers, which torch leaves to sympy."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
 
 
 def has_kernel(op: OpOverload, key: str) -> bool:

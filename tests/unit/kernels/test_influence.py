@@ -116,7 +116,7 @@ def test_blocks_are_whole_maps_as_long_as_one_fits(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", HEADS * 100 * queries)
         found.append(attention._blocks(query, key, every=2))
         sparse.append(attention._blocks(query, key, every=3))
-    assert found == [(5, 100), (2, 100), (1, 100), (1, 99), (1, 34), None, None], (
+    assert found == [(5, 100), (2, 100), (1, 100), (1, 50), (1, 34), None, None], (
         "16 blocks at most"
     )
     assert sparse == [(5, 100), *[None] * 6], "one, if few queries count"
