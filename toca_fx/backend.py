@@ -36,7 +36,7 @@ from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Compiler, Inner
 from toca_fx.lower.locks import let_go
 from toca_fx.lower.once import Recent, once
-from toca_fx.lower.onload import onloaded, onloading
+from toca_fx.lower.onload import as_stubs, onloaded, onloading
 from toca_fx.lower.program import Program
 from toca_fx.lower.step import picker
 from toca_fx.match.matcher import match
@@ -282,7 +282,7 @@ class Dispatcher:
         whole = self._capture == "whole"
         attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
         try:
-            given, numbers = self._scalars.given(self._unwrapping(inputs))
+            given, numbers = self._scalars.given(self._unwrapping(as_stubs(inputs)))
             return self._scalars.returned(self._run(given, attempt), numbers)
         except BaseException:
             let_go()
