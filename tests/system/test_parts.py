@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import toca_fx
 from tests.helpers import make_policy
@@ -50,6 +54,33 @@ def test_several_graphs_are_one_step(caplog: pytest.LogCaptureFixture) -> None:
         ]
         assert "Decides cannot be captured as one graph, because of" in warning
         assert "test_parts.py" in warning
+
+
+@pytest.mark.parametrize("made", ["in memory", "on disk"])
+def test_weights_may_be_other_tensors_at_each_call(made: str, tmp_path: Path) -> None:
+    """Sequential offload: what is between the graphs has them in, and no call has the last one's."""
+    accelerate: Any = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = Decides().eval().requires_grad_(False)
+    fixed = torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([1, 2])
+    calls = [(torch.randn(2, 4, 16, 16), torch.full((2,), 900 - i), *fixed) for i in range(STEPS)]
+    policy = make_policy(sampler={"steps": STEPS}, scores={"staleness": 1.0})
+    with torch.no_grad():
+        expected = [model(*call) for call in calls]
+        if made == "in memory":
+            accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+        else:
+            accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+        fast = toca_fx.compile(model, policy, inner="eager")
+        counters.clear()
+        for _ in range(2):
+            with toca_fx.session(num_steps=STEPS) as run:
+                outputs = [fast(*call).clone() for call in calls]
+            steps = zip(run.report().steps, outputs, expected, strict=True)
+            equal = [(step.kind, torch.equal(ours, theirs)) for step, ours, theirs in steps]
+            assert equal == [("full", True), ("partial", False), ("partial", False)] * 2
+    assert counters["stats"]["unique_graphs"] == 2
+    assert all(weight.device.type == "meta" for weight in model.parameters())
 
 
 def test_blocks_alone_are_not_cached(caplog: pytest.LogCaptureFixture) -> None:
