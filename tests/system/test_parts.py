@@ -58,7 +58,7 @@ def test_several_graphs_are_one_step(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("made", ["in memory", "on disk"])
 def test_weights_may_be_other_tensors_at_each_call(made: str, tmp_path: Path) -> None:
-    """Sequential offload: what is between the graphs has them in, and no call has the last one's."""
+    """Sequential offload: what runs between the graphs has those of a call."""
     accelerate: Any = pytest.importorskip("accelerate")
     torch.manual_seed(0)
     model = Decides().eval().requires_grad_(False)
