@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from toca_fx.capture.aten import to_aten, verify
+from toca_fx.capture.calls import current_call
 from toca_fx.capture.identity import identity
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.offload import Offloaded
@@ -29,7 +30,7 @@ from toca_fx.capture.sources import (
 from toca_fx.capture.subclasses import Unwrapping, as_plain, refuse_opaque, unwrapped
 from toca_fx.capture.twin import twin_of
 from toca_fx.capture.updates import Updates
-from toca_fx.diagnostics import did_you_mean
+from toca_fx.diagnostics import UnsupportedModelError, did_you_mean
 from toca_fx.graph import roles
 from toca_fx.graph.autocast import OFF
 from toca_fx.lower.analysis import Analysis
@@ -267,7 +268,7 @@ class Dispatcher:
             for at, node in enumerate(captured.graph.find_nodes(op="placeholder"))
             if at not in state and (isinstance(inputs[at], Tensor) or node.users)
         ]
-        self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
+        self._runners: Recent[object, tuple[Runner | None, Updates]] = Recent(_MOST_SHAPES)
         self.captured_anew: CodeType | None = None  # since the last call
 
     def __call__(self, *inputs: Any) -> Any:
@@ -280,7 +281,8 @@ class Dispatcher:
             keep_recent(code, lambda backend: isinstance(backend, Backend))
         expected = self._capture == "parts"
         whole = self._capture == "whole"
-        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
+        within = current_call.get()
+        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected, within=within)
         try:
             given, numbers = self._scalars.given(self._unwrapping(as_stubs(inputs)))
             return self._scalars.returned(self._run(given, attempt), numbers)
@@ -297,7 +299,9 @@ class Dispatcher:
         )
         # What the model reads out of tensors is part of its graph.
         key = (shapes, self._numbers.read(onloaded(inputs, self._numbers.reads)))
-        runner, updates = once(self._runners, key, lambda: self._prepare(inputs))
+        runner, updates = once(self._runners, key, lambda: self._prepared(inputs))
+        if runner is None:
+            return self._captured(*onloaded(inputs))
         model = self._models.key(self._weights(inputs))
         # Casts are in the graphs, and so is what tensors of classes of their own make of calls.
         with OFF.again(), as_plain():
@@ -309,6 +313,25 @@ class Dispatcher:
                 output = begun.follow(attempt, model, runner, inputs)
             updates.apply(onloaded(inputs, updates.reads))
         return output
+
+    def _prepared(self, inputs: Sequence[Any]) -> tuple[Runner | None, Updates]:
+        """The same as ``_prepare``; no runner for one of several parts that cannot be followed.
+
+        It may write to what an earlier part has made.
+        """
+        try:
+            return self._prepare(inputs)
+        except UnsupportedModelError as error:
+            if self._capture != "parts":
+                raise
+            modules = any(node.meta.get("nn_module_stack") for node in self._captured.graph.nodes)
+            # Of masks and indices nothing would be cached.
+            log.log(
+                logging.WARNING if modules else logging.DEBUG,
+                "toca_fx: of several graphs of the model one runs as it is, at every step: %s",
+                error,
+            )
+            return None, Updates()
 
     def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""

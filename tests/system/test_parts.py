@@ -56,6 +56,67 @@ def test_several_graphs_are_one_step(caplog: pytest.LogCaptureFixture) -> None:
         assert "test_parts.py" in warning
 
 
+class Marks(Decides):
+    """Writes into a tensor that the graph before has made, in a graph without blocks.
+
+    The first of its graphs is that of another function.
+    """
+
+    def marked(self, x: Tensor, mask: Tensor) -> Tensor:
+        marked = x + 1
+        marked[:, :, mask.sum(1).tolist()] = 0
+        return marked
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+        return super().forward(self.marked(x, mask), t, text, mask, y)
+
+
+class MarksWithBlocks(Marks):
+    """The same in the graph that has the blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, y: Tensor) -> Tensor:
+        marked = x + 1
+        marked[:, :, mask.sum(1).tolist()] = 0
+        return self.blocks(marked, t=t, y=y)
+
+
+@pytest.mark.parametrize("kind", [Marks, MarksWithBlocks])
+def test_a_graph_that_writes_into_what_another_made_runs_as_it_is(
+    kind: type[Marks], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = kind().eval().requires_grad_(False)
+    fixed = torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([1, 2])
+    calls = [(torch.randn(2, 4, 16, 16), torch.full((2,), 900 - i), *fixed) for i in range(STEPS)]
+    policy = make_policy(sampler={"steps": STEPS}, scores={"staleness": 1.0})
+    fast = toca_fx.compile(model, policy, inner="eager")
+    with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
+        outputs = [fast(*call).clone() for call in calls]
+    steps = zip(run.report().steps, outputs, calls, strict=True)
+    equal = [(step.kind, torch.equal(ours, model(*call))) for step, ours, call in steps]
+    cached = [("full", True), ("partial", False), ("partial", False)] * 2
+    assert equal == (cached if kind is Marks else [("full", True)] * STEPS)
+    said = "one runs as it is, at every step: the model writes to a tensor in place"
+    assert (said in caplog.text) == (kind is MarksWithBlocks)
+    assert not run.report().warnings
+
+
+def test_qwen_image_21_is_cached() -> None:
+    """Its blocks are in the last of its graphs; those between make masks, in place."""
+    example = examples()["QwenImage21Transformer2DModel"]
+    model, first = build(example)
+    calls = [vary(example, first, step, STEPS) for step in range(STEPS)]
+    policy = make_policy(sampler={"steps": STEPS}, scores={"staleness": 1.0})
+    fast = toca_fx.compile(model, policy, inner="eager")
+    with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
+        outputs = [prediction(fast(**call))[0].clone() for call in calls]
+        expected = [prediction(model(**call))[0] for call in calls]
+    steps = zip(run.report().steps, outputs, expected, strict=True)
+    equal = [(step.kind, torch.equal(ours, theirs)) for step, ours, theirs in steps]
+    assert equal == [("full", True), ("partial", False), ("partial", False)] * 2
+    assert len(run.report().sites) == 4
+
+
 @pytest.mark.parametrize("made", ["in memory", "on disk"])
 def test_weights_may_be_other_tensors_at_each_call(made: str, tmp_path: Path) -> None:
     """Sequential offload: what runs between the graphs has those of a call."""

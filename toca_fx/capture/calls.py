@@ -37,6 +37,10 @@ _NOT_CAPTURED = (Unsupported, UserError, TorchRuntimeError, InternalTorchDynamoE
 bring_in: ContextVar[Callable[[], None] | None] = ContextVar("toca_fx_bring_in", default=None)
 
 
+# The call of a module, in several graphs, that what is run now belongs to.
+current_call: ContextVar[object] = ContextVar("toca_fx_call", default=None)
+
+
 def _come_in() -> None:
     bring = bring_in.get()
     if bring is not None:
@@ -96,7 +100,11 @@ class WholeOrParts:
             self._whole = None
             self._say(reason)
         _come_in()
-        return self._broken(*args, **kwargs)
+        token = current_call.set(object())
+        try:
+            return self._broken(*args, **kwargs)
+        finally:
+            current_call.reset(token)
 
     def _say(self, reason: str) -> None:
         """Warn, in our words; Dynamo's are in the debug log."""

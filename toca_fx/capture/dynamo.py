@@ -25,7 +25,9 @@ from toca_fx.torch_private import (
 
 log = logging.getLogger(__name__)
 
-_OWN_ERROR = re.compile("Explanation: (?:Dynamo.*?: got )?(.+)")  # what the model itself would have raised
+_OWN_ERROR = re.compile(
+    "Explanation: (?:Dynamo.*?: got )?(.+)"
+)  # what the model itself would have raised
 
 Model = TypeVar("Model", bound=nn.Module)
 
