@@ -348,10 +348,12 @@ class Dispatcher:
             verify(self._captured, aten, onloaded(inputs))
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
+        if self._capture == "parts" and policy.gate is not None:
+            if matches.sites:
+                log.warning("toca_fx: %s", words.NO_GATE)
+            policy = policy.always_full()
         if not matches.sites and self._capture == "parts":
             # What lies ahead of the blocks, or behind them.
-            if policy.gate is not None:
-                log.warning("toca_fx: %s", words.NO_GATE)
             policy = policy.without_memories()
             roles.trust_names(aten.graph, input_sources(self._captured))
         elif matches.is_block and not roles.positions(aten.graph, "timestep"):

@@ -56,6 +56,31 @@ def test_several_graphs_are_one_step(caplog: pytest.LogCaptureFixture) -> None:
         assert "test_parts.py" in warning
 
 
+def test_a_gate_measures_whole_models(caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, once, why nothing is cached; without the gate it is."""
+    torch.manual_seed(0)
+    model = Decides().eval().requires_grad_(False)
+    fixed = torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([1, 2])
+    calls = [(torch.randn(2, 4, 16, 16), torch.full((2,), 900 - i), *fixed) for i in range(STEPS)]
+    output: dict[str, Any] = {"sampler": {"steps": STEPS}, "cache": {"grain": "output"}}
+    gate = {"signal": "surprise", "threshold": 9.0, "at_most": 3}
+    gated = make_policy(**output, N={"first": 2}, gate=gate, forecast={"basis": "newton"})
+    for policy, kinds in (
+        (gated, {"full": STEPS}),
+        (make_policy(**output, N={"base": 3}), {"full": 2, "skip": 4}),
+    ):
+        torch._dynamo.reset()
+        caplog.clear()
+        fast = toca_fx.compile(model, policy, inner="eager")
+        with torch.no_grad(), toca_fx.session(num_steps=STEPS) as run:
+            for call in calls:
+                fast(*call)
+        assert run.report().kinds == kinds
+        said = [record.message for record in caplog.records if "gate" in record.message]
+        assert len(said) == (policy is gated)
+        assert all("full_steps" in message for message in said)
+
+
 class Marks(Decides):
     """Writes into a tensor that the graph before has made, in a graph without blocks.
 
