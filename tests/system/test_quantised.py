@@ -273,11 +273,11 @@ UNTRACED: dict[str, tuple[Callable[[nn.Module], None], str, str]] = {
     "decides": (
         lambda model: put(model, Reading),
         r"PixArt.*`transformer_blocks.0.ff.net.2` \(Linear\).* its weight, .*Reading.*leave this",
-        r"attention.py.*Reading, as `transformer_blocks.0.ff.net.2`",
+        r"attention.py.*Reading does, as `transformer_blocks.0.ff.net.2`",
     ),
     "fails": (lambda model: put(model, Untraced), *[r"Untraced.*cannot be traced.*no graph"] * 2),
     "activations": (activations, HANDS_ON, r"qbytes.py"),
-    "frozen": (frozen, HANDS_ON, r"qbytes.py.*WeightQBytesTensor, as `pos_embed.proj`"),
+    "frozen": (frozen, HANDS_ON, r"qbytes.py.*WeightQBytesTensor does, as `pos_embed.proj`"),
     "unfrozen": (unfrozen, r"is given a WeightQBytesTensor.*freeze", r"qbytes.py"),
 }
 

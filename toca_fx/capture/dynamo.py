@@ -100,15 +100,17 @@ def capture(
 def _reason(model: nn.Module, error: Exception) -> str:
     """Where Dynamo gave up, in our words; its own are in the debug log."""
     log.debug("%s: %s", type(model).__name__, error)
-    at = line_in(str(error)) or "something that it calls"
+    line = line_in(str(error))
+    at = f"at {line} " if line else ""
     if isinstance(error, TorchRuntimeError):  # of the model's own: shapes do not fit, say
         said = _OWN_ERROR.search(str(error))
-        why = f": {said[1]}" if said else ""
-        return f"the model cannot be captured as one graph: it fails at {at}{why}"
+        why = f"({said[1]})" if said else ""
+        return f"the model cannot be captured as one graph: {at}it fails {why}".rstrip()
     held = next(holders_of(model), None)
-    wrapper = f", or by a {held.kind}, as `{held.path}` has one" if held else ""
+    wrapper = f", such as what a {held.kind} does, as `{held.path}` has one" if held else ""
     return (
-        f"the model cannot be captured as one graph: {at} is decided by values of tensors, or "
-        f"cannot be traced{wrapper}. What can be made before the run, a number, a mask or a list, "
-        "hand in; toca_fx.compile captures the others in several graphs, if it can"
+        f"the model cannot be captured as one graph: {at}values of tensors decide on the way "
+        f"through the code, or something cannot be traced{wrapper}. What can be made before the "
+        "run, a number, a mask or a list, hand in; toca_fx.compile captures other models in "
+        "several graphs, if it can"
     )
