@@ -28,18 +28,16 @@ KINDS = ("self_attention", "cross_attention", "joint_attention")
 
 # Classes that Dynamo cannot capture in one graph (fullgraph=True), as of diffusers 0.42 and torch
 # 2.13.
-_SIZES = (
-    "not captured: a tensor's values decide on shapes "
-    "(boolean indexing, nonzero or split by mask sums)"
-)
+_SIZES = "not captured: a tensor's values decide on shapes"
 _PARTS = "captured in several graphs, a session caches what is in each"
 REFUSED: dict[str, str] = {
     "HiDreamImageTransformer2DModel": _SIZES + " in its mixture of experts",
-    "HunyuanImageTransformer2DModel": _SIZES,
+    "HunyuanImageTransformer2DModel": "captured block by block, behind a loop over texts whose "
+    "lengths are values of tensors: its text refiner alone is cached",
     "HunyuanVideo15Transformer3DModel": _PARTS,
     "Lumina2Transformer2DModel": _PARTS,
     "OmniGenTransformer2DModel": _PARTS,
-    "QwenImage21Transformer2DModel": "not captured: reads a list of sizes out of a tensor",
+    "QwenImage21Transformer2DModel": _PARTS,
 }
 # Classes of which less than SUPPORTED_SHARE of the blocks' work is matched. What is matched is
 # cached, the rest is computed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
 import toca_fx
@@ -130,13 +132,18 @@ def test_lora_on_quantised_weights(scheme: str) -> None:
 
 
 def test_one_scale_for_all_tokens_is_a_near_miss() -> None:
-    """The MLP is computed as a whole, or on steps that run no block not at all."""
+    """The MLP is reused as a whole: none of its tokens are chosen, and nothing of it is scored."""
     model = tiny()
     torchao_per_tensor(model)
-    (miss,) = explained(model).skipped
+    found = explained(model)
+    (miss,) = found.skipped
     assert miss.kind == "mlp"
     assert "torchao.choose_qparams_affine" in miss.reason
     assert "one scale for all" in miss.reason
+    assert [site.path for site in found.sites] == [site.path for site in plain().sites]
+    (mlp,) = (site for site in found.sites if site.kind == "mlp")
+    assert set(mlp.modes) == {"full", "reuse"}
+    assert found.flops_done < plain().flops_done
 
 
 @pytest.mark.slow(reason="the kind is tested every day with a scale for each token")
@@ -181,14 +188,111 @@ class Opaque(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(cls, lambda value: value.inner, (args, kwargs or {}))
         result = func(*args, **kwargs)
-        return cls(result) if func is torch.ops.aten.detach.default else result
+        kept = (torch.ops.aten.detach.default, torch.ops.aten.t.default)
+        return cls(result) if func in kept else result
+
+
+OPAQUE = r"transformer_blocks\.0\.ff\.net\.2\.weight.*Opaque.*__tensor_flatten__"
+
+
+def put(model: nn.Module, kind: Callable[[Tensor], Any]) -> None:
+    """Give one layer a weight of this class."""
+    linear = model.get_submodule("transformer_blocks.0.ff.net.2")
+    linear.weight = nn.Parameter(kind(linear.weight.detach()), requires_grad=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("entry", [toca_fx.compile, explained])
 def test_an_unknown_class_is_refused_by_name(entry: Callable[[nn.Module], Any]) -> None:
     model = tiny()
-    linear = model.get_submodule("transformer_blocks.0.ff.net.2")
-    linear.weight = nn.Parameter(Opaque(linear.weight.detach()), requires_grad=False)  # type: ignore[arg-type]
-    said = r"transformer_blocks\.0\.ff\.net\.2\.weight.*Opaque.*__tensor_flatten__"
-    with pytest.raises(UnsupportedModelError, match=said):
+    put(model, Opaque)
+    with pytest.raises(UnsupportedModelError, match=OPAQUE):
         entry(model)
+
+
+def test_an_unknown_class_that_comes_later_is_refused_as_well() -> None:
+    model = tiny()
+    twin = toca_fx.compile(model, policy(3), inner="eager")
+    _, kinds = run(twin)
+    put(model, Opaque)
+    with pytest.raises(UnsupportedModelError, match=OPAQUE):
+        run(twin)
+    put(model, Tensor.clone)
+    assert run(twin)[1] == kinds == {"full": 2, "partial": 2}
+
+
+class Reading(Opaque):
+    """It says what is in it, and decides by its numbers."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Reading:
+        return Reading(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.detach.default and args[-1].inner.amax() > 1e9:
+            raise AssertionError("too large")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Untraced(Reading):
+    """It fails where its graph is made, and nowhere else."""
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Untraced:
+        return Untraced(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if get_proxy_mode() is not None:
+            raise NotImplementedError("no graph of it")
+        return Opaque.__torch_dispatch__.__func__(cls, func, types, args, kwargs)  # type: ignore[attr-defined]
+
+
+def activations(model: nn.Module) -> None:
+    quanto: Any = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8, activations=quanto.qint8)
+    with quanto.Calibration():
+        uncached(model)
+
+
+def frozen(model: nn.Module) -> None:
+    activations(model)
+    importlib.import_module("optimum.quanto").freeze(model)
+
+
+def unfrozen(model: nn.Module) -> None:
+    quanto: Any = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+
+
+HANDS_ON = r"PixArt.*`.*attn1.to_out.0` \(QLinear\) hands on a .*ActivationQ.*weights alone"
+UNTRACED: dict[str, tuple[Callable[[nn.Module], None], str, str]] = {
+    "decides": (
+        lambda model: put(model, Reading),
+        r"PixArt.*`transformer_blocks.0.ff.net.2` \(Linear\).* its weight, .*Reading.*leave this",
+        r"attention.py.*Reading does, as `transformer_blocks.0.ff.net.2`",
+    ),
+    "fails": (lambda model: put(model, Untraced), *[r"Untraced.*cannot be traced.*no graph"] * 2),
+    "activations": (activations, HANDS_ON, r"qbytes.py"),
+    "frozen": (frozen, HANDS_ON, r"qbytes.py.*WeightQBytesTensor does, as `pos_embed.proj`"),
+    "unfrozen": (unfrozen, r"is given a WeightQBytesTensor.*freeze", r"qbytes.py"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_cannot_be_traced_is_said_with_its_module(name: str) -> None:
+    """And never in Dynamo's words."""
+    change, by_compile, by_explain = UNTRACED[name]
+    model = tiny()
+    change(model)
+    uncached(model)
+    for said, entry in (
+        (by_compile, lambda: run(toca_fx.compile(model, policy(3), inner="eager"))),
+        (by_explain, lambda: explained(model)),
+    ):
+        with pytest.raises(UnsupportedModelError, match=said) as error:
+            entry()
+        assert not any(word in str(error.value) for word in ("Dynamo", "proxy", "Hint", "guard"))

@@ -48,7 +48,8 @@ ALLOWED = {
 def errors_are_told_apart() -> None:
     assert issubclass(private.BackendCompilerFailed, private.TorchDynamoException)
     assert issubclass(private.TorchDynamoException, Exception)
-    for error in (private.Unsupported, private.UserError):
+    for name in ("InternalTorchDynamoError", "TorchRuntimeError", "Unsupported", "UserError"):
+        error = getattr(private, name)
         assert issubclass(error, private.TorchDynamoException)
         assert not issubclass(private.BackendCompilerFailed, error)
 
@@ -428,6 +429,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "StrictMinMaxConstraint": sizes_have_ranges,
     "TorchDynamoException": errors_are_told_apart,
     "Unsupported": errors_are_told_apart,
+    "InternalTorchDynamoError": errors_are_told_apart,
+    "TorchRuntimeError": errors_are_told_apart,
     "UserError": errors_are_told_apart,
     "ValueRanges": sizes_have_ranges,
     "argument_names": schemas_are_read,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from toca_fx.capture.aten import to_aten, verify
+from toca_fx.capture.calls import current_call
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.recent import keep_recent
 from toca_fx.capture.scalars import Scalars
@@ -23,13 +24,14 @@ from toca_fx.capture.sources import (
 )
 from toca_fx.capture.subclasses import Unwrapping, as_plain
 from toca_fx.capture.updates import Updates
+from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
 from toca_fx.graph.autocast import OFF
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.locks import let_go
 from toca_fx.lower.once import Recent, once
-from toca_fx.lower.onload import onloaded
+from toca_fx.lower.onload import as_stubs, onloaded
 from toca_fx.lower.program import Program
 from toca_fx.lower.sizes import Shared
 from toca_fx.lower.step import picker
@@ -119,7 +121,7 @@ class Dispatcher:
             if not isinstance(inputs[at], Tensor) and not is_of_shape(sources[at])
         ]
         self._told: set[Hashable] = set()
-        self._runners: Recent[object, tuple[Runner, Updates]] = Recent(_MOST_SHAPES)
+        self._runners: Recent[object, tuple[Runner | None, Updates]] = Recent(_MOST_SHAPES)
         self.captured_anew: CodeType | None = None  # since the last call
 
     def __call__(self, *inputs: Any) -> Any:
@@ -132,9 +134,10 @@ class Dispatcher:
             keep_recent(code, lambda backend: isinstance(backend, Options))
         expected = self._capture == "parts"
         whole = self._capture == "whole"
-        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected)
+        within = current_call.get()
+        attempt = Attempt() if whole else attempt_of(self, 1, expected=expected, within=within)
         try:
-            given, numbers = self._scalars.given(self._unwrapping(inputs))
+            given, numbers = self._scalars.given(self._unwrapping(as_stubs(inputs)))
             return self._scalars.returned(self._run(given, attempt), numbers)
         except BaseException:
             let_go()
@@ -149,7 +152,9 @@ class Dispatcher:
         )
         # What the model reads out of tensors is part of its graph.
         key = (shapes, self._numbers.read(onloaded(inputs, self._numbers.reads)))
-        runner, updates = once(self._runners, key, lambda: self._prepare(inputs, key[1]))
+        runner, updates = once(self._runners, key, lambda: self._prepared(inputs, key[1]))
+        if runner is None:
+            return self._captured(*onloaded(inputs))
         model = self._models.key(self._weights(inputs))
         # Casts are in the graphs, and so is what tensors of classes of their own make of calls.
         with OFF.again(), as_plain():
@@ -161,6 +166,25 @@ class Dispatcher:
                 output = begun.follow(attempt, model, runner, inputs)
             updates.apply(onloaded(inputs, updates.reads))
         return output
+
+    def _prepared(self, inputs: Sequence[Any], numbers: Hashable) -> tuple[Runner | None, Updates]:
+        """The same as ``_prepare``; no runner for one of several parts that cannot be followed.
+
+        It may write to what an earlier part has made.
+        """
+        try:
+            return self._prepare(inputs, numbers)
+        except UnsupportedModelError as error:
+            if self._capture != "parts":
+                raise
+            modules = any(node.meta.get("nn_module_stack") for node in self._captured.graph.nodes)
+            # Of masks and indices nothing would be cached.
+            log.log(
+                logging.WARNING if modules else logging.DEBUG,
+                "toca_fx: of several graphs of the model one runs as it is, at every step: %s",
+                error,
+            )
+            return None, Updates()
 
     def _prepare(self, inputs: Sequence[Any], numbers: Hashable) -> tuple[Runner, Updates]:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
@@ -207,10 +231,12 @@ class Dispatcher:
     ) -> Analysis:
         matches = match(aten.graph)
         policy = self._choose(aten.graph)
+        if self._capture == "parts" and policy.gate is not None:
+            if matches.sites:
+                warn(words.NO_GATE)
+            policy = policy.always_full()
         if not matches.sites and self._capture == "parts":
             # What lies ahead of the blocks, or behind them.
-            if policy.gate is not None:
-                warn(words.NO_GATE)
             policy = policy.without_memories()
             roles.trust_names(aten.graph, input_sources(self._captured))
         elif matches.is_block and not roles.positions(aten.graph, "timestep"):

@@ -61,9 +61,9 @@ def to_aten(
     reads them, if that is known.
 
     Raises:
-        UnsupportedModelError: the model writes to its inputs or parameters in place, a number
-            depends on what changes at every step, or a call has an effect that a rewritten graph
-            would lose.
+        WeightsWrittenError: the model writes to its parameters in place.
+        UnsupportedModelError: it writes to its inputs in place, a number depends on what changes at
+            every step, or a call has an effect that a rewritten graph would lose.
     """
     mode, symbols = FakeTensorMode(allow_non_fake_inputs=True), Sizes(captured)
     numbers = numbers or Numbers(captured)
@@ -84,10 +84,13 @@ def to_aten(
     sources = input_sources(captured)
     graph_module.meta["writes"], graph_module.meta["sizes"] = False, sizes or {}
     returned = graph_module.graph.output_node()
+    model, given = roles.model_name(sources), graph_module.graph.find_nodes(op="placeholder")
+    for node, source, value in zip(given, sources, inputs, strict=True):
+        node.meta["state"] = roles.is_state(source, value, model)
     buffers = written_buffers(graph_module.graph, sources, inputs)
     # Whoever has the model reads its buffers afterwards.
     returned.args = ((returned.args[0], buffers),)
-    modules.mark(graph_module.graph, roles.model_name(sources))
+    modules.mark(graph_module.graph, model)
     with OFF.again():
         _clean(graph_module, buffers)
         bake(graph_module.graph)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, TypeVar
@@ -11,14 +13,21 @@ import torch
 from torch import fx, nn
 
 from toca_fx.capture.sources import input_sources, line_in
-from toca_fx.capture.subclasses import refuse_opaque, unwrapped
+from toca_fx.capture.subclasses import holders_of, refuse_opaque, unwrapped
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import (
     BackendCompilerFailed,
     TorchDynamoException,
+    TorchRuntimeError,
     forget_compiled_call,
     original_module,
 )
+
+log = logging.getLogger(__name__)
+
+_OWN_ERROR = re.compile(
+    "Explanation: (?:Dynamo.*?: got )?(.+)"
+)  # what the model itself would have raised
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,9 +87,9 @@ def capture(
             compiled(model, *args, **kwargs)
     except BackendCompilerFailed as error:
         if not found:
-            raise UnsupportedModelError(_reason(error)) from error
+            raise UnsupportedModelError(_reason(model, error)) from error
     except TorchDynamoException as error:
-        raise UnsupportedModelError(_reason(error)) from error
+        raise UnsupportedModelError(_reason(model, error)) from error
     if not found:
         raise UnsupportedModelError("the model computes nothing with tensors")
     graph, inputs = found[0]
@@ -88,11 +97,20 @@ def capture(
     return plain, list(unwrapping(inputs))
 
 
-def _reason(error: Exception) -> str:
-    """Dynamo's first line, its explanation and the user's line, without hints and stack traces."""
-    text, _, trace = str(error).partition("from user code:")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    explained = [line for line in lines[1:] if line.startswith("Explanation:")]
-    where = [f"At {line}" for line in [line_in(trace)] if line]
-    parts = ["the model cannot be captured as one graph:", *lines[:1], *explained[:1], *where]
-    return " ".join(parts)
+def _reason(model: nn.Module, error: Exception) -> str:
+    """Where Dynamo gave up, in our words; its own are in the debug log."""
+    log.debug("%s: %s", type(model).__name__, error)
+    line = line_in(str(error))
+    at = f"at {line} " if line else ""
+    if isinstance(error, TorchRuntimeError):  # of the model's own: shapes do not fit, say
+        said = _OWN_ERROR.search(str(error))
+        why = f"({said[1]})" if said else ""
+        return f"the model cannot be captured as one graph: {at}it fails {why}".rstrip()
+    held = next(holders_of(model), None)
+    wrapper = f", such as what a {held.kind} does, as `{held.path}` has one" if held else ""
+    return (
+        f"the model cannot be captured as one graph: {at}values of tensors decide on the way "
+        f"through the code, or something cannot be traced{wrapper}. What can be made before the "
+        "run, a number, a mask or a list, hand in; toca_fx.compile captures other models in "
+        "several graphs, if it can"
+    )

@@ -21,13 +21,18 @@ from toca_fx.graph.ops import PERMUTES, RESHAPES, SAME, aten, operands
 from toca_fx.torch_private import storage_id
 
 
+class WeightsWrittenError(UnsupportedModelError):
+    """The model writes to its own weights; some do so at one call, and not at the next."""
+
+
 def make_functional(node: fx.Node, own: Collection[fx.Node] = ()) -> None:
     """Replace a node that writes in place by one that returns the new value.
 
     Later readers of the memory read the new value instead. ``own`` are the inputs to which a write
-    is nothing but that.
+    is nothing but that; ``meta["state"]`` says of an input that it is the model's own.
 
     Raises:
+        WeightsWrittenError: the memory is that of a weight.
         UnsupportedModelError: the memory belongs to the caller, or a view in between cannot be
             written through.
     """
@@ -35,8 +40,11 @@ def make_functional(node: fx.Node, own: Collection[fx.Node] = ()) -> None:
     if not isinstance(mutated, fx.Node):
         raise _refusal(node, "what it writes to is no tensor of the graph")
     aliases = _aliases(node, mutated)
-    if any(alias.op in ("placeholder", "get_attr") and alias not in own for alias in aliases):
-        raise _refusal(node, "the caller sees that memory")
+    outer = [one for one in aliases if one.op in ("placeholder", "get_attr") and one not in own]
+    if outer:
+        weights = all(one.meta.get("state") for one in outer)
+        kind = WeightsWrittenError if weights else UnsupportedModelError
+        raise _refusal(node, "the caller sees that memory", kind)
     later = _later_users(node, aliases)
     graph = node.graph
     with graph.inserting_before(node):
@@ -181,9 +189,11 @@ def _call(node: fx.Node, target: Any, args: Any, like: Tensor, kwargs: Any = Non
     return new
 
 
-def _refusal(node: fx.Node, why: str) -> UnsupportedModelError:
+def _refusal(
+    node: fx.Node, why: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+) -> UnsupportedModelError:
     module = node.meta.get("path") or "(top level)"
-    return UnsupportedModelError(
+    return kind(
         f"the model writes to a tensor in place ({node.target}, in module {module}, at "
         f"{user_line(node)}) and {why}; "
         "write it without the trailing underscore, or exclude the module from compilation"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,14 @@ class Group:
     """Weights that come and go together, by what ``hook`` does ahead of ``owner`` and behind it.
 
     While they are in, their ``device`` and ``dtype`` are these (None: those that they have away).
-    ``moves`` says that they come from elsewhere, ``path`` which module the hook is on.
+    ``moves`` says that they come from elsewhere, ``divisible`` that some of them can be brought in
+    without the others, ``path`` which module the hook is on.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     moves = True
+    divisible = False
 
     def __init__(self, hook: Any, owner: nn.Module, path: str) -> None:
         self.hook, self.owner, self.path = hook, owner, path
@@ -58,12 +61,12 @@ class Group:
         """Where its weights belong."""
         return slots_of([self.owner])
 
-    def onload(self) -> None:
-        """Bring its weights in."""
+    def onload(self, slots: Collection[Slot]) -> None:
+        """Bring in the weights of these of its ``slots``: all of them, if it is not divisible."""
         self.hook.pre_forward(self.owner)
 
     def offload(self) -> None:
-        """Take them away."""
+        """Take away what is in."""
         self.hook.post_forward(self.owner, None)
 
     def kept(self, slot: Slot) -> tuple[Tensor | None, bool]:
@@ -77,7 +80,12 @@ class Group:
 
 
 class DiskOrMemory(Group):
-    """A group of diffusers' group offloading, as a whole: its modules have one hook each."""
+    """A group of diffusers' group offloading: its modules have one hook each.
+
+    What nobody reads stays away. A tensor of a class of its own is moved by the library alone.
+    """
+
+    divisible = True
 
     def __init__(self, hook: Any, owner: nn.Module, path: str) -> None:
         super().__init__(hook, owner, path)
@@ -94,11 +102,30 @@ class DiskOrMemory(Group):
                 if id(slot.tensor) in alone:
                     yield slot
 
-    def onload(self) -> None:
-        """Bring it in, whichever module would lead; nothing waits for another group."""
-        self._group.onload_()
-        if self._group.stream is not None:
-            self._group.stream.synchronize()
+    def onload(self, slots: Collection[Slot]) -> None:
+        """Bring these in, whichever module would lead; nothing waits for another group."""
+        if len(slots) == sum(1 for _ in self.slots()):
+            self._group.onload_()
+            if self._group.stream is not None:
+                self._group.stream.synchronize()
+            return
+        with self._sources() as source_of:
+            for slot in slots:
+                tensor = slot.tensor
+                tensor.data = source_of(tensor).to(self.device)
+
+    @contextmanager
+    def _sources(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, what a tensor holds can be had by the tensor, wherever it lies."""
+        group = self._group
+        if group.offload_to_disk_path is None:
+            # With a stream the library keeps pinned copies.
+            yield lambda tensor: cast("Tensor", group.cpu_param_dict.get(tensor, tensor.data))
+            return
+        from safetensors import safe_open
+
+        with safe_open(group.safetensors_file_path, framework="pt") as file:
+            yield lambda tensor: cast("Tensor", file.get_tensor(group.tensor_to_key[tensor]))
 
     def offload(self) -> None:
         """Take it away."""
@@ -140,6 +167,7 @@ class Cast(Group):
     """What is stored in one dtype and computed in another."""
 
     moves = False
+    divisible = True
 
     def __init__(self, hook: Any, owner: nn.Module, path: str) -> None:
         super().__init__(hook, owner, path)
@@ -152,6 +180,11 @@ class Cast(Group):
             for slot in slots_of(self.owner.modules())
             if slot.tensor.is_floating_point() or slot.tensor.is_complex()
         )
+
+    def onload(self, slots: Collection[Slot]) -> None:
+        """Cast these."""
+        for slot in slots:
+            slot.tensor.data = slot.tensor.data.to(self.dtype)
 
 
 def group_of(hook: Any, owner: nn.Module, path: str) -> Group | None:

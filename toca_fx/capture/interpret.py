@@ -17,6 +17,8 @@ from toca_fx.torch_private import (
     enter_autocast,
     get_data,
     is_switch,
+    is_wrapper,
+    tree_leaves,
 )
 
 # Functions that tracers do not see (they would keep what is returned as a constant), and those that
@@ -68,6 +70,12 @@ class Interpreter(fx.Interpreter):
                 "keep it a tensor of a size that depends on shapes alone"
             ) from error
         except Exception as error:
+            if (wrapper := _wrapper_in(n)) is not None:
+                raise UnsupportedModelError(
+                    f"what a {wrapper.__module__}.{wrapper.__qualname__} does at {user_line(n)} "
+                    f"cannot be traced ({type(error).__name__}: {error}); leave the module as it "
+                    "was before its tensors were replaced, or let it hold plain ones"
+                ) from error
             if not given_code(n):
                 raise
             raise UnsupportedModelError(
@@ -75,6 +83,15 @@ class Interpreter(fx.Interpreter):
                 f"cannot be followed ({type(error).__name__}: {error}); exclude its module from "
                 "compilation"
             ) from error
+
+
+def _wrapper_in(call: fx.Node) -> type | None:
+    """The class of a tensor that wraps others, which a call is given; None if it is given none."""
+    for operand in call.all_input_nodes:
+        for value in tree_leaves(operand.meta.get("example_value")):
+            if is_wrapper(value):
+                return type(value)
+    return None
 
 
 def _switches(call: fx.Node) -> bool:

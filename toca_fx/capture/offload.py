@@ -27,6 +27,9 @@ from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.torch_private import tree_map_only
 
 Compiled = Callable[..., Any]
+Coming = Mapping[Group, Sequence[Slot]]
+"""Weights that come in, by the group that they come with."""
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -142,22 +145,26 @@ class Weights:
 
     def __init__(self, hooks: Hooks, stubs: Stubs) -> None:
         self.moved_bytes = 0
-        self._groups = hooks.groups
+        self._slots: dict[Group, list[Slot]] = {group: [] for group in hooks.groups}
         self._of: dict[int, tuple[Slot, Tensor, tuple[Group, ...]]] = {}
         self._hidden: list[tuple[Slot, Tensor]] = []
         self._stubs: list[tuple[Slot, Tensor]] = []
         self._always: dict[Group, None] = {}
-        self._bytes = dict.fromkeys(hooks.groups, 0)
-        self._in: dict[Group, None] = {}
-        known: dict[int, Tensor] = {}  # a weight that several modules share has one stub
+        self._bytes: dict[tuple[Group, Slot], int] = {}  # to move a weight in, by the first group
+        self._in: dict[Group, set[Slot]] = {}
+        self._stub_of: dict[int, Tensor] = {}  # by the weight, once all are in
+        known: dict[int, Tensor | None] = {}  # a weight that several modules share has one stub
         for slot, groups in groups_by_slot(hooks.groups).items():
             away = slot.tensor
-            stub = known.get(id(away)) or stubs.of(slot, groups)
-            self._bytes[groups[0]] += away.nbytes if groups[0].moves else 0
+            for group in groups:
+                self._slots[group].append(slot)
+            if id(away) not in known:
+                known[id(away)] = stubs.of(slot, groups)
+                self._bytes[groups[0], slot] = away.nbytes if groups[0].moves else 0
+            stub = known[id(away)]
             if stub is None:
                 self._always.update(dict.fromkeys(groups))
                 continue
-            known[id(away)] = stub
             self._of.setdefault(id(stub), (slot, stub, groups))
             self._hidden.append((slot, away))
             self._stubs.append((slot, stub))
@@ -169,7 +176,7 @@ class Weights:
         At the end all weights are away.
         """
         try:
-            self._bring(self._always)
+            self._bring(self._whole(self._always))
             for slot, stub in self._stubs:
                 slot.put(stub)
             yield
@@ -196,48 +203,81 @@ class Weights:
     def onload_all(self) -> None:
         """Bring all weights in, until the call ends."""
         self._show()
-        self._always.update(dict.fromkeys(self._groups))
-        self._bring(self._groups)
+        self._always.update(dict.fromkeys(self._slots))
+        self._bring(self._slots)
+        self._stub_of = {id(slot.tensor): stub for slot, stub in self._stubs}
+
+    def as_stubs(self, values: Sequence[Any]) -> Sequence[Any]:
+        """``values`` with stubs in the place of weights: those may be other tensors at each call.
+
+        What Dynamo captures in several graphs is given weights.
+        """
+        of = self._stub_of
+        return [of.get(id(value), value) for value in values] if of else values
 
     def bytes_to_move(self, asked: Iterable[Sequence[Any]]) -> int:
         """Bytes that a call brings in which asks for these values, one after the other."""
-        moved, inside = 0, dict(self._always)
+        inside: dict[Group, set[Slot]] = {}
+        coming = [*_missing(self._whole(self._always), inside)]
         for values in asked:
             wanted = self._wanted(values)
             for group in self._unwanted(wanted, inside):
                 del inside[group]
-            moved += sum(self._bytes[group] for group in wanted if group not in inside)
-            inside.update(dict.fromkeys(wanted))
-        return moved + sum(self._bytes[group] for group in self._always)
+            coming += _missing(wanted, inside)
+        return sum(self._bytes_of(group, slots) for group, slots in coming)
 
     @property
     def all_bytes(self) -> int:
         """Bytes that the hooks bring in at every call of the model as it is."""
         return sum(self._bytes.values())
 
-    def _wanted(self, values: Sequence[Any]) -> list[Group]:
-        """The groups that have to be in for these values, in the order in which they come in."""
-        found = (self._of.get(id(value)) for value in values)
-        wanted = {group for each in found if each is not None for group in each[2]}
-        return [group for group in self._groups if group in wanted]
+    def _wanted(self, values: Sequence[Any]) -> Coming:
+        """What has to be in for these values, in the order in which groups come in."""
+        read: dict[Group, dict[Slot, None]] = {}
+        for value in values:
+            if (known := self._of.get(id(value))) is not None:
+                slot, _, groups = known
+                for group in groups:
+                    read.setdefault(group, {})[slot] = None
+        if not read:
+            return {}
+        return {
+            group: [*read[group]] if group.divisible else slots
+            for group, slots in self._slots.items()
+            if group in read
+        }
 
-    def _unwanted(self, wanted: Sequence[Group], inside: Mapping[Group, None]) -> list[Group]:
+    def _whole(self, groups: Iterable[Group]) -> Coming:
+        return {group: self._slots[group] for group in groups}
+
+    def _unwanted(self, wanted: Coming, inside: Iterable[Group]) -> list[Group]:
         """The groups that go first, in that order; none, if nothing comes."""
         stay = {*wanted, *self._always}
         return [each for each in reversed([*inside]) if wanted and each not in stay and each.path]
 
-    def _bring(self, groups: Iterable[Group]) -> None:
-        for group in groups:
-            if group not in self._in:
-                self._in[group] = None
-                group.onload()
-                self.moved_bytes += self._bytes[group]
+    def _bring(self, wanted: Coming) -> None:
+        for group, slots in _missing(wanted, self._in):
+            group.onload(slots)
+            self.moved_bytes += self._bytes_of(group, slots)
+
+    def _bytes_of(self, group: Group, slots: Iterable[Slot]) -> int:
+        return sum(self._bytes.get((group, slot), 0) for slot in slots)
 
     def _show(self) -> None:
         """Put the weights back in their places: Dynamo has seen what it guards."""
         hidden, self._hidden = self._hidden, []
         for slot, away in hidden:
             slot.put(away)
+
+
+def _missing(wanted: Coming, inside: dict[Group, set[Slot]]) -> Iterator[tuple[Group, list[Slot]]]:
+    """What is wanted and not ``inside``, and is from now on."""
+    for group, slots in wanted.items():
+        already = inside.setdefault(group, set())
+        coming = [slot for slot in slots if slot not in already]
+        if coming:
+            already.update(coming)
+            yield group, coming
 
 
 class Offloaded:

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from toca_fx.capture.sources import input_sources, name_inputs
+from toca_fx.capture.sources import input_sources, model_class, name_inputs
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
 from toca_fx.torch_private import DisableTorchFunctionSubclass, is_opaque, is_wrapper, tree_leaves
@@ -105,6 +105,28 @@ class Unwrapping:
         return found
 
 
+class Holder(NamedTuple):
+    """A ``module`` that has a tensor that wraps others, of the class ``kind``, as ``name``."""
+
+    path: str
+    module: nn.Module
+    name: str
+    kind: str
+
+
+def holders_of(model: nn.Module) -> Iterator[Holder]:
+    """Of each class of modules the first that has a tensor of each class that wraps others."""
+    known = set[tuple[type, type]]()
+    for path, module in model.named_modules():
+        for name, value in chain(
+            module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        ):
+            kind = type(value)
+            if is_wrapper(value) and (type(module), kind) not in known:
+                known.add((type(module), kind))
+                yield Holder(path, module, name, f"{kind.__module__}.{kind.__qualname__}")
+
+
 def refuse_opaque(model: nn.Module) -> None:
     """Refuse parameters and buffers of classes that make their own of calls, and do not say how.
 
@@ -151,8 +173,9 @@ def unwrapped(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Graph
             continue
         if not roles.is_state(source, value, model):
             raise UnsupportedModelError(
-                f"the model is given a {wrapper.kind.__name__} ({source}): only parameters and "
-                "buffers may be tensors that wrap others; give it a plain tensor"
+                f"{model_class() or 'the model'} is given a {wrapper.kind.__name__} ({source}): "
+                "only parameters and buffers may be tensors that wrap others. Give it a plain "
+                "tensor; what quantises weights at each call has to be frozen (quanto.freeze)"
             )
         held[node] = wrapper, _inputs_for(node, wrapper, graph)
         named += (f"{source}.{name}" for name in wrapper.names)

@@ -77,7 +77,7 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
     region = assign(module.graph)
     _hand_over_contiguous(module.graph, region)
     body = sorted(region, key=region.__getitem__)
-    for node in module.graph.find_nodes(op="get_attr"):
+    for node in module.graph.find_nodes(op="get_attr") if body else ():
         body[0].prepend(node)
     for before, after in itertools.pairwise(body):
         before.append(after)

@@ -97,13 +97,16 @@ def mlp_sites(mlp: Mlp, flow: Flow) -> Iterator[Found | NearMiss]:
                     "mlp", path, f"its output has shape {shape}: channels come before tokens"
                 )
                 continue
+            site = site_at("mlp", path, linears, output, add, flow)
+            if isinstance(site, NearMiss):
+                yield site
+                continue
             mixing = _mixing(mlp, output, flow)
             if mixing is not None:
                 scales = " (one scale for all?)" if is_scale(mixing) else ""
-                yield NearMiss("mlp", path, f"{mixing.target} in it may mix tokens{scales}")
-                continue
-            site = site_at("mlp", path, linears, output, add, flow)
-            yield site if isinstance(site, NearMiss) else Found(site, add)
+                reason = f"{mixing.target} in it may mix tokens{scales}: none are chosen"
+                yield NearMiss("mlp", path, f"{reason}, it is computed or reused as a whole")
+            yield Found(replace(site, whole=mixing is not None), add)
 
 
 def _mixing(mlp: Mlp, output: fx.Node, flow: Flow) -> fx.Node | None:

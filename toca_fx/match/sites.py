@@ -21,7 +21,7 @@ class Site:
     ``residual`` is the add that joins the output, gated, to the ``stream``. ``follows`` is the site
     of the block that changed the stream last, if nothing but this site reads the state between
     them, or that ends in the same add; and if neither add joins anything to the stream that is no
-    site.
+    site. ``whole`` says that something in it may mix tokens: all are computed, or none.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Site:
     residual: str = ""
     stream: str = ""
     follows: int | None = None
+    whole: bool = False
 
     @property
     def tokens(self) -> int:

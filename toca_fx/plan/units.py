@@ -8,6 +8,7 @@ from dataclasses import replace
 from toca_fx.match.sites import Matches, Site
 from toca_fx.policy import WHOLE_GRAINS, Action, Policy, SitePolicy
 
+REUSE = Action("reuse")
 WHOLE = ("state", "output")
 """The kinds of sites that are the whole model: in front of its output layers, and behind them."""
 
@@ -19,7 +20,7 @@ def units(
 
     With the grain of the model, or of its output, a module has no memory.
     """
-    policies = tuple(policy.for_site(site.kind, site.path, site.layer) for site in matches.sites)
+    policies = tuple(_policy_of(site, policy) for site in matches.sites)
     whole = whole_model(policy, matches)
     warning = _uncut(matches) if _keeps_states(policy) and not matches.states else ""
     if policy.cache.grain in WHOLE_GRAINS:
@@ -27,7 +28,7 @@ def units(
     own = SitePolicy(
         policy.N,
         policy.R,
-        Action("reuse"),
+        REUSE,
         policy.scores,
         None,
         policy.cache,
@@ -35,6 +36,12 @@ def units(
     )
     policies = (*policies, *[own] * len(whole))
     return (*matches.sites, *whole), tuple(_resolved(each, total) for each in policies), warning
+
+
+def _policy_of(site: Site, policy: Policy) -> SitePolicy:
+    """The policy of a site; one whose tokens cannot be chosen is reused where they would be."""
+    own = policy.for_site(site.kind, site.path, site.layer)
+    return replace(own, action=REUSE) if site.whole and own.action.mode == "partial" else own
 
 
 def whole_model(policy: Policy, matches: Matches) -> tuple[Site, ...]:

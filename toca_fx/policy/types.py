@@ -315,6 +315,10 @@ class Policy:
         cache = replace(self.cache, grain="module")
         return replace(self, skip="none", cache=cache, gate=None, rules=())
 
+    def always_full(self) -> Policy:
+        """A policy by which every step is full, for a model that its gate cannot measure."""
+        return replace(self, N=Interval(base=1), gate=None, rules=())
+
     def for_site(self, kind: str, path: str, layer: int | None) -> SitePolicy:
         """What holds for the module of type `kind` at `path` in layer `layer`: matching rules
         applied in order.

@@ -54,7 +54,8 @@ def _nothing() -> None:
 class Attempt:
     """A call of a model, as far as it has come: a step of ``generation``, in ``session``.
 
-    ``call`` is where its first part was called (None: there is but one). ``known`` is what is known
+    ``call`` is where its first part was called (None: there is but one), ``within`` the call of the
+    model that it belongs to, if that is known. ``known`` is what is known
     of the model, which may have ``begun`` before; ``before`` is the progress of the generation
     ahead of the call (None: it has not come to that). ``visits`` counts how often each other part
     has come since, by its identity: layers may share their code. That there are several was
@@ -70,6 +71,7 @@ class Attempt:
     before: Progress | None = None
     visits: Counter[Hashable] = field(default_factory=Counter)
     expected: bool = False
+    within: object = None
 
     def begin(
         self,
@@ -107,16 +109,25 @@ def behind(warn: Callable[[str | None], None]) -> Callable[[str | None], None]:
     return lambda message: None if message == words.REBUILT else warn(message)
 
 
-def attempt_of(part: object, depth: int, *, expected: bool = False) -> Attempt:
-    """The call of ``part``, whose frame is ``depth`` up: a new one if ``part`` is the first."""
+def attempt_of(
+    part: object, depth: int, *, expected: bool = False, within: object = None
+) -> Attempt:
+    """The call of ``part``, whose frame is ``depth`` up: a new one if ``part`` is the first.
+
+    That is told by the call of the model that it runs ``within``; None: by frames.
+    """
     frame = sys._getframe(depth + 1)
     while frame.f_code.co_filename.startswith(_TORCH) and frame.f_back is not None:
         frame = frame.f_back
     last = _last.attempt
-    if last is not None and last.session() is not None and _follows(part, frame, last.call):
+    if (
+        last is not None
+        and last.session() is not None
+        and (last.within is within if within else _follows(part, frame, last.call))
+    ):
         return last
     call = Call(weakref.ref(part), id(frame), weakref.ref(frame.f_code))
-    return Attempt(call, expected=expected)
+    return Attempt(call, expected=expected, within=within)
 
 
 def _follows(part: object, frame: FrameType, lead: Call | None) -> bool:

@@ -124,7 +124,8 @@ BLOCK_ALONE = (
 )
 NO_GATE = (
     "the policy has a gate, which measures whole models, and this one was captured in several "
-    "graphs: every step that the gate would decide on is full; take a policy without `gate`"
+    "graphs: every step is full. Take a policy that says which steps are, by `N: {base: ...}` or "
+    "`full_steps`, without `gate`"
 )
 REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "

@@ -59,7 +59,9 @@ from torch._dynamo.eval_frame import innermost_backend
 # What torch.compile raises: no module exports it.
 from torch._dynamo.exc import (
     BackendCompilerFailed,
+    InternalTorchDynamoError,
     TorchDynamoException,
+    TorchRuntimeError,
     Unsupported,
     UserError,
 )
@@ -159,12 +161,14 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "InstructionTranslator",
+    "InternalTorchDynamoError",
     "OpOverload",
     "OpOverloadPacket",
     "ShapeEnv",
     "StatelessSymbolicContext",
     "StrictMinMaxConstraint",
     "TorchDynamoException",
+    "TorchRuntimeError",
     "Unsupported",
     "UserError",
     "ValueRanges",

@@ -179,7 +179,7 @@ def test_a_number_that_changes_at_every_step_names_the_users_line(
 def test_a_number_that_decides_is_refused_by_the_users_line() -> None:
     """Dynamo captures no such branch."""
     model = Model(lambda x, mask: x * 2 if mask.sum().item() > 2 else x)
-    with pytest.raises(UnsupportedModelError, match=r"At .*test_numbers\.py:[0-9]+ \(.*> 2 else"):
+    with pytest.raises(UnsupportedModelError, match=r"at .*test_numbers\.py:[0-9]+ \(.*> 2 else"):
         capture(model, torch.randn(2, 3, 4), torch.rand(1), torch.ones(2, 3))
 
 

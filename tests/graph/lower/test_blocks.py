@@ -120,3 +120,15 @@ def test_symbols_are_told_apart_by_their_place() -> None:
     regions.compile_regions(step.module, fake.symbolic(), inner, fake.mode)
     assert isinstance(fake.mode, FakeTensorMode)
     assert len(compiled) == 3, "two blocks with a K of their own"
+
+
+def test_a_graph_that_computes_nothing_is_one_piece() -> None:
+    """Such are parts of models that Dynamo captures in several graphs."""
+    graph = fx.Graph()
+    given = graph.placeholder("given")
+    graph.output((given, graph.get_attr("kept")))
+    module = fx.GraphModule({"kept": torch.ones(2)}, graph)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    example = mode.from_tensor(torch.zeros(3))
+    run = regions.compile_regions(module, [example], lambda graph, _: graph, mode)
+    assert [len(value) for value in run(torch.zeros(3))] == [3, 2]

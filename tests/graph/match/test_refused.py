@@ -21,6 +21,7 @@ from toca_fx.match.anchors import attention_at
 from toca_fx.match.matcher import match
 from toca_fx.match.origins import Rows, rows_of
 from toca_fx.match.sites import Matches
+from toca_fx.plan.planner import make_plan
 
 NO_ATTENTION = "no softmax attention and no linear-activation-linear in it"
 
@@ -120,8 +121,11 @@ class TokensNormed(Mlp):
 
 
 def test_an_mlp_with_a_norm_over_tokens() -> None:
+    """It is reused as a whole where others compute tokens."""
     found = matches_of(*make(mlp=TokensNormed))
-    assert {site.kind for site in found.sites} == {"self_attention"}
+    assert [site.path for site in found.sites if site.whole] == ["blocks.0.mlp", "blocks.1.mlp"]
+    plan = make_plan(found, make_policy(sampler={"steps": 3}))
+    assert [step.modes for step in plan.steps] == [("full",) * 4, *[("reuse",) * 4] * 2]
     assert [(miss.kind, miss.path) for miss in found.misses] == [
         ("mlp", f"blocks.{i}.mlp") for i in range(2)
     ]
