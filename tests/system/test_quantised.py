@@ -19,7 +19,8 @@ from toca_fx.diagnostics import UnsupportedModelError
 from tools.pipelines.ways.weights import SCHEMES, Quantise, add_lora, torchao_per_tensor
 
 STEPS = 4
-OFTEN = ("torchao int8 dynamic", "quanto int8", "GGUF Q8", "bitsandbytes NF4")
+# A pipeline with quanto's is a row of docs/pipelines.md that is tested every day.
+OFTEN = ("torchao int8 dynamic", "GGUF Q8", "bitsandbytes NF4")
 
 
 def policy(interval: int) -> Any:
