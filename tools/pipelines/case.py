@@ -21,6 +21,7 @@ class Case:
     number of steps, whose name is ``steps``, and ``generator``. After the first image and each
     further one comes one of the ``changes``. ``options`` are those of ``toca_fx.compile``, under
     which full steps may be ``tolerance`` off (absolute): other compilers round otherwise.
+    ``known`` is why it is not right, where that is known.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     changes: Sequence[Change] = ()
     options: Mapping[str, Any] = field(default_factory=lambda: {"inner": "eager"})
     tolerance: float = 0.0
+    known: str = ""
 
     def call(self, pipe: Any, steps: int = 12, **more: Any) -> Any:
         """What one call of the pipeline returns, all random numbers drawn from the seed 0.

@@ -32,6 +32,8 @@ FLUX, WAN = CASES["FluxPipeline"], CASES["WanPipeline, two experts"]
 _ROUNDING = 1e-4
 """How far other compilers' full steps may be off, of images in [0, 1]."""
 
+_NATIVE_MATH = "regions of torch.nn.attention.sdpa_kernel are dropped: the default kernel runs"
+
 # By name what ``toca_fx.compile`` is given.
 _COMPILERS: dict[str, dict[str, Any]] = {
     "eager": {"inner": "eager"},
@@ -133,8 +135,9 @@ def _backends(base: Case) -> Iterable[Case]:
         tolerance = 0.0 if name == "eager" else _ROUNDING
         yield _row(base, name, options=options, tolerance=tolerance)
     for name in BACKENDS:
-        change = _of_models(attention(name))
-        yield _row(base, f"attention {name}", build=_built(base.build, change))
+        build = _built(base.build, _of_models(attention(name)))
+        known = _NATIVE_MATH if name == "_native_math" else ""
+        yield _row(base, f"attention {name}", build=build, known=known)
 
 
 def _matrix(rows: Callable[[Case], Iterable[Case]]) -> dict[str, Case]:
@@ -147,3 +150,6 @@ MATRICES: dict[str, dict[str, Case]] = {
     "adapters": _matrix(_adapters),
     "backends": _matrix(_backends),
 }
+
+ROWS: dict[str, Case] = {name: row for matrix in MATRICES.values() for name, row in matrix.items()}
+ALL: dict[str, Case] = {**CASES, **ROWS}

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from textwrap import shorten
 
 from tools.pipelines.cases import CASES, LEFT_OUT
-from tools.pipelines.matrices import FLUX, MATRICES, WAN
+from tools.pipelines.matrices import ALL, FLUX, MATRICES, WAN
 from tools.pipelines.measure import ENDS, STEPS, N, Row, expected
 
 _HEAD = """# Pipelines of diffusers
@@ -98,7 +98,8 @@ def _found(row: Row) -> list[str]:
 
 
 def _verdict(row: Row) -> list[str]:
-    said = [row.problem] if row.problem else [*row.notes, *row.warnings]
+    known = ALL[row.name].known
+    said = [known] if known else [row.problem] if row.problem else [*row.notes, *row.warnings]
     says = "; ".join(shorten(each, 120, placeholder=" ...") for each in dict.fromkeys(said))
     return ["yes" if row.right else "**no**", says.replace("|", "\\|")]
 
