@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import toca_fx
 from tests.spellings.sizes import HEADS, SCALE, SIDE, WIDTH
+from tools.pipelines.ways.attention import efficient, flash, sage
 
 
 @torch.library.custom_op("toca_fx_tests::attention_bhnd", mutates_args=())
@@ -36,46 +37,6 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 toca_fx.register_attention(attention_bhnd)
 toca_fx.register_attention(torch.ops.toca_fx_tests.attention_bnhd, layout="bnhd")
-
-# Stand-ins for the operators of libraries, which are known by their names.
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
-def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    heads = (operand.transpose(1, 2) for operand in (q, k, v))
-    mixed = F.scaled_dot_product_attention(*heads, scale=softmax_scale)
-    return mixed.transpose(1, 2).contiguous(), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
-
-
-@flash.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-
-
-@torch.library.custom_op("xformers::efficient_attention_forward_cutlass", mutates_args=())
-def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor]:
-    heads = (operand.transpose(1, 2) for operand in (query, key, value))
-    return [F.scaled_dot_product_attention(*heads).transpose(1, 2).contiguous(), query.new_zeros(1)]
-
-
-@efficient.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor]:
-    return [query.new_empty(query.shape), query.new_empty(1)]
-
-
-@torch.library.custom_op("sageattention::sageattn", mutates_args=())
-def sage(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND") -> Tensor:
-    heads = [
-        operand.transpose(1, 2) if tensor_layout == "NHD" else operand for operand in (q, k, v)
-    ]
-    mixed = F.scaled_dot_product_attention(*heads)
-    return (mixed.transpose(1, 2) if tensor_layout == "NHD" else mixed).contiguous()
-
-
-@sage.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND") -> Tensor:
-    return q.new_empty(q.shape)
-
 
 # attention of q, k and v [B, H, N, D]
 
@@ -196,22 +157,22 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = (operand.transpose(1, 2) for operand in (q, k, v))
-    return torch.ops.flash_attn._flash_attn_forward(*heads, SCALE)[0].transpose(1, 2)
+    return flash(*heads, SCALE)[0].transpose(1, 2)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = (operand.transpose(1, 2) for operand in (q, k, v))
-    mixed = torch.ops.xformers.efficient_attention_forward_cutlass(*heads, None)
+    mixed = efficient(*heads, None)
     return mixed[0].transpose(1, 2)
 
 
 def sage_heads_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.ops.sageattention.sageattn(q, k, v)
+    return sage(q, k, v)
 
 
 def sage_tokens_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = (operand.transpose(1, 2) for operand in (q, k, v))
-    return torch.ops.sageattention.sageattn(*heads, "NHD").transpose(1, 2)
+    return sage(*heads, "NHD").transpose(1, 2)
 
 
 MIXES: tuple[Mix, ...] = (

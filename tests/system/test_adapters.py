@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import toca_fx
 from tests.helpers import make_inputs, make_policy, run_all, tiny
 from toca_fx.backend import Dispatcher
 from toca_fx.torch_private import captures
+from tools.pipelines.ways.adapters import lora
 
 pytest.importorskip("peft")
 
 STEPS = 6
 CACHED = ["full", "partial", "partial"] * 2
-LAYERS = ("attn.to_q", "attn.to_out.0", "ff.net.2", "proj_mlp", "norm1.linear")
 NAMES = re.compile(r"(?<=lora_[AB]\.)\w+|(?<=lora_dropout\.)\w+")
 Operation = Callable[[Any], Any]
 
@@ -88,19 +88,6 @@ def calls(model: Any, steps: int = STEPS) -> Iterator[dict[str, Any]]:
         latents = normal(16, 4) if packed else normal(4, 8, 8)
         timestep = torch.tensor([1 - step / steps]).to(dtype)
         yield {"hidden_states": latents, "timestep": timestep, **given}
-
-
-def lora(model: Any, rank: int = 2, seed: int = 1, layers: Sequence[str] = LAYERS) -> Any:
-    """The weights of a LoRA, as a file of diffusers has them."""
-    draw, weights = torch.Generator().manual_seed(seed), {}
-    for path, module in model.named_modules():
-        name = path.removesuffix(".base_layer")
-        if isinstance(module, nn.Linear) and name.endswith(tuple(layers)):
-            down = torch.randn(rank, module.in_features, generator=draw) / 2
-            up = torch.randn(module.out_features, rank, generator=draw) / 2
-            weights[f"transformer.{name}.lora_A.weight"] = down.to(model.dtype)
-            weights[f"transformer.{name}.lora_B.weight"] = up.to(model.dtype)
-    return weights
 
 
 def load(name: str = "one", rank: int = 2, seed: int = 1, **options: Any) -> Operation:

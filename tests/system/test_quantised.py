@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_map_only
 import toca_fx
 from tests.helpers import make_policy
 from tests.marks import slow_but
-from tests.system.quantised import SCHEMES, torchao_per_tensor
 from toca_fx.describe.explanation import Explanation
 from toca_fx.diagnostics import UnsupportedModelError
+from tools.pipelines.ways.weights import SCHEMES, Quantise, add_lora, torchao_per_tensor
 
 STEPS = 4
-OFTEN = ("torchao int8 dynamic", "quanto int8", "GGUF Q8", "bitsandbytes NF4")
+# A pipeline with quanto's is a row of docs/pipelines.md that is tested every day.
+OFTEN = ("torchao int8 dynamic", "GGUF Q8", "bitsandbytes NF4")
 
 
 def policy(interval: int) -> Any:
@@ -44,6 +45,16 @@ def tiny() -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval().requires_grad_(False)
+
+
+def quantised(scheme: Quantise) -> nn.Module:
+    """The tiny model; skips the test if the library is not installed."""
+    model = tiny()
+    try:
+        scheme(model)
+    except ImportError as error:
+        pytest.skip(str(error))
+    return model
 
 
 def calls() -> Iterator[dict[str, Any]]:
@@ -99,8 +110,7 @@ def checked(model: nn.Module, partial: int = 2) -> None:
 
 @pytest.mark.parametrize("scheme", slow_but(OFTEN, SCHEMES, "another scheme of the same kind"))
 def test_a_quantised_model_is_cached_as_the_plain_one(scheme: str) -> None:
-    model = tiny()
-    SCHEMES[scheme](model)
+    model = quantised(SCHEMES[scheme])
     found = explained(model)
     assert [(site.path, site.kind, site.modes, site.influence) for site in found.sites] == [
         (site.path, site.kind, site.modes, site.influence) for site in plain().sites
@@ -116,25 +126,16 @@ def test_a_quantised_model_is_cached_as_the_plain_one(scheme: str) -> None:
     slow_but(("torchao int8",), ("torchao int8", "quanto int8", "bitsandbytes NF4"), "the same"),
 )
 def test_lora_on_quantised_weights(scheme: str) -> None:
-    peft: Any = pytest.importorskip("peft")
-    model = tiny()
-    SCHEMES[scheme](model)
-    config = peft.LoraConfig(
-        r=4, target_modules=["to_q", "to_out.0", "ff.net.2"], init_lora_weights="gaussian"
-    )
-    peft.inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    model.requires_grad_(False)
+    pytest.importorskip("peft")
+    model = quantised(SCHEMES[scheme])
+    add_lora(model)
     assert len(explained(model).sites) == len(plain().sites)
     checked(model)
 
 
 def test_one_scale_for_all_tokens_is_a_near_miss() -> None:
     """The MLP is reused as a whole: none of its tokens are chosen, and nothing of it is scored."""
-    model = tiny()
-    torchao_per_tensor(model)
+    model = quantised(torchao_per_tensor)
     found = explained(model)
     (miss,) = found.skipped
     assert miss.kind == "mlp"
@@ -148,8 +149,7 @@ def test_one_scale_for_all_tokens_is_a_near_miss() -> None:
 
 @pytest.mark.slow(reason="the kind is tested every day with a scale for each token")
 def test_one_scale_for_all_tokens_is_right() -> None:
-    model = tiny()
-    torchao_per_tensor(model)
+    model = quantised(torchao_per_tensor)
     checked(model)
 
 

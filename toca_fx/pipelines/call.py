@@ -11,6 +11,7 @@ from toca_fx.pipelines.scheduler import Timetable, numbers, position, timetable
 from toca_fx.runtime.clock import Told
 from toca_fx.runtime.context import told_session
 from toca_fx.runtime.report import Recorded, Report, make_report
+from toca_fx.runtime.runner import Runner
 from toca_fx.runtime.session import Session
 from toca_fx.runtime.units import Scheduled
 
@@ -19,12 +20,18 @@ from toca_fx.runtime.units import Scheduled
 class _Part:
     """The ``session`` of a model in a run, from step ``first`` on.
 
-    ``seen`` of its calls have been taken over.
+    ``seen`` of its calls have been taken over; ``runners`` ran them, one for each capture.
     """
 
     session: Session
     first: int
     seen: int = 0
+    runners: set[Runner] = field(default_factory=set)
+
+    def forget_timed_values(self) -> None:
+        """Outside of a pipeline's calls nothing of ours is kept."""
+        for runner in self.runners:
+            runner.forget_timed_values()
 
 
 @dataclass
@@ -124,22 +131,17 @@ class Call:
         self._cache_bytes = max(self._cache_bytes, sum(caches for caches, _ in held))
         self._hoisted_bytes = max(self._hoisted_bytes, sum(hoisted for _, hoisted in held))
         known = part.session.generations
+        part.runners.update(each.runner for each in known)
         if any(each.over for each in known):  # branches that end earlier do not come again
             for each in known:
                 if each.progress.position < each.progress.num_steps - 1:
                     each.close()
         if all(each.storage is None for each in known):
-            _forget_timed_values(part.session)
+            part.forget_timed_values()
 
     def _end_run(self) -> None:
         for part in self._parts.values():
-            _forget_timed_values(part.session)
+            part.forget_timed_values()
             part.session.close()
         self._parts.clear()
         self._table = None
-
-
-def _forget_timed_values(session: Session) -> None:
-    """Outside of a pipeline's calls nothing of ours is kept."""
-    for generation in session.generations:
-        generation.runner.forget_timed_values()

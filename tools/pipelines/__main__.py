@@ -12,8 +12,8 @@ from pathlib import Path
 from textwrap import shorten
 
 import tools.pipelines
-from tools.pipelines.cases import CASES
 from tools.pipelines.check import check
+from tools.pipelines.matrices import ALL
 from tools.pipelines.measure import Row, measured
 from tools.pipelines.page import page
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--anew", action="store_true", help="measure what has been measured too")
     parser.add_argument("--draw", action="store_true", help="only write the page")
     arguments = parser.parse_args(argv)
-    names = arguments.cases or list(CASES)
-    unknown = [name for name in names if name not in CASES]
+    names = arguments.cases or list(ALL)
+    unknown = [name for name in names if name not in ALL]
     if unknown:
-        parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
+        parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(ALL)}")
     if arguments.check:
         return _check(names)
     return _measure([] if arguments.draw else names, arguments.anew)
@@ -48,7 +48,7 @@ def _check(names: Iterable[str]) -> int:
     for name in names:
         began = time.perf_counter()
         try:
-            checked = check(CASES[name])
+            checked = check(ALL[name])
         except Exception as error:  # a case that fails must not hide the others
             wrong += 1
             print(f"{name}: {type(error).__name__}: {shorten(str(error), 300)}", flush=True)
@@ -67,17 +67,17 @@ def _measure(names: Iterable[str], anew: bool) -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     known = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
-    rows = {name: Row(**known[name]) for name in CASES if name in known}
+    rows = {name: Row(**known[name]) for name in ALL if name in known}
     for name in names:
         if name in rows and not anew:
             continue
         began = time.perf_counter()
-        row = rows[name] = measured(CASES[name])
+        row = rows[name] = measured(ALL[name])
         says = "right" if row.right else row.problem or "wrong"
         print(f"{name}: {says} ({time.perf_counter() - began:.0f} s)", flush=True)
-        ordered = {name: rows[name].to_dict() for name in CASES if name in rows}
+        ordered = {name: rows[name].to_dict() for name in ALL if name in rows}
         _RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    _PAGE.write_text(page([rows[name] for name in CASES if name in rows]))
+    _PAGE.write_text(page(rows))
     return 0 if all(row.right for row in rows.values()) else 1
 
 

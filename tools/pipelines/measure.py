@@ -5,20 +5,23 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import toca_fx
+from toca_fx import explain
+from toca_fx.pipelines.twin import transformers_of
 from toca_fx.runtime.report import Report, StepRecord
 from toca_fx.runtime.storage import Storage
 from toca_fx.runtime.timed_values import TimedValues
-from tools.pipelines.case import Case
+from tools.pipelines.case import Case, Change
 from tools.pipelines.check import tensors
 
 STEPS, N, ENDS = 12, 3, 2
@@ -38,16 +41,20 @@ THIRD = {**_POLICY, "N": {"base": N, "first": ENDS, "last": ENDS}}
 class Row:
     """What was measured of a case.
 
-    ``calls`` are those of the models, ``plans`` what they did, by run, component and branch.
-    ``exact`` says whether all steps in full give the untouched pipeline's image to the last bit,
-    ``again`` whether a second cached image equals the first. ``flops`` is the factor by which work
-    fell, ``decode_bytes`` and ``after_bytes`` what we held then (None: nothing was decoded),
-    ``problem`` what refused it.
+    ``calls`` are those of the models, ``plans`` what they did, by run, component and branch, and
+    for images before the last where they did otherwise. ``difference`` is how far the images of
+    steps that are all full are from the untouched pipeline's (absolute; None: there are none),
+    ``exact`` whether that is as near as the case asks for, ``again`` whether a second cached image
+    equals the first. ``flops`` is the factor by which work fell, ``decode_bytes`` and
+    ``after_bytes`` what we held then (None: nothing was decoded), ``moved_bytes`` what was brought
+    in of weights that are away, ``told_bytes`` what explain says of that, ``problem`` what refused
+    it.
     """
 
     name: str
     calls: int = 0
     plans: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
     exact: bool = False
     again: bool = False
     flops: float = 1.0
@@ -55,6 +62,8 @@ class Row:
     notes: list[str] = field(default_factory=list)
     decode_bytes: int | None = None
     after_bytes: int = 0
+    moved_bytes: int = 0
+    told_bytes: int = 0
     problem: str = ""
 
     @property
@@ -62,7 +71,8 @@ class Row:
         """Whether there is nothing to say against it."""
         planned = all(plan == expected(len(plan)) for plan in self.plans.values())
         held = self.decode_bytes or self.after_bytes or self.warnings or self.problem
-        return self.exact and self.again and bool(self.plans) and planned and not held
+        told = self.moved_bytes == self.told_bytes
+        return self.exact and self.again and bool(self.plans) and planned and told and not held
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -87,23 +97,54 @@ def measured(case: Case) -> Row:
 
 
 def _measure(case: Case, row: Row) -> None:
-    plain = _image(case, case.build())
+    untouched = case.build()
+    plain = list(_images(case, untouched, case.changes))
     torch._dynamo.reset()
-    full = toca_fx.compile(case.build(), EVERY, inner="eager")
-    row.exact = _equal(_image(case, full), plain)
+    full = toca_fx.compile(case.build(), EVERY, **case.options)
+    row.difference = max(map(_distance, _images(case, full, case.changes), plain))
+    row.exact = row.difference <= case.tolerance
     torch._dynamo.reset()
-    pipe = toca_fx.compile(case.build(), THIRD, inner="eager")
-    with _logged() as said, _decoding(pipe, row):
-        first = _image(case, pipe)
-        report = toca_fx.last_report(pipe)
-        second = _image(case, pipe)
+    pipe = toca_fx.compile(case.build(), THIRD, **case.options)
+    images, reports = [], []
+    with _logged() as row.warnings, _decoding(pipe, row):
+        for image in _images(case, pipe, (*case.changes, _nothing)):
+            images.append(image)
+            reports.append(toca_fx.last_report(pipe))
+    *_, first, second = images
     row.again = _equal(first, second) and all(each.isfinite().all() for each in first)
-    if row.again and _equal(first, plain):
+    if row.again and _equal(first, plain[-1]):
         row.again = False  # cached steps have to show
+    *before, report = reports
     row.calls, row.plans = len(report.steps), plans(report)
-    row.flops, row.notes, row.warnings = report.flops_ratio, [*report.notes], said
-    row.after_bytes = held_bytes()
+    for number, other in enumerate(before):
+        if plans(other) != row.plans:
+            row.plans |= {f"{key} image {number + 1}": plan for key, plan in plans(other).items()}
+    row.flops, row.notes = report.flops_ratio, [*report.notes]
+    row.after_bytes, row.moved_bytes = held_bytes(), report.moved_bytes
+    if row.moved_bytes:
+        row.told_bytes = _told_bytes(case, untouched, report)
     torch._dynamo.reset()
+
+
+def _told_bytes(case: Case, untouched: Any, report: Report) -> int:
+    """What ``explain`` says of the weights that the calls of the report brought in."""
+    models, inputs = transformers_of(untouched), dict[str, Any]()
+    with ExitStack() as hooks:
+        for name, model in models.items():
+            note = partial(_note, inputs, name)
+            hooks.enter_context(model.register_forward_pre_hook(note, with_kwargs=True))
+        case.call(untouched, STEPS)
+    told = 0
+    calls = Counter((step.component, step.branch) for step in report.steps)
+    for (name, _), count in calls.items():
+        cached = "p" in expected(count)  # a policy that caches no step is an error
+        policy = {**(THIRD if cached else EVERY), "sampler": {"steps": count}}
+        told += sum(explain(models[name], policy, **inputs[name]).moved_bytes)
+    return told
+
+
+def _note(inputs: dict[str, Any], name: str, *call: Any) -> None:
+    inputs.setdefault(name, call[-1])  # the keywords
 
 
 def plans(report: Report) -> dict[str, str]:
@@ -144,8 +185,23 @@ def _held(collect: bool = False) -> int:
     return sum(each.total_bytes if type(each) is Storage else each._bytes for each in found)
 
 
-def _image(case: Case, pipe: Any) -> list[Tensor]:
-    return tensors(case.call(pipe, STEPS))
+def _images(case: Case, pipe: Any, changes: Iterable[Change]) -> Iterator[list[Tensor]]:
+    """An image, and one more after each change."""
+    given: dict[str, Any] = {}
+    yield tensors(case.call(pipe, STEPS))
+    for change in changes:
+        given |= change(pipe) or {}
+        yield tensors(case.call(pipe, STEPS, **given))
+
+
+def _nothing(_: Any) -> None: ...
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    if _equal(one, other):
+        return 0.0
+    pairs = zip(one, other, strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:

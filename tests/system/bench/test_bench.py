@@ -26,7 +26,7 @@ from toca_fx.policy import Policy
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
-        "num_layers": 2,
+        "num_layers": 1,
         "num_attention_heads": 2,
         "attention_head_dim": 32,
         "sample_size": 16,

@@ -70,7 +70,7 @@ def test_full_steps_of_the_authors_own_models_equal_theirs(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(["pixart_dpm20"], AUTHORS, "one of the models is enough"),
+    slow_but(["dit_ddim50"], AUTHORS, "one of the models is enough"),
 )
 def test_every_step_of_the_authors_own_models_equals_theirs(
     name: str, monkeypatch: pytest.MonkeyPatch

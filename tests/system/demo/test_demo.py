@@ -13,11 +13,10 @@ from toca_fx.demo import digits, run
 from toca_fx.policy import shipped_policies
 
 
-@pytest.mark.slow(reason="the demo command recognises its digits too")
 def test_samples_show_the_class_that_was_asked_for() -> None:
-    classes = torch.arange(10).repeat(2)
-    samples = digits.sample(digits.load_denoiser(), classes, steps=12, seed=1)
-    assert run.recognised(digits.load_classifier(), samples, classes) >= 0.95
+    classes = torch.arange(10)
+    samples = digits.sample(digits.load_denoiser(), classes, steps=8, seed=1)
+    assert run.recognised(digits.load_classifier(), samples, classes) >= 0.9
 
 
 @pytest.mark.slow(reason="the demo command compares the same two generations, in pixels")
@@ -32,6 +31,18 @@ def test_cached_samples_are_close_to_uncached_ones() -> None:
     assert 20 < run.psnr(expected, actual) < 60
 
 
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A denoiser of 2 of its 12 blocks: digits are blurred, and compiled in a quarter of the time.
+
+    (Uncached all blocks are one graph.)
+    """
+    whole = digits.load_denoiser()
+    whole.transformer_blocks = whole.transformer_blocks[:2]
+    monkeypatch.setattr(digits, "load_denoiser", lambda: whole)
+
+
+@pytest.mark.usefixtures("shallow")
 def test_demo_command_writes_a_picture_and_prints_the_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

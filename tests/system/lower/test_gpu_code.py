@@ -155,7 +155,9 @@ def test_a_skip_of_the_state_runs_the_output_layers() -> None:
     assert not found["skip"].calls("attention")
 
 
-@pytest.mark.parametrize("grain", ["module", "block"])
+@pytest.mark.parametrize(
+    "grain", slow_but(["module"], ["module", "block"], "the more memories, the more to be seen")
+)
 def test_histories_add_no_launch(grain: str) -> None:
     """The weighted sum is computed where the cache was read."""
     launches = []

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import toca_fx
 from tests.helpers import make_policy, programs
+from tests.marks import slow_but
 from toca_fx.graph.ops import FLEX
 
 STEPS, TOKENS, WIDTH = 6, 16, 32
@@ -88,7 +89,13 @@ def run(model: nn.Module, calls: list[Any], base: int, inner: str = "eager") -> 
 
 
 @pytest.mark.parametrize(
-    "mods", [plain, scaled, bias_by_position, capped, masked], ids=lambda mods: mods.__name__
+    "mods",
+    slow_but(
+        [plain, bias_by_position, masked],
+        [plain, scaled, bias_by_position, capped, masked],
+        "without code, with a function of scores, with a mask are the kinds",
+    ),
+    ids=lambda mods: mods.__name__,
 )
 def test_flex_attention_is_a_site(mods: Callable[[Tensor], dict[str, Any]]) -> None:
     model, calls = make(mods)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.marks import slow_but
+from tools.pipelines.case import Case
 from tools.pipelines.cases import CASES
+from tools.pipelines.matrices import ROWS
 from tools.pipelines.measure import measured
 
 OFTEN = (
@@ -20,12 +22,26 @@ OFTEN = (
     "Kandinsky5T2VPipeline",  # branches that nobody names
     "SkyReelsV2DiffusionForcingPipeline",  # a scheduler that nobody steps
 )
-# Cached and exact; what is said against it is in docs/pipelines.md.
-WARNED = ("Lumina2Pipeline",)
-NAMED = tuple(name for name in CASES if name not in WARNED)
+# One of each matrix.
+ROWS_OFTEN = (
+    "FluxPipeline, leaves on disk, after compiling",
+    "FluxPipeline, quanto int8",
+    "FluxPipeline, loaded",
+    "FluxPipeline, attention sage",
+)
 
 
-@pytest.mark.parametrize("name", slow_but(OFTEN, NAMED, "ten others have one of each kind"))
-def test_it_is_right(name: str) -> None:
-    row = measured(CASES[name])
-    assert row.right, row
+def check(case: Case) -> None:
+    """It is right, or it is known why it is not."""
+    row = measured(case)
+    assert row.right == (not case.known), row
+
+
+@pytest.mark.parametrize("name", slow_but(OFTEN, CASES, "ten others have one of each kind"))
+def test_a_pipeline(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.parametrize("name", slow_but(ROWS_OFTEN, ROWS, "a row of each matrix is enough"))
+def test_what_is_done_to_flux_or_wan(name: str) -> None:
+    check(ROWS[name])

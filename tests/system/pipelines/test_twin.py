@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +18,16 @@ import toca_fx
 from toca_fx.runtime.report import Report
 from tools.pipelines.cases import CASES
 from tools.pipelines.check import tensors
+from tools.pipelines.families.flux import flux as make_flux
+from tools.pipelines.families.wan import experts
 from tools.pipelines.measure import EVERY, THIRD, expected, held_bytes, plans
 
-FLUX, WAN = CASES["FluxPipeline"], CASES["WanPipeline, two experts"]
+SHALLOW = {"num_layers": 1}
+FLUX = replace(
+    CASES["FluxPipeline"],
+    build=lambda: make_flux("FluxPipeline", {**SHALLOW, "num_single_layers": 1}),
+)
+WAN = replace(CASES["WanPipeline, two experts"], build=lambda: experts(**SHALLOW))
 
 
 def slow(value: Any) -> Any:
@@ -82,6 +90,13 @@ def test_both_may_be_used_in_turn(held: Callable[[], int], flux: Any, fast: Any)
     assert not torch.equal(plain, cached)
     assert torch.equal(image(flux), plain)
     assert torch.equal(image(fast), cached)
+    assert held() == 0
+
+
+def test_a_model_that_is_captured_twice_in_a_run_leaves_nothing(held: Callable[[], int]) -> None:
+    """Z-Image makes its tables of positions in the first call."""
+    case = CASES["ZImageModularPipeline, CFG"]
+    case.call(compiled(case.build()))
     assert held() == 0
 
 

@@ -20,4 +20,4 @@ def _fresh_implicit_session() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    return tiny("diffusers", layers=1)
+    return tiny("original", layers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import Call, call, make_inputs, make_policy, run_all, tiny
+from tests.marks import slow_but
 from tests.system.runtime.generations import fast_twin, in_session, same, uncached
 from toca_fx.runtime.models import Models
 
@@ -43,14 +45,27 @@ def through_dlpack(weight: nn.Parameter) -> None:
     torch.from_dlpack(weight.detach()).add_(0.2)
 
 
-@pytest.mark.parametrize("write", [scale, through_data, new_data, through_numpy, through_dlpack])
-@pytest.mark.parametrize("hoisted", [True, False])
-@pytest.mark.parametrize("told", ["timesteps", "number", "nothing"])
-def test_a_write_to_a_weight_is_seen(write: Any, hoisted: bool, told: str) -> None:
+WRITES = (scale, through_data, new_data, through_numpy, through_dlpack)
+TOLD = ("timesteps", "number", "nothing")
+# Each write to a weight that is hoisted and to one that is not, told in turn in one of three ways.
+OFTEN = [
+    (TOLD[(at + hoisted) % 3], hoisted, write)
+    for at, write in enumerate(WRITES)
+    for hoisted in (True, False)
+]
+
+
+@pytest.mark.parametrize(
+    ("told", "hoisted", "write"),
+    slow_but(
+        OFTEN, itertools.product(TOLD, (True, False), WRITES), "each write in one way to tell"
+    ),
+)
+def test_a_write_to_a_weight_is_seen(told: str, hoisted: bool, write: Any) -> None:
     """In the middle of a run, and between two: N = 1 is the model as it is now."""
-    model, calls = tiny("diffusers", layers=1).double(), double(STEPS)
-    block = model.transformer_blocks[0]  # type: ignore[union-attr,index]
-    weight = block.norm1.linear.weight if hoisted else block.ff.net[2].weight
+    model, calls = tiny("original", layers=1).double(), double(STEPS)
+    block = model.blocks[0]  # type: ignore[union-attr,index]
+    weight = block.adaLN_modulation[1].weight if hoisted else block.mlp.fc2.weight
     fast = twin_of(model, N={"base": 1})
     listed = [float(t[0]) for _, t, _ in calls]
     for _ in range(2):
@@ -83,7 +98,7 @@ def test_the_step_after_invalidate_is_full(model: nn.Module) -> None:
 
 def test_a_replaced_parameter_is_another_model(model: nn.Module) -> None:
     fast, calls = twin_of(model), list(make_inputs(STEPS))
-    linear = model.transformer_blocks[0].ff.net[2]  # type: ignore[union-attr,index]
+    linear = model.blocks[0].mlp.fc2  # type: ignore[union-attr,index]
     with toca_fx.session(STEPS) as run:
         before = run_all(fast, calls[:2])
         linear.weight = nn.Parameter(linear.weight * 1.5, requires_grad=False)

@@ -85,7 +85,7 @@ def world_of(name: str) -> World:
     return World(kind, **policy)
 
 
-@pytest.mark.parametrize("examples", slow_but([100], [100, 2000], "it takes minutes"))
+@pytest.mark.parametrize("examples", slow_but([ROUND], [ROUND, 2000], "it takes minutes"))
 @pytest.mark.parametrize("name", slow_but(USUAL, WORLDS, "of gates, one is enough"))
 def test_no_wrong_image_and_no_cache_left_out(name: str, examples: int) -> None:
     world = world_of(name)

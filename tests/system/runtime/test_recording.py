@@ -4,6 +4,7 @@ that they were recorded with.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,8 +156,14 @@ FORECASTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("sections", FORECASTS)
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    slow_but(
+        [(sections, at % 2 == 0) for at, sections in enumerate(FORECASTS)],
+        itertools.product(FORECASTS, (True, False)),
+        "each forecast in one way to tell",
+    ),
+)
 def test_recorded_forecasts_are_the_same_as_queued_ones(
     sections: dict[str, Any], told: bool, request: pytest.FixtureRequest
 ) -> None:
@@ -164,7 +171,7 @@ def test_recorded_forecasts_are_the_same_as_queued_ones(
     the same step of the next generation.
     """
     policy = make_policy(**sections, forecast={"basis": "newton", "order": 2})
-    model = tiny("diffusers", layers=2).double()
+    model = tiny("original", layers=2).double()
     seeds = [list(make_inputs(seed=seed, dtype=torch.float64)) for seed in range(4)]
     plain = toca_fx.compile(model, policy, inner="eager")
     expected = [generation(plain, inputs, told)[0] for inputs in seeds]
@@ -182,7 +189,7 @@ def test_recorded_forecasts_are_the_same_as_queued_ones(
 
 @pytest.mark.usefixtures("recorded")
 def test_the_report_says_what_was_recorded_and_why_not() -> None:
-    fast = toca_fx.compile(tiny("diffusers", layers=2), make_policy(**CHANGING), inner="eager")
+    fast = toca_fx.compile(tiny("original", layers=2), make_policy(**CHANGING), inner="eager")
     generation(fast, list(make_inputs()), True)
     _, report = generation(fast, list(make_inputs()), True)
     assert report.launches == {"full": {"recorded": 4}, "partial": {"recorded": 8}}
@@ -201,7 +208,7 @@ def test_the_report_says_what_was_recorded_and_why_not() -> None:
     ],
 )
 def test_what_is_not_recorded_is_queued(sections: dict[str, Any], reason: str) -> None:
-    model, inputs = tiny("diffusers", layers=2), list(make_inputs())
+    model, inputs = tiny("original", layers=2), list(make_inputs())
     fast = toca_fx.compile(model, make_policy(**sections), inner="eager")
     for _ in range(2):
         _, report = generation(fast, inputs, True)
@@ -210,7 +217,7 @@ def test_what_is_not_recorded_is_queued(sections: dict[str, Any], reason: str) -
 
 @pytest.mark.usefixtures("recorded")
 def test_parameters_that_move_are_not_read_where_they_were() -> None:
-    model, policy, inputs = tiny("diffusers", layers=2), make_policy(), list(make_inputs())
+    model, policy, inputs = tiny("original", layers=2), make_policy(), list(make_inputs())
     fast = toca_fx.compile(model, policy, inner="eager")
     expected, _ = generation(fast, inputs, True)
     for moves in range(4):
@@ -230,7 +237,7 @@ def test_a_short_schedule_is_recorded_too() -> None:
         sampler={"steps": 4}, N={"base": 3, "first": 2}, R={"base": 0.5, "step_weight": 0.9}
     )
     fast, inputs = (
-        toca_fx.compile(tiny("diffusers", layers=2), policy, inner="eager"),
+        toca_fx.compile(tiny("original", layers=2), policy, inner="eager"),
         list(make_inputs(4)),
     )
     counts = [launches(generation(fast, inputs, True)[1])["recorded"] for _ in range(3)]
@@ -239,7 +246,7 @@ def test_a_short_schedule_is_recorded_too() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_calls_beyond_the_list_are_computed() -> None:
-    model, inputs = tiny("diffusers", layers=2).double(), list(make_inputs(14, dtype=torch.float64))
+    model, inputs = tiny("original", layers=2).double(), list(make_inputs(14, dtype=torch.float64))
     fast = toca_fx.compile(model, make_policy(), inner="eager")
     for _ in range(3):
         with toca_fx.session(timesteps=[float(t.max()) for _, t, _ in inputs[:12]]) as run:
@@ -253,14 +260,14 @@ def test_calls_beyond_the_list_are_computed() -> None:
 @pytest.mark.slow(reason="many generations")
 @pytest.mark.usefixtures("recorded")
 def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
-    model, inputs = tiny("diffusers", layers=2), list(make_inputs())
+    model, inputs = tiny("original", layers=2), list(make_inputs())
     fast = toca_fx.compile(model, make_policy(), inner="eager")
     generation(fast, inputs, True)
     _, report = generation(fast, inputs, True)
     small = report.cache_bytes + report.hoisted_bytes
     torch._dynamo.reset()
     fast = toca_fx.compile(
-        tiny("diffusers", layers=40),
+        tiny("original", layers=40),
         make_policy(recording={"memory": 1 + small * 20 // 2**20}),
         inner="eager",
     )
@@ -273,7 +280,7 @@ def test_generations_of_another_length_take_the_place_of_idle_ones() -> None:
 @pytest.mark.usefixtures("recorded")
 def test_outputs_outlive_the_next_step() -> None:
     fast, inputs = (
-        toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"),
+        toca_fx.compile(tiny("original", layers=2), make_policy(), inner="eager"),
         list(make_inputs()),
     )
     generation(fast, inputs, False)
@@ -386,7 +393,7 @@ def test_nothing_is_read_after_the_first_generation(
     told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast, inputs = (
-        toca_fx.compile(tiny("diffusers", layers=2), make_policy(), inner="eager"),
+        toca_fx.compile(tiny("original", layers=2), make_policy(), inner="eager"),
         list(make_inputs()),
     )
     expected, _ = generation(fast, inputs, told)

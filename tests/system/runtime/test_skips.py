@@ -4,6 +4,7 @@ what their histories may be kept in.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -191,8 +192,14 @@ def test_a_model_without_any_site(
 ROUNDING = {"bfloat16": 2**-8, "float8_e4m3fn": 2**-4, "float8_e5m2": 2**-3}
 
 
-@pytest.mark.parametrize("computed", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kept", ROUNDING)
+@pytest.mark.parametrize(
+    ("kept", "computed"),
+    slow_but(
+        [*((kept, torch.float32) for kept in ROUNDING), ("bfloat16", torch.float64)],
+        itertools.product(ROUNDING, (torch.float32, torch.float64)),
+        "in double precision one dtype is enough",
+    ),
+)
 def test_histories_of_few_bits_are_summed_in_many(kept: str, computed: torch.dtype) -> None:
     """A forecast is as exact as the values kept: each is rounded once, and the sum is not."""
     model, calls = calls_of("DiTTransformer2DModel", computed)
@@ -222,11 +229,15 @@ def test_histories_of_few_bits_are_summed_in_many(kept: str, computed: torch.dty
         assert 0 < error <= amplification(found) * ROUNDING[kept]
 
 
-@pytest.mark.parametrize("grain", ["module", *GRAINS])
 @pytest.mark.parametrize(
-    "dtype", slow_but(["bfloat16"], ["model", "bfloat16", "float8_e4m3fn"], "one dtype")
+    ("dtype", "grain"),
+    slow_but(
+        [("bfloat16", "model")],
+        itertools.product(("model", "bfloat16", "float8_e4m3fn"), ("module", *GRAINS)),
+        "one dtype and one grain: the sum is the same code",
+    ),
 )
-def test_inductor_sums_alike(grain: str, dtype: str) -> None:
+def test_inductor_sums_alike(dtype: str, grain: str) -> None:
     """On a model in half precision: sums are in float32, whoever compiles them."""
     model, calls = calls_of("DiTTransformer2DModel", torch.bfloat16)
     outputs = []

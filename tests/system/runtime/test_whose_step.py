@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import toca_fx
 from tests.helpers import Call, call, make_inputs, run_all
+from tests.marks import slow_but
 from tests.system.runtime.generations import fast_twin, in_session, same, uncached
 from toca_fx.runtime.context import current_place
 
@@ -404,11 +406,17 @@ def test_a_run_is_entered_by_two_threads_at_once(alone: Any) -> None:
     assert len(run.report().steps) == 2 * STEPS
 
 
-@pytest.mark.parametrize("first", ["cond", "uncond"])
-@pytest.mark.parametrize("guided", [range(1, 6), range(2, 6), range(3), (0, 1, 4, 5), (2,)])
-@pytest.mark.parametrize("told", [True, False])
+GUIDED = (range(1, 6), range(2, 6), range(3), (0, 1, 4, 5), (2,))
+GUIDANCE = tuple(itertools.product((True, False), GUIDED, ("cond", "uncond")))
+GUIDANCE_OFTEN = (*((True, guided, "cond") for guided in GUIDED), (False, (0, 1, 4, 5), "uncond"))
+
+
+@pytest.mark.parametrize(
+    ("told", "guided", "first"),
+    slow_but(GUIDANCE_OFTEN, GUIDANCE, "each span once, each order and each way to tell once"),
+)
 def test_guidance_that_begins_later_ends_earlier_or_pauses(
-    model: nn.Module, first: str, guided: Any, told: bool
+    model: nn.Module, told: bool, guided: Any, first: str
 ) -> None:
     """The prompt's image is as without guidance; of the empty prompt only full steps and partial
     ones on its own memories come.

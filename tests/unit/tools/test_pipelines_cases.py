@@ -13,10 +13,13 @@ import torch
 from tools.pipelines.__main__ import main
 from tools.pipelines.cases import CASES, FAMILIES, LEFT_OUT
 from tools.pipelines.check import check
+from tools.pipelines.matrices import ALL, MATRICES
 
 
 def test_names_are_unique() -> None:
     assert len(CASES) == sum(map(len, FAMILIES))
+    rows = sum(map(len, MATRICES.values()))
+    assert len(ALL) == len(CASES) + rows
 
 
 def of_diffusers() -> set[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.marks import slow_but
 from tests.tiny_digits import tiny_digits
 from tools.frontier.setups import STEPS, Setup
-from tools.frontier.tried_tokens import History, Scheme, Tokens, sampled, schemes
+from tools.frontier.tried_tokens import CLUSTERS, History, Scheme, Tokens, sampled, schemes
 
 EVERY_FIFTH = tuple(range(0, STEPS, 5))
 
@@ -23,7 +24,21 @@ def plain(setup: Setup) -> tuple[torch.Tensor, int]:
     return sampled(setup, setup.model)
 
 
-@pytest.mark.parametrize("scheme", schemes(), ids=str)
+# Of each grain, way to choose and way to keep one, alone or with another.
+OFTEN = (
+    Scheme("model"),
+    Scheme("module"),
+    Scheme("module", 0.1, "random", "overwrite"),
+    Scheme("module", 0.1, "surprise", "renew"),
+    Scheme("module", CLUSTERS / 256, "cluster", "overwrite", "error"),
+    Scheme("model", 0.1, "surprise", "append"),
+    Scheme("model", CLUSTERS / 256, "cluster", "nothing", "error"),
+)
+
+
+@pytest.mark.parametrize(
+    "scheme", slow_but(OFTEN, schemes(), "one of each kind is enough"), ids=str
+)
 def test_full_steps_are_the_models(
     setup: Setup, plain: tuple[torch.Tensor, int], scheme: Scheme
 ) -> None:

@@ -14,7 +14,7 @@ from tools.pipelines.vaes import image_vae
 _SIZE = {"height": 32, "width": 32, "output_type": "pt"}
 
 
-def _flux(name: str, config: dict[str, Any] | None = None, **components: Any) -> Any:
+def flux(name: str, config: dict[str, Any] | None = None, **components: Any) -> Any:
     """A FLUX.1 pipeline; ``config`` changes its transformer."""
     return pipeline(
         name,
@@ -27,11 +27,11 @@ def _flux(name: str, config: dict[str, Any] | None = None, **components: Any) ->
 
 def _controlnet(name: str) -> Any:
     config = {**examples()["FluxTransformer2DModel"].config, "num_single_layers": 1}
-    return _flux(name, controlnet=model("FluxControlNetModel", seed=1, **config))
+    return flux(name, controlnet=model("FluxControlNetModel", seed=1, **config))
 
 
 def _case(name: str, given: dict[str, Any], config: dict[str, Any] | None = None) -> Case:
-    return Case(name, lambda: _flux(name, config), lambda _: {**_text(), **given, **_SIZE})
+    return Case(name, lambda: flux(name, config), lambda _: {**_text(), **given, **_SIZE})
 
 
 def _text() -> dict[str, Any]:
@@ -59,7 +59,7 @@ CASES = (
     _case("FluxPipeline", {}),
     Case(
         "FluxPipeline, true CFG",
-        lambda: _flux("FluxPipeline"),
+        lambda: flux("FluxPipeline"),
         lambda _: {**_text(), **_negative(), **_SIZE},
     ),
     _case("FluxImg2ImgPipeline", {**_IMAGE, "strength": 0.6}),

@@ -38,7 +38,7 @@ def _wan(name: str = "WanPipeline", **components: Any) -> Any:
     )
 
 
-def _experts(name: str = "WanPipeline", **config: Any) -> Any:
+def experts(name: str = "WanPipeline", **config: Any) -> Any:
     """Wan 2.2: an expert for each end of the noise."""
     return _wan(
         name,
@@ -73,7 +73,7 @@ def _filmed(**more: Any) -> dict[str, Any]:
 
 CASES = (
     Case("WanPipeline", _wan, lambda _: _inputs()),
-    Case("WanPipeline, two experts", _experts, lambda _: _inputs(guidance_scale_2=3.0)),
+    Case("WanPipeline, two experts", experts, lambda _: _inputs(guidance_scale_2=3.0)),
     Case("WanPipeline, 5B", _five_billion, lambda _: _inputs(128)),
     Case(
         "WanImageToVideoPipeline",
@@ -82,7 +82,7 @@ CASES = (
     ),
     Case(
         "WanImageToVideoPipeline, two experts",
-        lambda: _experts("WanImageToVideoPipeline", **_BESIDE),
+        lambda: experts("WanImageToVideoPipeline", **_BESIDE),
         lambda _: _inputs(
             image=picture(64, 64), last_image=picture(64, 64, seed=1), guidance_scale_2=3.0
         ),

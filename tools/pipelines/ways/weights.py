@@ -9,7 +9,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -26,7 +25,7 @@ def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
 
 def torchao(config: str, **options: Any) -> Quantise:
     def quantise(model: nn.Module) -> None:
-        library: Any = pytest.importorskip("torchao.quantization")
+        library: Any = importlib.import_module("torchao.quantization")
         library.quantize_(model, getattr(library, config)(**options))
 
     return quantise
@@ -34,14 +33,14 @@ def torchao(config: str, **options: Any) -> Quantise:
 
 def torchao_per_tensor(model: nn.Module) -> None:
     """One scale for all tokens that a linear layer reads."""
-    granularity: Any = pytest.importorskip("torchao.quantization.granularity")
+    granularity: Any = importlib.import_module("torchao.quantization.granularity")
     config = "Int8DynamicActivationInt8WeightConfig"
     torchao(config, granularity=granularity.PerTensor())(model)
 
 
 def quanto(weights: str) -> Quantise:
     def quantise(model: nn.Module) -> None:
-        library: Any = pytest.importorskip("optimum.quanto")
+        library: Any = importlib.import_module("optimum.quanto")
         library.quantize(model, weights=getattr(library, weights))
         library.freeze(model)
 
@@ -52,7 +51,7 @@ def gguf(kind: str) -> Quantise:
     """As diffusers makes of a GGUF file."""
 
     def quantise(model: nn.Module) -> None:
-        library: Any = pytest.importorskip("gguf")
+        library: Any = importlib.import_module("gguf")
         own: Any = importlib.import_module("diffusers.quantizers.gguf.utils")
         type_ = getattr(library.GGMLQuantizationType, kind)
 
@@ -75,7 +74,7 @@ def gguf(kind: str) -> Quantise:
 
 def bitsandbytes(layer: str, parameter: str, **options: Any) -> Quantise:
     def quantise(model: nn.Module) -> None:
-        library: Any = pytest.importorskip("bitsandbytes")
+        library: Any = importlib.import_module("bitsandbytes")
 
         def make(linear: nn.Linear) -> nn.Module:
             made = getattr(library.nn, layer)(
@@ -102,6 +101,19 @@ def tensor_parallel(model: nn.Module) -> None:
     linears = [path for path, module in model.named_modules() if type(module) is nn.Linear]
     for path in linears:
         parallel.parallelize_module(model, mesh, {path: parallel.RowwiseParallel()})
+
+
+def add_lora(model: nn.Module) -> None:
+    """A LoRA beside quantised layers, which diffusers' own loader does not take all of."""
+    peft: Any = importlib.import_module("peft")
+    targets = ["to_q", "to_out.0", "ff.net.2"]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian")
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.requires_grad_(False)
 
 
 SCHEMES: dict[str, Quantise] = {
