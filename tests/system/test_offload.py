@@ -33,6 +33,7 @@ from tools.pipelines.ways.offload import (
     sequential_with_buffers,
     stored_in_8_bits,
     stored_in_8_bits_on_disk,
+    two_blocks_on_disk,
 )
 
 pytest.importorskip("accelerate")
