@@ -172,8 +172,9 @@ class Dispatcher:
 
         It may write to what an earlier part has made.
         """
+        self._note(tuple(inputs[at] for at in self._plain), numbers)
         try:
-            return self._prepare(inputs, numbers)
+            return self._prepare(inputs)
         except UnsupportedModelError as error:
             if self._capture != "parts":
                 raise
@@ -186,9 +187,8 @@ class Dispatcher:
             )
             return None, Updates()
 
-    def _prepare(self, inputs: Sequence[Any], numbers: Hashable) -> tuple[Runner, Updates]:
+    def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
-        self._note(tuple(inputs[at] for at in self._plain), numbers)
         given = onloaded(inputs, self._numbers.reads)
         aten = to_aten(self._captured, given, self._numbers)
         if aten.meta["writes"]:
