@@ -47,6 +47,7 @@ def compile(  # noqa: A001 - as torch.compile
     *,
     inner: Compiler = "inductor",
     mode: str | None = None,
+    dynamic: bool | None = None,
 ) -> Model:
     """A twin of ``model`` that computes only the tokens that matter on most denoising steps.
 
@@ -65,7 +66,8 @@ def compile(  # noqa: A001 - as torch.compile
     pipeline it may be one of these for each model, ``{"transformer": ..., "transformer_2": ...}``.
     ``inner`` compiles the rewritten graphs: "inductor", "aot_eager", "eager" or any other
     torch.compile backend; ``mode`` is inductor's, as in torch.compile ("reduce-overhead": CUDA
-    graphs).
+    graphs), and so is ``dynamic``: sizes are symbolic from the second one on (None), from the first
+    (True) or never (False).
 
     Raises:
         PolicyError: the policy has problems (all are listed).
@@ -76,7 +78,7 @@ def compile(  # noqa: A001 - as torch.compile
     with_mode = Inner(inner, mode)
     if isinstance(model, nn.Module):
         given = None if policy is None else load_policy(policy)
-        return cast("Model", _compile_module(model, given, with_mode))
+        return cast("Model", _compile_module(model, given, with_mode, dynamic))
     pipe = original_pipeline(model)
     models = transformers_of(pipe)
     if not models:
@@ -90,20 +92,28 @@ def compile(  # noqa: A001 - as torch.compile
     def compile_model(module: nn.Module, name: str, methods: Mapping[str, Any]) -> nn.Module:
         own = getattr(module, "_toca_backend", None)  # it was compiled by itself
         if own is not None:
-            return cast("nn.Module", _compile_module(module, own.policy, own.inner, methods))
-        return cast("nn.Module", _compile_module(module, policies.get(name), with_mode, methods))
+            return cast(
+                "nn.Module", _compile_module(module, own.policy, own.inner, own.dynamic, methods)
+            )
+        return cast(
+            "nn.Module", _compile_module(module, policies.get(name), with_mode, dynamic, methods)
+        )
 
-    again = functools.partial(compile, policy=policy, inner=inner, mode=mode)
+    again = functools.partial(compile, policy=policy, inner=inner, mode=mode, dynamic=dynamic)
     return cast("Model", pipeline_twin(pipe, compile_model, again))
 
 
 def _compile_module(
-    model: nn.Module, policy: Policy | None, inner: Inner, methods: Mapping[str, Any] | None = None
+    model: nn.Module,
+    policy: Policy | None,
+    inner: Inner,
+    dynamic: bool | None,
+    methods: Mapping[str, Any] | None = None,
 ) -> Any:
     """A twin of a module, with some methods more."""
     refuse_two_caches(model)
     refuse_opaque(model)
-    backend = Backend(policy, inner, "whole")
+    backend = Backend(policy, inner, "whole", dynamic)
     parts = replace(backend, capture="parts")
     return twin_of(model, backend, parts, {**METHODS, **(methods or {})}, backend.around)
 

@@ -57,7 +57,8 @@ class Options:
     """What a model is compiled with; a ``policy`` of None is chosen by the model.
 
     ``capture`` says that models are captured as one graph ("whole"), or in several ("parts"), of
-    which those without sites are run as they are; or that Dynamo decides.
+    which those without sites are run as they are; or that Dynamo decides. ``dynamic`` is as in
+    torch.compile.
 
     Frozen, because Dynamo guards on backends being equal.
     """
@@ -65,6 +66,7 @@ class Options:
     policy: Policy | None
     inner: Inner
     capture: Literal["whole", "parts", "any"] = "any"
+    dynamic: bool | None = None
 
 
 class Dispatcher:

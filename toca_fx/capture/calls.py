@@ -51,13 +51,14 @@ class WholeOrParts:
     """Calls ``module`` as one graph, compiled by ``whole``.
 
     From the first call that Dynamo cannot capture so, it is captured in several graphs, which
-    ``parts`` compiles: what decides on the way through the code is run between them.
+    ``parts`` compiles: what decides on the way through the code is run between them. Both are
+    backends that say whether sizes are symbolic from the first call on (``dynamic``).
     """
 
     def __init__(self, module: nn.Module, whole: Any, parts: Any) -> None:
         self._module, self._parts = module, parts
-        self._whole: Callable[..., Any] | None = compiled_call(module, whole)
-        self._broken = compiled_call(module, parts, whole=False)
+        self._whole: Callable[..., Any] | None = compiled_call(module, whole, dynamic=whole.dynamic)
+        self._broken = compiled_call(module, parts, whole=False, dynamic=parts.dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module.

@@ -349,13 +349,16 @@ def original_module(module: Module) -> Module:
 COMPILED_CALL = "_compiled_call_impl"
 
 
-def compiled_call(module: nn.Module, backend: Any, *, whole: bool = True) -> Callable[..., Any]:
-    """What ``module.compile(backend=backend, fullgraph=whole)`` makes, without changing the module.
+def compiled_call(
+    module: nn.Module, backend: Any, *, whole: bool = True, dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """What ``module.compile(backend=backend, fullgraph=whole, dynamic=dynamic)`` makes.
 
-    It runs what ``module()`` runs, hooks included; no public method does.
+    The module is not changed. It runs what ``module()`` runs, hooks included; no public method
+    does.
     """
     compiled: Callable[..., Any] = torch.compile(
-        module._call_impl, backend=backend, fullgraph=whole
+        module._call_impl, backend=backend, fullgraph=whole, dynamic=dynamic
     )
     return compiled
 
