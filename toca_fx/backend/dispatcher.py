@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from toca_fx.graph.autocast import OFF
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.locks import let_go
-from toca_fx.lower.once import Recent, once
+from toca_fx.lower.once import Recent, Replayed, once
 from toca_fx.lower.onload import as_stubs, onloaded
 from toca_fx.lower.program import Program
 from toca_fx.lower.sizes import Shared
@@ -196,8 +195,8 @@ class Dispatcher:
         if aten.meta["writes"]:
             verify(self._captured, aten, onloaded(inputs))
         analysis = self._analysed(aten, lambda word: log.warning("toca_fx: %s", word))
-        other = functools.cache(lambda: self._at_other_sizes(given, aten))
-        program = Program(analysis, self._inner, self._shared, other)
+        others = Replayed(self._at_other_sizes(given, aten))
+        program = Program(analysis, self._inner, self._shared, others)
         updates = aten.meta["updates"]
         return Runner(program, inputs, updates.positions), updates
 
@@ -214,19 +213,16 @@ class Dispatcher:
                 _MANY_NUMBERS,
             )
 
-    def _at_other_sizes(self, inputs: Sequence[Any], aten: fx.GraphModule) -> Analysis | None:
-        """The analysis for other sizes than those that ``aten`` is for; None: there is none.
+    def _at_other_sizes(self, inputs: Sequence[Any], aten: fx.GraphModule) -> Iterator[Analysis]:
+        """Analyses for other sizes than those that ``aten`` is for.
 
-        Of the numbers in both graphs those that differ follow from the sizes.
+        Numbers that differ between the graphs follow from the sizes.
         """
-        sizes = self._sizes.others(aten.meta["sizes"])
-        if sizes is None:
-            return None
-        try:
-            return self._analysed(to_aten(self._captured, inputs, self._numbers, sizes))
-        except Exception as error:  # of torch's operators, which say in many ways what they refuse
-            log.debug("toca_fx: sizes %s cannot be tried: %s", sizes, error)
-            return None
+        for sizes in self._sizes.others(aten.meta["sizes"]):
+            try:
+                yield self._analysed(to_aten(self._captured, inputs, self._numbers, sizes))
+            except Exception as error:  # of operators, which say in many ways what they refuse
+                log.debug("toca_fx: sizes %s cannot be tried: %s", sizes, error)
 
     def _analysed(
         self, aten: fx.GraphModule, warn: Callable[[str], None] = lambda _: None

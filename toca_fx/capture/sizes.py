@@ -8,6 +8,7 @@ how sizes depend on each other is told by ``expressions``.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMERIC = (torch.SymInt, torch.SymFloat)
 _TRIES = 200
 _SIZE = re.compile(r"(.*)\.size\(\)\[(\d+)\]$")
-# Large ones first: half of a size, rounded, is the same for the next one.
-_GRANULES = (8, 16, 32, 4, 2, 1)
+_MOST_OTHERS = 4
+# No small ones first: half of a size, rounded, is the same for the next one.
+_GRANULES = (8, 2, 4, 1, 16, 32)
 
 
 class Sizes:
@@ -50,7 +52,8 @@ class Sizes:
         }
         sources = input_sources(captured) if self._places else ()
         self.names = {
-            symbol: _name(sources[at], axis) for symbol, (at, axis) in self._places.items()
+            symbol: _name(sources[at], axis, isinstance(self._inputs[at], Tensor))
+            for symbol, (at, axis) in self._places.items()
         }
         known = self._places.keys()
         values = (node.meta.get("example_value") for node in captured.graph.nodes if known)
@@ -67,13 +70,14 @@ class Sizes:
             for symbol, (at, axis) in self._places.items()
         }
 
-    def others(self, sizes: Values) -> dict[sympy.Symbol, int] | None:
-        """Sizes at which the graph is right too, other ones than ``sizes``; None: none were found.
+    def others(self, sizes: Values) -> Iterator[dict[sympy.Symbol, int]]:
+        """A few other ``sizes`` at which the graph is right too, best first.
 
         As many as can be are others, and differ by different numbers.
         """
-        if not sizes:
-            return None
+        return itertools.islice(self._others(sizes), _MOST_OTHERS) if sizes else iter(())
+
+    def _others(self, sizes: Values) -> Iterator[dict[sympy.Symbol, int]]:
         env = next(size.node.shape_env for value in self._inputs for size in _sizes_of(value))
         asked = (env.replace(guard.expr) for guard in env.guards)
         guards = [each for each in asked if each.free_symbols <= sizes.keys()]
@@ -93,11 +97,10 @@ class Sizes:
         each, together = [[symbol] for symbol in sizes], list(alike.values())
         for steps in (_multiples, _any_steps):
             for groups in (each, together):
-                found = next(filter(hold, _moved(sizes, groups, steps)), None)
-                if found is not None:
-                    return found
+                yield from filter(hold, _moved(sizes, groups, steps))
         free = [group for group in together if any(map(hold, _moved(sizes, [group], _multiples)))]
-        return next(filter(hold, _moved(sizes, free, _multiples)), None) if free else None
+        if free:
+            yield from filter(hold, _moved(sizes, free, _multiples))
 
     def examples(self, inputs: Sequence[Any], sizes: Values, mode: FakeTensorMode) -> list[Any]:
         """``inputs`` as they would be at ``sizes``: numbers, and fake tensors of ``mode``."""
@@ -132,14 +135,14 @@ class Sizes:
         return module
 
 
-def _name(source: str, axis: int) -> str:
-    """An axis of the input ``source``, or of the tensor whose size it is."""
-    tensor, at_end = source, str(axis)
-    if found := _SIZE.match(source):
-        tensor, at_end = found.groups()
-    names = re.findall(r"\w+", tensor)
-    name = names[-1] if names else "?"
-    return f"{name}.shape[{at_end}]"
+def _name(source: str, axis: int, of_tensor: bool) -> str:
+    """What is called ``source``, or one of its axes if it is a tensor."""
+    size = _SIZE.match(source)
+    words = re.findall(r"\w+", size[1] if size else source)
+    name = words[-1] if words else "?"
+    if size:
+        return f"{name}.shape[{size[2]}]"
+    return f"{name}.shape[{axis}]" if of_tensor else name
 
 
 def _sizes_of(value: Any, kinds: Any = torch.SymInt) -> Iterator[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Generic, TypeVar, overload
 
 from toca_fx.lower.locks import new_lock
@@ -22,6 +23,22 @@ def once(found: MutableMapping[Key, Value], key: Key, trace: Callable[[], Value]
         if key not in found:
             found[key] = trace()
         return found[key]
+
+
+class Replayed(Iterable[Value]):
+    """What an iterator gives, each time from the first: it is asked once for each."""
+
+    def __init__(self, values: Iterator[Value]) -> None:
+        self._values, self._found = values, list[Value]()
+
+    def __iter__(self) -> Iterator[Value]:
+        for at in itertools.count():
+            if at == len(self._found):
+                try:
+                    self._found.append(next(self._values))
+                except StopIteration:
+                    return
+            yield self._found[at]
 
 
 class Recent(MutableMapping[Key, Value]):

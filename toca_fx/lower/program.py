@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _MOST_STEPS, _MOST_PLANS = 512, 64
 class Program:
     """The compiled steps of an analysed model, and what is known of it.
 
-    What was compiled for other sizes of it is in ``shared``, and ``other`` analyses it for some.
+    What was compiled for other sizes of it is in ``shared``; ``others`` are analyses for some.
     ``compiled_graphs`` is how many step graphs have been compiled so far; ``notes`` say why, where
     there was code for other sizes.
     """
@@ -45,12 +45,12 @@ class Program:
         analysis: Analysis,
         inner: Inner,
         shared: Shared | None = None,
-        other: Callable[[], Analysis | None] = lambda: None,
+        others: Iterable[Analysis] = (),
     ) -> None:
         self.analysis, self.inner = analysis, inner
         # Where nothing takes long to compile, nothing is shared.
         self._shared = shared if shared is not None and not inner.exact else Shared()
-        self._other = other if not inner.exact else lambda: None
+        self._others = others if not inner.exact else ()
         self._steps: Recent[StepSpec, CompiledStep] = Recent(_MOST_STEPS)
         # A specification takes long to hash. Plans are kept, so that no other gets their identity.
         self._of_plan: Recent[tuple[int, Modes], tuple[Plan, CompiledStep]] = Recent(_MOST_STEPS)
@@ -82,7 +82,7 @@ class Program:
                 self.inner,
                 self._shared,
                 self.analysis.at_sizes,
-                lambda: self._at_other_sizes(plan, modes),
+                self._at_other_sizes(plan, modes),
             )
             self.compiled_graphs += self._shared.compiled - before
             if made.reason:
@@ -91,17 +91,14 @@ class Program:
                 ] = None
         return plan, self._steps[spec]
 
-    def _at_other_sizes(self, plan: Plan, modes: Modes) -> Sized | None:
-        """The graph for steps in these modes as it is for other sizes; None: there is no such."""
-        found = self._other()
-        if found is None:
-            return None
-        other = found.plan(len(plan.steps)) if plan.sites else found.uncached
-        if [site.path for site in other.sites] != [site.path for site in plan.sites]:
-            return None
-        graph = found.step_graph(other, modes)
-        inputs = FakeInputs(graph, found.aten, other)
-        return Sized(graph.module, inputs.symbolic(), found.at_sizes, inputs.mode)
+    def _at_other_sizes(self, plan: Plan, modes: Modes) -> Iterator[Sized]:
+        """The graph for steps in these modes as it is for other sizes."""
+        for found in self._others:
+            other = found.plan(len(plan.steps)) if plan.sites else found.uncached
+            if [site.path for site in other.sites] == [site.path for site in plan.sites]:
+                graph = found.step_graph(other, modes)
+                inputs = FakeInputs(graph, found.aten, other)
+                yield Sized(graph.module, inputs.symbolic(), found.at_sizes, inputs.mode)
 
     def step_flops(self, plan: Plan, step: StepPlan) -> int:
         """FLOPs of one call that did ``step`` of a plan.
@@ -166,12 +163,10 @@ class Program:
             inputs = [like(mode, node.meta["val"]) for node in placeholders]
             return Sized(module, inputs, sizes, mode)
 
-        def other() -> Sized | None:
-            found = self._other()
-            return None if found is None else sized(of(found).module, found.at_sizes)
+        others = (sized(of(found).module, found.at_sizes) for found in self._others)
 
         def compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             with torch.no_grad():
                 return self.inner(module, inputs)
 
-        return self._shared.fitted(sized(part, self.analysis.at_sizes), compiled, other, {}).run
+        return self._shared.fitted(sized(part, self.analysis.at_sizes), compiled, others, {}).run

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,13 +95,13 @@ class Shared:
         self,
         graph: Sized,
         compiler: Compile,
-        other: Callable[[], Sized | None],
+        others: Iterable[Sized],
         symbols: Mapping[sympy.Expr, Any],
     ) -> Fitted:
         """Code for ``graph``, compiled for other sizes before, or else now.
 
-        ``other`` makes the same graph for other sizes. ``symbols`` are those that the inputs have,
-        with what each stands for: code says by them what it asks.
+        ``others`` may be the same graph for other sizes. ``symbols`` are those in the inputs, with
+        what each stands for: code says by them what it asks.
         """
         key, numbers = _skeleton(graph)
         own, reason = _Numbers(numbers, graph.sizes), ""
@@ -113,10 +113,11 @@ class Shared:
                 reason = self._named(str(found))
         seen = self._examples.get(key, [])
         examples = [own, *seen]
-        if not seen and graph.sizes and (another := other()) is not None:
-            other_key, other_numbers = _skeleton(another)
+        for other in others if not seen else ():
+            other_key, other_numbers = _skeleton(other)
             if other_key == key:
-                examples.append(_Numbers(other_numbers, another.sizes))
+                examples.append(_Numbers(other_numbers, other.sizes))
+                break
         made, failed = self._compiled(graph, examples, compiler, symbols)
         self._codes[key] = [*codes, made][-_MOST_OF_ONE:]
         self._examples[key] = examples[:_MOST_EXAMPLES]

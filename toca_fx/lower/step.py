@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -47,7 +47,7 @@ class CompiledStep:
         inner: Inner,
         shared: Shared | None = None,
         sizes: Values | None = None,
-        other: Callable[[], Sized | None] = lambda: None,
+        others: Iterable[Sized] = (),
     ) -> None:
         self.graph = graph
         self._fake = FakeInputs(graph, source, plan)
@@ -59,7 +59,7 @@ class CompiledStep:
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
         # (some steps compute no token at all) is shown by test_inductor.py, not by the compiler.
         found = Sized(graph.module, self._fake.symbolic(), sizes or {}, self._fake.mode)
-        fitted = (shared or Shared()).fitted(found, self._lowered, other, self._fake.symbols)
+        fitted = (shared or Shared()).fitted(found, self._lowered, others, self._fake.symbols)
         self._run, self._symbols = fitted.run, fitted.symbols
         self.conditions, self.reason = fitted.conditions, fitted.reason
         if self.conditions:
