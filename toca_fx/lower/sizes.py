@@ -42,6 +42,7 @@ Number = int | float
 _MOST_GRAPHS = 512
 _MOST_OF_ONE = 8  # of one graph, for sizes that do not fit each other
 _MOST_EXAMPLES = 4
+_SPECIAL = "a size of 0 or 1 is computed in ways of its own"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class Shared:
             if len(examples) == 1:
                 raise
             log.debug("toca_fx: a graph cannot be compiled for all sizes", exc_info=True)
-            failed = f"symbolic sizes failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            said = next(iter(str(error).splitlines()), "")
+            failed = f"symbolic sizes failed: {type(error).__name__}: {said}"
             return _Code(graph, examples[:1], (), compiler, symbols), failed
 
     def _named(self, text: str) -> str:
@@ -236,7 +238,7 @@ class _Code:
             if number != term and not math.isclose(number, values.get(term, term), rel_tol=1e-12):
                 raise _Unfit(f"{number} is not {term}, as it was for other sizes")
         if values and min(sizes.values()) < 2:
-            raise _Unfit("a size of 0 or 1 is computed in ways of its own")
+            raise _Unfit(_SPECIAL)
         conditions = []
         for guard in self._guards:
             asked = guard.xreplace({s: sympy.Integer(size) for s, size in sizes.items()})
@@ -286,6 +288,8 @@ def _made_of(
 ) -> sympy.Expr | None:
     """A multiple, a product or a sum of ``known`` terms that gives ``values``."""
     for one, term in known.items():
+        if not all(isinstance(own, int) for own in one):
+            continue
         if all(own and value % own == 0 for value, own in zip(values, one, strict=True)):
             factors = tuple(value // own for value, own in zip(values, one, strict=True))
             if len(set(factors)) == 1:
@@ -305,6 +309,8 @@ def _new_symbols(sizes: Values, mode: FakeTensorMode) -> dict[sympy.Symbol, Any]
     made: dict[sympy.Symbol, Any] = {}
     context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     for symbol, size in sizes.items():
+        if size < 2:
+            raise ValueError(_SPECIAL)
         fake: Any = mode.from_tensor(
             torch.empty(size, device="meta"),
             source=ConstantSource(f"size_{symbol}"),
