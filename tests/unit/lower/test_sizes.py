@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -20,9 +20,9 @@ Compiled = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 @pytest.fixture
-def compiled() -> Iterator[list[list[Any]]]:
+def compiled() -> list[list[Any]]:
     """The inputs of each graph that was compiled."""
-    yield []
+    return []
 
 
 def compiler(found: list[list[Any]]) -> Compiled:
