@@ -95,9 +95,17 @@ class Sizes:
         for symbol, size in sizes.items():
             alike.setdefault(size, []).append(symbol)
         each, together = [[symbol] for symbol in sizes], list(alike.values())
+        # More samples may be computed in another way.
+        batch = {
+            symbol
+            for symbol, (at, axis) in self._places.items()
+            if axis == 0 and isinstance(own := self._inputs[at], Tensor) and own.dim() > 2
+        }
         for steps in (_multiples, _any_steps):
             for groups in (each, together):
-                yield from filter(hold, _moved(sizes, groups, steps))
+                of_one_batch = [group for group in groups if batch.isdisjoint(group)]
+                found = (filter(hold, _moved(sizes, own, steps)) for own in (groups, of_one_batch))
+                yield from itertools.chain.from_iterable(zip(*found, strict=False))
         free = [group for group in together if any(map(hold, _moved(sizes, [group], _multiples)))]
         if free:
             yield from filter(hold, _moved(sizes, free, _multiples))

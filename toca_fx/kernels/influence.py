@@ -200,17 +200,18 @@ def _blocks(query: Tensor, key: Tensor, every: int) -> tuple[int, int] | None:
     """How many samples, and queries of each, have a map that stays in the cache.
 
     Blocks are whole maps as long as one fits: a product of few queries with all keys, for many
-    samples, is slow. None if there would be more blocks than a graph should have, or than are worth
-    it for every ``every``-th query.
+    samples, is slow. There are few numbers of blocks, as each is a graph of its own. None if there
+    would be more than a graph should have, or than are worth it for every ``every``-th query.
     """
     batch, heads, queries, _ = query.shape
-    of_query = max(1, heads * key.shape[2])
-    samples = max(1, _BLOCK_ELEMENTS // max(1, of_query * queries))
-    rows = max(1, _BLOCK_ELEMENTS // (of_query * samples))
-    along, down = -(batch // -samples), -(queries // -rows)
-    if along * down > (1 if every > _SPARSE else _MOST_BLOCKS):
-        return None
-    return -(batch // -along), -(queries // -down)  # of one size, but for the last
+    of_sample = max(1, heads * key.shape[2] * queries)
+    if batch * of_sample <= _BLOCK_ELEMENTS:
+        return batch, queries
+    most = (1 if every > _SPARSE else _MOST_BLOCKS) // max(1, batch)
+    for down in (1, 4, 16):
+        if of_sample <= down * _BLOCK_ELEMENTS and down <= most:
+            return 1, -(queries // -down)
+    return None
 
 
 def _in_blocks(

@@ -49,6 +49,7 @@ def compile_regions(
     if isinstance(compiler, Inner) and compiler.exact and not is_offloaded():
         return _on_weights(compiler(module, list(examples)))  # nothing takes long
     pieces = cut(module)
+    _hand_symbols(pieces, examples)
     kinds = _Survey(pieces, mode).kinds(examples)
     if len(set(kinds.values())) == len(kinds) and not is_offloaded():
         return _on_weights(compiler(module, list(examples)))
@@ -86,6 +87,31 @@ def cut(module: fx.GraphModule) -> fx.GraphModule:
         pieces = split_module(module, module, region.__getitem__, keep_original_order=True)
         _return_tuples(pieces)
     return fx.GraphModule(pieces, pieces.graph)
+
+
+def _hand_symbols(pieces: fx.GraphModule, examples: Sequence[Any]) -> None:
+    """Give every piece the inputs that are symbols by themselves.
+
+    A compiler can read no symbol off a size like s0 + 16.
+    """
+    inputs = zip(pieces.graph.find_nodes(op="placeholder"), examples, strict=True)
+    symbols = [node for node, value in inputs if _is_symbol(value)]
+    if not symbols:
+        return
+    for call in pieces.graph.find_nodes(op="call_module"):
+        piece: Any = pieces.get_submodule(call.target)
+        missing = [symbol for symbol in symbols if symbol not in call.args]
+        last = piece.graph.find_nodes(op="placeholder")[-1:]
+        with piece.graph.inserting_after(*last):
+            for symbol in reversed(missing):
+                piece.graph.placeholder(symbol.name)
+        piece.recompile()
+        call.args = (*call.args, *missing)
+    pieces.recompile()
+
+
+def _is_symbol(value: Any) -> bool:
+    return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
 
 
 def _return_tuples(pieces: fx.GraphModule) -> None:
