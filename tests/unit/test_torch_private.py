@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileId, compile_context
-from torch.utils._sympy.functions import IntTrueDiv
+from torch.utils._sympy.functions import FloatPow, IntTrueDiv, ToFloat, TruncToInt
 
 import toca_fx
 from toca_fx import torch_private as private
@@ -72,6 +72,9 @@ def expressions_are_computed() -> None:
     assert private.computed(sympy.Eq(size, other), {size: 4, other: 4}) is True
     quotient = private.computed(IntTrueDiv(size, other), {size: 1, other: 3})
     assert (type(quotient), quotient) == (float, 1 / 3)
+    root = TruncToInt(FloatPow(ToFloat(size), sympy.Float(0.5)))
+    largest = private.computed(sympy.Max(3, root), {size: 17})
+    assert (type(largest), largest) == (int, 4)
     with pytest.raises(KeyError):
         private.computed(expression, {size: 4})
     mode = private.FakeTensorMode(shape_env=private.ShapeEnv())

@@ -30,7 +30,7 @@ _TRIES = 200
 _SIZE = re.compile(r"(.*)\.size\(\)\[(\d+)\]$")
 _MOST_OTHERS = 4
 # No small ones first: half of a size, rounded, is the same for the next one.
-_GRANULES = (8, 2, 4, 1, 16, 32)
+_GRANULES = (8, 4, 2, 1, 16, 32)
 
 
 class Sizes:
@@ -104,8 +104,9 @@ class Sizes:
         for steps in (_multiples, _any_steps):
             for groups in (each, together):
                 of_one_batch = [group for group in groups if batch.isdisjoint(group)]
-                found = (filter(hold, _moved(sizes, own, steps)) for own in (groups, of_one_batch))
-                yield from itertools.chain.from_iterable(zip(*found, strict=False))
+                for own in (groups, of_one_batch):
+                    found = filter(hold, _moved(sizes, own, steps))
+                    yield from itertools.islice(found, _MOST_OTHERS // 2)
         free = [group for group in together if any(map(hold, _moved(sizes, [group], _multiples)))]
         if free:
             yield from filter(hold, _moved(sizes, free, _multiples))

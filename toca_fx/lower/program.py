@@ -83,6 +83,7 @@ class Program:
                 self._shared,
                 self.analysis.at_sizes,
                 self._at_other_sizes(plan, modes),
+                modes,
             )
             self.compiled_graphs += self._shared.compiled - before
             if made.reason:
@@ -133,7 +134,9 @@ class Program:
         return once(
             self._parts,
             wanted.names,
-            lambda: self._compiled_part(module, lambda found: found.wanted_part(wanted)),
+            lambda: self._compiled_part(
+                wanted.names, module, lambda found: found.wanted_part(wanted)
+            ),
         )
 
     def first_block(self, inputs: Sequence[Any]) -> Tensor:
@@ -146,16 +149,16 @@ class Program:
             run = once(
                 self._parts,
                 names,
-                lambda: self._compiled_part(part.module, lambda found: found.first_block),
+                lambda: self._compiled_part(names, part.module, lambda found: found.first_block),
             )
             before, behind = run(*given)
         added: Tensor = behind - before
         return added
 
     def _compiled_part(
-        self, part: fx.GraphModule, of: Callable[[Analysis], StepGraph]
+        self, names: Sequence[str], part: fx.GraphModule, of: Callable[[Analysis], StepGraph]
     ) -> Callable[..., Any]:
-        """A part of the graph, compiled; ``of`` gives that of another analysis."""
+        """A part, which computes the nodes ``names``; ``of`` gives that of another analysis."""
 
         def sized(module: fx.GraphModule, sizes: Values) -> Sized:
             mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -169,4 +172,6 @@ class Program:
             with torch.no_grad():
                 return self.inner(module, inputs)
 
-        return self._shared.fitted(sized(part, self.analysis.at_sizes), compiled, others, {}).run
+        return self._shared.fitted(
+            names, sized(part, self.analysis.at_sizes), compiled, others, {}
+        ).run

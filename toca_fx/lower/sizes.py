@@ -90,16 +90,18 @@ class Shared:
         self._expressions, self._names = expressions, names or {}
         self._codes: Recent[Hashable, list[_Code]] = Recent(_MOST_GRAPHS)
         self._examples: Recent[Hashable, list[_Numbers]] = Recent(_MOST_GRAPHS)
+        self._known: set[Hashable] = set()
         self.compiled = 0
 
     def fitted(
         self,
+        what: Hashable,
         graph: Sized,
         compiler: Compile,
         others: Iterable[Sized],
         symbols: Mapping[sympy.Expr, Any],
     ) -> Fitted:
-        """Code for ``graph``, compiled for other sizes before, or else now.
+        """Code for ``graph``, which is ``what``: compiled for other sizes before, or else now.
 
         ``others`` may be the same graph for other sizes. ``symbols`` are those in the inputs, with
         what each stands for: code says by them what it asks.
@@ -119,6 +121,9 @@ class Shared:
             if other_key == key:
                 examples.append(_Numbers(other_numbers, other.sizes))
                 break
+        if not codes and what in self._known:
+            reason = "what is computed at these sizes differs in more than numbers"
+        self._known.add(what)
         made, failed = self._compiled(graph, examples, compiler, symbols)
         self._codes[key] = [*codes, made][-_MOST_OF_ONE:]
         self._examples[key] = examples[:_MOST_EXAMPLES]

@@ -23,6 +23,7 @@ from toca_fx.lower.onload import onloaded
 from toca_fx.lower.sizes import Shared, Sized, Values
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
+from toca_fx.plan.schedule import Modes
 from toca_fx.rewrite.step_graph import StepGraph
 from toca_fx.torch_private import compiling
 
@@ -48,6 +49,7 @@ class CompiledStep:
         shared: Shared | None = None,
         sizes: Values | None = None,
         others: Iterable[Sized] = (),
+        modes: Modes = (),
     ) -> None:
         self.graph = graph
         self._fake = FakeInputs(graph, source, plan)
@@ -59,7 +61,9 @@ class CompiledStep:
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
         # (some steps compute no token at all) is shown by test_inductor.py, not by the compiler.
         found = Sized(graph.module, self._fake.symbolic(), sizes or {}, self._fake.mode)
-        fitted = (shared or Shared()).fitted(found, self._lowered, others, self._fake.symbols)
+        fitted = (shared or Shared()).fitted(
+            modes, found, self._lowered, others, self._fake.symbols
+        )
         self._run, self._symbols = fitted.run, fitted.symbols
         self.conditions, self.reason = fitted.conditions, fitted.reason
         if self.conditions:

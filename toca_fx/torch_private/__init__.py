@@ -9,6 +9,7 @@ touches each name, so that a release of torch that changes one fails there first
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -293,11 +294,15 @@ def computed(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> Any:
 
 
 class _Python(PythonReferenceAnalysis):
-    """With the quotient of whole numbers, which torch leaves to sympy."""
+    """With what torch leaves to sympy: the quotient of whole numbers, and the part before a dot."""
 
     @staticmethod
     def int_truediv(a: Any, b: Any) -> Any:
         return a / b
+
+    @staticmethod
+    def trunc_to_int(x: Any, _: Any) -> Any:
+        return math.trunc(x)
 
 
 def has_kernel(op: OpOverload, key: str) -> bool:

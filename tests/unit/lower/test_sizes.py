@@ -56,6 +56,7 @@ def fit(
     others: Iterable[int] = (),
 ) -> Fitted:
     return shared.fitted(
+        "it",
         sized(function, {TOKENS: tokens}),
         compiler(found),
         (sized(function, {TOKENS: other}) for other in others),
@@ -111,6 +112,7 @@ def test_other_graphs_share_nothing(compiled: list[list[Any]]) -> None:
         check(fit(shared, compiled, 12, function, [20]), 12, function)
     check(fit(shared, compiled, 20, functions[1]), 20, functions[1])
     assert len(compiled) == 3
+    assert "differs in more than numbers" in fit(shared, compiled, 12, lambda x: (x,)).reason
 
 
 def test_what_the_compiler_asks_is_asked_of_other_sizes(compiled: list[list[Any]]) -> None:
@@ -128,7 +130,7 @@ def test_what_the_compiler_asks_is_asked_of_other_sizes(compiled: list[list[Any]
 
     def fitted(tokens: int) -> Fitted:
         other = sized(double, {TOKENS: tokens + 5})
-        return shared.fitted(sized(double, {TOKENS: tokens}), asking, [other], {})
+        return shared.fitted("it", sized(double, {TOKENS: tokens}), asking, [other], {})
 
     assert not fitted(12).reason
     assert not fitted(32).reason
@@ -161,7 +163,7 @@ def test_what_cannot_be_compiled_with_symbols_is_compiled_without(
     shared, function = Shared((TOKENS, TOKENS / 8)), halves
     for tokens in (12, 20):
         graph, other = sized(function, {TOKENS: tokens}), sized(function, {TOKENS: 31})
-        fitted = shared.fitted(graph, refuses, [other], {})
+        fitted = shared.fitted("it", graph, refuses, [other], {})
         check(fitted, tokens)
         assert "no symbols" in fitted.reason
     assert len(compiled) == 2
