@@ -208,7 +208,7 @@ def _blocks(query: Tensor, key: Tensor, every: int) -> tuple[int, int] | None:
     if batch * of_sample <= _BLOCK_ELEMENTS:
         return batch, queries
     most = (1 if every > _SPARSE else _MOST_BLOCKS) // max(1, batch)
-    for down in (1, 4, 16):
+    for down in (1, 2, 4, 8, 16):
         if of_sample <= down * _BLOCK_ELEMENTS and down <= most:
             return 1, -(queries // -down)
     return None

@@ -116,7 +116,7 @@ def test_blocks_are_whole_maps_as_long_as_one_fits(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", HEADS * 100 * queries)
         found.append(attention._blocks(query, key, every=2))
         sparse.append(attention._blocks(query, key, every=3))
-    assert found == [(3, 100), (1, 100), (1, 100), (1, 25), (1, 25), None], "16 blocks at most"
+    assert found == [(3, 100), (1, 100), (1, 100), (1, 50), (1, 25), None], "16 blocks at most"
     assert sparse == [(3, 100), *[None] * 5], "one, if few queries count"
 
 
