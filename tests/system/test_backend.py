@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import toca_fx
 from tests.helpers import KINDS, call, make_inputs, make_policy, run_all, tiny
@@ -392,3 +393,16 @@ def test_an_inner_backend_is_a_name_or_a_callable(model: nn.Module, inner: Any) 
 def test_a_policy_is_a_name_a_path_a_mapping_or_a_policy(model: nn.Module, policy: Any) -> None:
     with pytest.raises(TypeError, match="policy="):
         toca_fx.compile(model, policy, inner="eager")
+
+
+def test_kernels_that_the_model_chooses_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(1, 2, 8, 4)
+    with torch.no_grad():
+        outputs = toca_fx.compile(Model(), make_policy(), inner="eager")(x)
+    assert torch.allclose(outputs, Model()(x), atol=1e-6)
+    assert sum("sdpa_kernel" in message for message in caplog.messages) == 1

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import CompileId, compile_context
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._sympy.functions import FloatPow, IntTrueDiv, ToFloat, TruncToInt
 
 import toca_fx
@@ -371,6 +372,16 @@ def kernels_are_called() -> None:
     assert targets == [aten.to.dtype, aten.to.dtype, aten.linear.default]
 
 
+def kernels_of_attention_are_chosen() -> None:
+    """What the public region calls, and Dynamo has in its graphs; that is in test_backend.py."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        private.choose_kernels([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+
+
 def regions_are_known() -> None:
     assert {"cpu", "cuda"} <= {*private.autocast_devices()}
     assert not private.is_any_autocast_enabled()
@@ -440,6 +451,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "autocast_devices": regions_are_known,
     "batches_ended": batches_are_known,
     "call_kernel": kernels_are_called,
+    "choose_kernels": kernels_of_attention_are_chosen,
     "compiled_call": calls_are_compiled,
     "compiling": compilations_are_apart,
     "computed": expressions_are_computed,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from toca_fx.capture.aten import to_aten, verify
+from toca_fx.capture.aten import chooses_kernels, to_aten, verify
 from toca_fx.capture.calls import current_call
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.recent import keep_recent
@@ -90,6 +90,8 @@ class Dispatcher:
             for value, at in zip(inputs, unwrapping.outer, strict=True)
             if isinstance(outer[at], nn.Parameter)
         }
+        if chooses_kernels(captured):
+            log.warning("toca_fx: %s", words.KERNELS)
         self._scalars = Scalars(captured)
         self._captured = captured = self._scalars.graph
         self._inner, self._capture = options.inner, options.capture

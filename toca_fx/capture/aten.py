@@ -30,6 +30,7 @@ from toca_fx.graph.autocast import OFF
 from toca_fx.graph.edit import is_check
 from toca_fx.torch_private import (
     FakeTensorMode,
+    choose_kernels,
     is_mutable,
     is_switch,
     side_effectful,
@@ -102,6 +103,11 @@ def to_aten(
     numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module
+
+
+def chooses_kernels(captured: fx.GraphModule) -> bool:
+    """Whether the model has a region of ``torch.nn.attention.sdpa_kernel``, which goes."""
+    return bool(captured.graph.find_nodes(op="call_function", target=choose_kernels))
 
 
 def _memory(value: Any) -> object:

@@ -127,6 +127,11 @@ NO_GATE = (
     "graphs: every step is full. Take a policy that says which steps are, by `N: {base: ...}` or "
     "`full_steps`, without `gate`"
 )
+KERNELS = (
+    "the model says by torch.nn.attention.sdpa_kernel which kernels attention may take, and that "
+    "is not followed: torch chooses one itself, and outputs differ by rounding. Leave the region "
+    "out, or choose another backend of attention"
+)
 REBUILT = (
     "captions or other conditions are new tensors at every call, so that what depends on them only "
     "is computed at every call; make them once, before the loop"

@@ -103,8 +103,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-
-# Regions, as Dynamo has them in its graphs.
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 
@@ -121,6 +119,9 @@ from torch.fx.experimental.symbolic_shapes import (
 
 # What torch takes for a call that does more than to return something.
 from torch.fx.node import _side_effectful_functions as side_effectful
+
+# Regions, as Dynamo has them in its graphs.
+from torch.nn.attention import _sdpa_kernel as choose_kernels
 
 # Which tensors hold others, and say so; what Dynamo and AOTAutograd go by.
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
@@ -180,6 +181,7 @@ __all__ = [
     "call_kernel",
     "captured_any_number_of_times",
     "captures",
+    "choose_kernels",
     "compiled_call",
     "compiling",
     "computed",
