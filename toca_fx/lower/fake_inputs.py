@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from toca_fx.lower.skeleton import Sized, Values
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.rewrite.step_graph import StepGraph
@@ -31,7 +32,7 @@ class FakeInputs:
     """The inputs of ``graph`` as fake tensors of ``mode``, in the order of the call.
 
     ``symbols`` are the symbols made so far for numbers of fresh tokens, with the buffers whose size
-    they are.
+    they are; ``ranges`` are how many tokens there are, and up to how many the symbols go.
     """
 
     def __init__(self, graph: StepGraph, source: fx.GraphModule, plan: Plan) -> None:
@@ -39,6 +40,7 @@ class FakeInputs:
         self.shapes = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.symbols: dict[sympy.Expr, Buffer] = {}
+        self.ranges: dict[Buffer, tuple[int, int]] = {}
         self._graph, self._source, self._plan = graph, source, plan
 
     def whole(self) -> list[Any]:
@@ -49,9 +51,10 @@ class FakeInputs:
         """The inputs of a step with so many fresh tokens, by the buffers of role ``ranks``."""
         return self._made(counts.__getitem__)
 
-    def symbolic(self) -> list[Any]:
-        """The inputs of steps with any number of fresh tokens."""
-        return self._made(self._symbol)
+    def symbolic(self, sizes: Values) -> Sized:
+        """The graph of steps with any number of fresh tokens; it is one for ``sizes``."""
+        inputs, module = self._made(self._symbol), self._graph.module
+        return Sized(module, inputs, sizes, self.mode, self.symbols, self.ranges)
 
     def _made(self, count: Callable[[Buffer], Any]) -> list[Any]:
         placeholders = self._source.graph.find_nodes(op="placeholder")
@@ -94,6 +97,7 @@ class FakeInputs:
         fake: Any = self.mode.from_tensor(example, source=source, symbolic_context=context)
         size: Any = fake.shape[0]
         self.symbols[size.node.expr] = buffer
+        self.ranges[buffer] = tokens, max(2, tokens, most)
         return size
 
 

@@ -17,7 +17,8 @@ from toca_fx.lower.hoisted_values import HoistedValues
 from toca_fx.lower.once import Recent, once
 from toca_fx.lower.onload import is_offloaded, run_part
 from toca_fx.lower.show import show
-from toca_fx.lower.sizes import Shared, Sized, Values
+from toca_fx.lower.sizes import Shared
+from toca_fx.lower.skeleton import Sized, Values
 from toca_fx.lower.step import CompiledStep
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan, StepPlan, kind_of
@@ -98,8 +99,7 @@ class Program:
             other = found.plan(len(plan.steps)) if plan.sites else found.uncached
             if [site.path for site in other.sites] == [site.path for site in plan.sites]:
                 graph = found.step_graph(other, modes)
-                inputs = FakeInputs(graph, found.aten, other)
-                yield Sized(graph.module, inputs.symbolic(), found.at_sizes, inputs.mode)
+                yield FakeInputs(graph, found.aten, other).symbolic(found.at_sizes)
 
     def step_flops(self, plan: Plan, step: StepPlan) -> int:
         """FLOPs of one call that did ``step`` of a plan.
@@ -172,6 +172,5 @@ class Program:
             with torch.no_grad():
                 return self.inner(module, inputs)
 
-        return self._shared.fitted(
-            names, sized(part, self.analysis.at_sizes), compiled, others, {}
-        ).run
+        found = sized(part, self.analysis.at_sizes)
+        return self._shared.fitted(names, found, compiled, others).run

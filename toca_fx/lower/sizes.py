@@ -12,19 +12,19 @@ from the symbols, and if what the compiler asks of these is true.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from toca_fx.lower.once import Recent
+from toca_fx.lower.skeleton import Number, Sized, Values, mapped, skeleton, with_sizes
 from toca_fx.torch_private import (
     ConstantSource,
     DimDynamic,
@@ -36,26 +36,11 @@ from toca_fx.torch_private import (
 log = logging.getLogger(__name__)
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
-Values = Mapping[sympy.Symbol, int]
-Number = int | float
 
 _MOST_GRAPHS = 512
 _MOST_OF_ONE = 8  # of one graph, for sizes that do not fit each other
 _MOST_EXAMPLES = 4
 _SPECIAL = "a size of 0 or 1 is computed in ways of its own"
-
-
-@dataclass(frozen=True)
-class Sized:
-    """A graph for the ``sizes`` of a call, by the symbols that Dynamo has for them.
-
-    ``inputs`` are fake tensors of ``mode``; symbols among their sizes stay what they are.
-    """
-
-    module: fx.GraphModule
-    inputs: Sequence[Any]
-    sizes: Values
-    mode: FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -99,32 +84,30 @@ class Shared:
         graph: Sized,
         compiler: Compile,
         others: Iterable[Sized],
-        symbols: Mapping[sympy.Expr, Any],
     ) -> Fitted:
         """Code for ``graph``, which is ``what``: compiled for other sizes before, or else now.
 
-        ``others`` may be the same graph for other sizes. ``symbols`` are those in the inputs, with
-        what each stands for: code says by them what it asks.
+        ``others`` may be the same graph for other sizes.
         """
-        key, numbers = _skeleton(graph)
-        own, reason = _Numbers(numbers, graph.sizes), ""
+        key, numbers = skeleton(graph)
+        own, reason = _Numbers(numbers, graph.sizes, graph.ranges), ""
         codes = self._codes.get(key, [])
         for code in codes:
             try:
                 return code.fitted(own)
-            except _Unfit as found:
+            except (_Unfit, ArithmeticError) as found:
                 reason = self._named(str(found))
         seen = self._examples.get(key, [])
         examples = [own, *seen]
         for other in others if not seen else ():
-            other_key, other_numbers = _skeleton(other)
+            other_key, other_numbers = skeleton(other)
             if other_key == key:
-                examples.append(_Numbers(other_numbers, other.sizes))
+                examples.append(_Numbers(other_numbers, other.sizes, other.ranges))
                 break
         if not codes and what in self._known:
             reason = "what is computed at these sizes differs in more than numbers"
         self._known.add(what)
-        made, failed = self._compiled(graph, examples, compiler, symbols)
+        made, failed = self._compiled(graph, examples, compiler)
         self._codes[key] = [*codes, made][-_MOST_OF_ONE:]
         self._examples[key] = examples[:_MOST_EXAMPLES]
         if len(codes) == _MOST_OF_ONE - 1:
@@ -141,19 +124,18 @@ class Shared:
         graph: Sized,
         examples: Sequence[_Numbers],
         compiler: Compile,
-        symbols: Mapping[sympy.Expr, Any],
     ) -> tuple[_Code, str]:
         """Code for all of the ``examples``, or else for the first; and why it is not for all."""
         self.compiled += 1
         try:
-            return _Code(graph, examples, self._expressions, compiler, symbols), ""
+            return _Code(graph, examples, self._expressions, compiler), ""
         except Exception as error:
             if len(examples) == 1:
                 raise
             log.debug("toca_fx: a graph cannot be compiled for all sizes", exc_info=True)
             said = next(iter(str(error).splitlines()), "")
             failed = f"symbolic sizes failed: {type(error).__name__}: {said}"
-            return _Code(graph, examples[:1], (), compiler, symbols), failed
+            return _Code(graph, examples[:1], (), compiler), failed
 
     def _named(self, text: str) -> str:
         """``text`` with the names of Dynamo's symbols."""
@@ -168,6 +150,7 @@ class _Numbers:
 
     all: tuple[Number, ...]
     sizes: Values
+    ranges: Mapping[Any, tuple[int, int]]
 
 
 class _Code:
@@ -182,7 +165,6 @@ class _Code:
         examples: Sequence[_Numbers],
         expressions: Sequence[sympy.Expr],
         compiler: Compile,
-        symbols: Mapping[sympy.Expr, Any],
     ) -> None:
         columns = [*zip(*(example.all for example in examples), strict=True)]
         named = _named(examples, expressions)
@@ -194,7 +176,8 @@ class _Code:
             for column, term in named.items()
             if term in own and term not in graph.sizes
         }
-        self._symbols, env = symbols, graph.mode.shape_env
+        self._symbols, self._ranges = graph.symbols, graph.ranges
+        env = graph.mode.shape_env
         before = 0 if env is None else len(env.guards)
         values = {**graph.sizes, **{s: int(examples[0].all[at]) for s, at in self._read.items()}}
         self._sizes = _new_symbols({s: values[s] for s in sorted(own, key=str)}, graph.mode)
@@ -221,10 +204,10 @@ class _Code:
                 given[term] = module.graph.placeholder(f"size_{number}")
                 given[term].meta["val"] = made[term]
         terms = iter(self._terms)
-        inputs = [_with_sizes(value, terms, made, graph.mode) for value in graph.inputs]
+        inputs = [with_sizes(value, terms, made, graph.mode) for value in graph.inputs]
         for node in module.graph.nodes:
             if node.op != "placeholder":
-                node.args, node.kwargs = _mapped(
+                node.args, node.kwargs = mapped(
                     (node.args, node.kwargs), lambda _: given.get(term := next(terms), term)
                 )
         module.recompile()
@@ -238,23 +221,44 @@ class _Code:
         """
         sizes = {**numbers.sizes, **{s: int(numbers.all[at]) for s, at in self._read.items()}}
         sizes = {symbol: sizes[symbol] for symbol in self._sizes}
-        values = {term: computed(term, sizes) for term in dict.fromkeys(self._given)}
-        for number, term in zip(numbers.all, self._terms, strict=True):
-            if number != term and not math.isclose(number, values.get(term, term), rel_tol=1e-12):
-                raise _Unfit(f"{number} is not {term}, as it was for other sizes")
-        if values and min(sizes.values()) < 2:
+        if sizes and min(sizes.values()) < 2:
             raise _Unfit(_SPECIAL)
+        values = {term: computed(term, sizes) for term in self._given}
+        for number, term in zip(numbers.all, self._terms, strict=True):
+            if number != term and not _equal(number, values.get(term, term)):
+                raise _Unfit(f"{number} is not {term}, as it was for other sizes")
+        for of, (tokens, _) in numbers.ranges.items():
+            if tokens > self._ranges[of][1]:
+                raise _Unfit(f"{tokens} tokens may need wider indices than the compiled code has")
+        most = {symbol: numbers.ranges[of][0] for symbol, of in self._symbols.items()}
         conditions = []
         for guard in self._guards:
             asked = guard.xreplace({s: sympy.Integer(size) for s, size in sizes.items()})
             if asked.free_symbols:
-                conditions.append(asked)
+                conditions += [] if _holds_up_to(asked, most) else [asked]
             elif not computed(asked, {}):
                 raise _Unfit(f"the compiled code asks for {guard}")
         run, more = self._run, tuple(values[term] for term in self._given)
         return Fitted(
             (lambda *given: run(*given, *more)) if more else run, tuple(conditions), self._symbols
         )
+
+
+def _equal(number: Number, expected: Number) -> bool:
+    """Floats may be computed in another order."""
+    if isinstance(number, int):
+        return type(expected) is int and number == expected
+    return math.isclose(number, expected, rel_tol=1e-12)
+
+
+def _holds_up_to(asked: sympy.Basic, most: Values) -> bool:
+    """Whether a condition on numbers of fresh tokens only bounds them, by more than there are."""
+    if not isinstance(asked, (sympy.LessThan, sympy.StrictLessThan)) or not asked.rhs.is_number:
+        return False
+    polynomial = asked.lhs.as_poly(*asked.free_symbols)
+    grows = polynomial is not None and all(each >= 0 for each in polynomial.coeffs())
+    largest = {symbol: sympy.Integer(tokens) for symbol, tokens in most.items()}
+    return bool(grows and asked.xreplace(largest) == True)  # noqa: E712 - sympy's own truth
 
 
 def _named(
@@ -266,6 +270,7 @@ def _named(
     a symbol of its own.
     """
     known: dict[tuple[Number, ...], sympy.Expr] = {}
+    floats: dict[tuple[Number, ...], sympy.Expr] = {}
     # Of a length that Dynamo knows by several inputs one symbol is enough.
     first: dict[tuple[int, ...], sympy.Symbol] = {}
     alike = {
@@ -274,13 +279,15 @@ def _named(
     }
     for term in (each.xreplace(alike) for each in expressions):
         values = tuple(computed(term, example.sizes) for example in examples)
-        known.setdefault(values, term)
+        whole = all(isinstance(value, int) for value in values)
+        (known if whole else floats).setdefault(values, term)
     named: dict[tuple[Number, ...], sympy.Expr] = {}
     for values in dict.fromkeys(zip(*(example.all for example in examples), strict=True)):
         if len(set(values)) > 1:
-            term = known.get(values)
+            whole = all(isinstance(value, int) for value in values)
+            term = (known if whole else floats).get(values)
             if term is None:
-                if not all(isinstance(value, int) for value in values):
+                if not whole:
                     raise ValueError(f"it is not known how {values[0]} depends on sizes")
                 own = sympy.Symbol(f"n{len(named)}", integer=True, positive=True)
                 term = known[values] = _made_of(values, known) or own
@@ -293,8 +300,6 @@ def _made_of(
 ) -> sympy.Expr | None:
     """A multiple, a product or a sum of ``known`` terms that gives ``values``."""
     for one, term in known.items():
-        if not all(isinstance(own, int) for own in one):
-            continue
         if all(own and value % own == 0 for value, own in zip(values, one, strict=True)):
             factors = tuple(value // own for value, own in zip(values, one, strict=True))
             if len(set(factors)) == 1:
@@ -323,76 +328,3 @@ def _new_symbols(sizes: Values, mode: FakeTensorMode) -> dict[sympy.Symbol, Any]
         )
         made[symbol] = fake.shape[0]
     return made
-
-
-def _skeleton(graph: Sized) -> tuple[Hashable, tuple[Number, ...]]:
-    """What a graph computes, but for its numbers, and these in order.
-
-    The numbers of its inputs come first: shapes and strides.
-    """
-    numbers: list[Number] = []
-    position = {node: at for at, node in enumerate(graph.module.graph.nodes)}
-
-    def take(leaf: Any) -> str:
-        if isinstance(leaf, fx.Node):
-            return f"%{position[leaf]}"
-        numbers.append(leaf)
-        return "#" if isinstance(leaf, int) else "#."
-
-    def of_input(value: Any) -> object:
-        if not isinstance(value, Tensor):
-            return repr(value)
-        count = sum(1 for _ in _sizes(value))
-        numbers.extend(_sizes(value))
-        return count, value.dim(), value.dtype, value.device
-
-    inputs = [of_input(value) for value in graph.inputs]
-    body = []
-    for node in graph.module.graph.nodes:
-        if node.op == "get_attr":  # a table or code of this graph alone
-            target: object = id(getattr(graph.module, str(node.target), None))
-        else:
-            target = "" if node.op == "placeholder" else str(node.target)
-        arguments = _mapped((node.args, node.kwargs), take, nodes=True)
-        body.append((node.op, target, arguments))
-    return hashlib.sha256(repr((inputs, body)).encode()).digest(), tuple(numbers)
-
-
-def _sizes(value: Tensor) -> Iterator[int]:
-    """The sizes of a tensor that are numbers."""
-    return (size for size in (*value.shape, *value.stride()) if isinstance(size, int))
-
-
-def _with_sizes(
-    value: Any, terms: Iterator[Any], made: Mapping[sympy.Expr, Any], mode: FakeTensorMode
-) -> Any:
-    """An input with the sizes that ``terms`` say; those that are symbols already stay."""
-    if not isinstance(value, Tensor):
-        return value
-    sizes = [
-        made.get(term := next(terms), term) if isinstance(size, int) else size
-        for size in (*value.shape, *value.stride())
-    ]
-    with mode:
-        return torch.empty_strided(
-            sizes[: value.dim()], sizes[value.dim() :], dtype=value.dtype, device=value.device
-        )
-
-
-def _mapped(argument: Any, change: Callable[[Any], Any], *, nodes: bool = False) -> Any:
-    """Arguments of a node with other numbers, and other ``nodes`` if it is said; in order."""
-    if isinstance(argument, (tuple, list)):
-        found = [_mapped(each, change, nodes=nodes) for each in argument]
-        return tuple(found) if isinstance(argument, tuple) else found
-    if isinstance(argument, dict):
-        return {key: _mapped(each, change, nodes=nodes) for key, each in argument.items()}
-    if isinstance(argument, slice):
-        parts = (argument.start, argument.stop, argument.step)
-        return slice(*(_mapped(each, change, nodes=nodes) for each in parts))
-    is_taken = _is_number(argument) or (nodes and isinstance(argument, fx.Node))
-    return change(argument) if is_taken else argument
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that may follow from sizes: no flag, no NaN."""
-    return type(value) is int or (type(value) is float and math.isfinite(value) and value != 0)

@@ -20,7 +20,8 @@ from toca_fx.lower.cost import StepCost
 from toca_fx.lower.fake_inputs import FakeInputs
 from toca_fx.lower.flops import FlopCounter
 from toca_fx.lower.onload import onloaded
-from toca_fx.lower.sizes import Shared, Sized, Values
+from toca_fx.lower.sizes import Shared
+from toca_fx.lower.skeleton import Sized, Values
 from toca_fx.plan.buffers import Buffer
 from toca_fx.plan.plan import Plan
 from toca_fx.plan.schedule import Modes
@@ -60,10 +61,8 @@ class CompiledStep:
         self._holds: dict[tuple[int, ...], bool] = {}
         # Symbols stand for sizes from 2 up; that the code made for them is right for 0 and 1 too
         # (some steps compute no token at all) is shown by test_inductor.py, not by the compiler.
-        found = Sized(graph.module, self._fake.symbolic(), sizes or {}, self._fake.mode)
-        fitted = (shared or Shared()).fitted(
-            modes, found, self._lowered, others, self._fake.symbols
-        )
+        found = self._fake.symbolic(sizes or {})
+        fitted = (shared or Shared()).fitted(modes, found, self._lowered, others)
         self._run, self._symbols = fitted.run, fitted.symbols
         self.conditions, self.reason = fitted.conditions, fitted.reason
         if self.conditions:

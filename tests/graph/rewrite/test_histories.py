@@ -161,7 +161,7 @@ def compiled_pieces(layers: int, kind: str, **sections: Any) -> int:
 
     fake = FakeInputs(graph, steps.source, steps.plan)
     module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
-    regions.compile_regions(module, fake.symbolic(), compiler, fake.mode)
+    regions.compile_regions(module, [*fake.symbolic({}).inputs], compiler, fake.mode)
     return len(compiled)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from toca_fx.lower.sizes import Fitted, Shared, Sized
+from toca_fx.lower.sizes import Fitted, Shared, _equal, _holds_up_to
+from toca_fx.lower.skeleton import Sized
 from toca_fx.torch_private import FakeTensorMode, ShapeEnv
 
 TOKENS = sympy.Symbol("s1", integer=True, positive=True)
@@ -60,7 +61,6 @@ def fit(
         sized(function, {TOKENS: tokens}),
         compiler(found),
         (sized(function, {TOKENS: other}) for other in others),
-        {},
     )
 
 
@@ -130,7 +130,7 @@ def test_what_the_compiler_asks_is_asked_of_other_sizes(compiled: list[list[Any]
 
     def fitted(tokens: int) -> Fitted:
         other = sized(double, {TOKENS: tokens + 5})
-        return shared.fitted("it", sized(double, {TOKENS: tokens}), asking, [other], {})
+        return shared.fitted("it", sized(double, {TOKENS: tokens}), asking, [other])
 
     assert not fitted(12).reason
     assert not fitted(32).reason
@@ -163,7 +163,7 @@ def test_what_cannot_be_compiled_with_symbols_is_compiled_without(
     shared, function = Shared((TOKENS, TOKENS / 8)), halves
     for tokens in (12, 20):
         graph, other = sized(function, {TOKENS: tokens}), sized(function, {TOKENS: 31})
-        fitted = shared.fitted("it", graph, refuses, [other], {})
+        fitted = shared.fitted("it", graph, refuses, [other])
         check(fitted, tokens)
         assert "no symbols" in fitted.reason
     assert len(compiled) == 2
@@ -177,3 +177,22 @@ def test_few_are_kept_of_one_graph(
         check(fit(shared, compiled, tokens), tokens)
     assert "compiled for 8 sizes that cannot share code" in caplog.text
     assert max(map(len, shared._codes.values())) == 8
+
+
+def test_whole_numbers_are_equal_or_not() -> None:
+    """However large: 2**63 - 1 is the end of a slice that has none."""
+    assert _equal(2**60, 2**60)
+    assert not _equal(2**60, 2**60 + 1)
+    assert not _equal(3, 3.0)
+    assert _equal(0.1 + 0.2, 0.3)
+
+
+def test_bounds_that_no_step_reaches_are_no_conditions() -> None:
+    """On a GPU inductor asks that 32 bits are enough for an index."""
+    k, other = sympy.symbols("k other", integer=True, positive=True)
+    bound = 2**31 - 1
+    assert _holds_up_to(sympy.Le(3072 * k, bound), {k: 4096})
+    assert not _holds_up_to(sympy.Le(3072 * k, bound), {k: 2**21})
+    assert not _holds_up_to(sympy.Le(4096 * k - k**2, bound), {k: 2})
+    assert not _holds_up_to(sympy.Eq(k, 4), {k: 4})
+    assert not _holds_up_to(sympy.Le(k * other, bound), {k: 4})
