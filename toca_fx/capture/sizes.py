@@ -104,7 +104,7 @@ class Sizes:
         for steps in (_multiples, _any_steps):
             for groups in (each, together):
                 of_one_batch = [group for group in groups if batch.isdisjoint(group)]
-                for own in (groups, of_one_batch):
+                for own in (groups, of_one_batch)[: 1 + (of_one_batch != groups)]:
                     found = filter(hold, _moved(sizes, own, steps))
                     yield from itertools.islice(found, _MOST_OTHERS // 2)
         free = [group for group in together if any(map(hold, _moved(sizes, [group], _multiples)))]

@@ -4,19 +4,30 @@ those that are expected.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import make_policy, program_of
 from tests.made_up_cuda import Lowered, fake_example, made_up_cuda
 from tests.marks import slow_but
+from toca_fx.capture.aten import to_aten
 from toca_fx.capture.dynamo import capture
+from toca_fx.capture.sizes import Sizes
 from toca_fx.examples import examples
+from toca_fx.graph import roles
+from toca_fx.lower.analysis import Analysis
+from toca_fx.lower.compiler import Inner
+from toca_fx.lower.program import Program
+from toca_fx.lower.sizes import Shared
 from toca_fx.lower.step import CompiledStep
+from toca_fx.match.matcher import match
+from toca_fx.plan.planner import Planner
 
 MODELS = (
     "DiTTransformer2DModel",
@@ -170,3 +181,37 @@ def test_histories_add_no_launch(grain: str) -> None:
             }
         )
     assert launches[0] == launches[1]
+
+
+@pytest.mark.slow(reason="lowers a system for a GPU with symbols for its sizes")
+@torch.no_grad()
+def test_of_sizes_no_more_is_asked_than_that_indices_are_wide_enough() -> None:
+    """A text and an image of other lengths take the code that is there."""
+    axes = {"hidden_states": 1, "img_ids": 0, "encoder_hidden_states": 1, "txt_ids": 0}
+    policy, shared = make_policy(N={"base": 3}), Shared()
+
+    def program_at(sizes: Any, others: Sequence[Analysis] = ()) -> Program:
+        aten = to_aten(captured, inputs, sizes=sizes)
+        planner = Planner(policy, match(aten.graph), roles.aspect(aten.graph))
+        return Program(Analysis(aten, planner), Inner(), shared, others)
+
+    with made_up_cuda():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module, call = fake_example(examples()["FluxTransformer2DModel"], torch.bfloat16)
+            for name, axis in axes.items():
+                torch._dynamo.mark_dynamic(call[name], axis)
+            captured, inputs = capture(module, (), call)
+        symbols = Sizes(captured)
+        shared = Shared(symbols.expressions, symbols.names)
+        own = symbols.of(inputs)
+        first, second, *_ = symbols.others(own)
+        known = [program_at(first).analysis]
+        for program, compiled in ((program_at(own, known), 2), (program_at(second), 0)):
+            before, plan = shared.compiled, program.analysis.plan(None)
+            for step in plan.steps[:2]:
+                assert not program.step(plan, step.modes).conditions
+            assert shared.compiled - before == compiled
+    bounds = [guard for codes in shared._codes.values() for code in codes for guard in code._guards]
+    assert bounds
+    for bound in bounds:
+        assert isinstance(bound, sympy.LessThan) or "Mod" in str(bound), bound
