@@ -228,6 +228,8 @@ def classes_are_left_out() -> None:
     assert type(value + 1) is Named
     with private.DisableTorchFunctionSubclass():
         assert type(value + 1) is Tensor
+        with private.EnableTorchFunction():
+            assert type(value + 1) is Named
 
 
 def compilations_are_apart() -> None:
@@ -433,6 +435,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "HigherOrderOperator": operators_that_are_given_code_have_a_class,
     "DimDynamic": sizes_have_ranges,
     "DisableTorchFunctionSubclass": classes_are_left_out,
+    "EnableTorchFunction": classes_are_left_out,
     "FakeTensor": fake_tensors_are_made,
     "FakeTensorMode": fake_tensors_are_made,
     "InstructionTranslator": captures_are_known,

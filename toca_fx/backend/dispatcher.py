@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from toca_fx.capture.aten import chooses_kernels, to_aten, verify
+from toca_fx.capture.aten import chooses_kernels, to_aten, to_aten_at, verify
 from toca_fx.capture.calls import current_call
 from toca_fx.capture.numbers import Numbers
 from toca_fx.capture.recent import keep_recent
@@ -21,11 +21,11 @@ from toca_fx.capture.sources import (
     input_sources,
     is_of_shape,
 )
-from toca_fx.capture.subclasses import Unwrapping, as_plain
+from toca_fx.capture.subclasses import Unwrapping, as_plain, as_themselves
 from toca_fx.capture.updates import Updates
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.graph.autocast import OFF
+from toca_fx.graph.autocast import OFF, Autocast
 from toca_fx.lower.analysis import Analysis
 from toca_fx.lower.compiler import Inner
 from toca_fx.lower.locks import let_go
@@ -193,11 +193,11 @@ class Dispatcher:
     def _prepare(self, inputs: Sequence[Any]) -> tuple[Runner, Updates]:
         """Analyse Dynamo's graph for the shapes of ``inputs``; nothing is compiled yet."""
         given = onloaded(inputs, self._numbers.reads)
-        aten = to_aten(self._captured, given, self._numbers)
+        aten = to_aten(self._captured, given, self._numbers, self._sizes)
         if aten.meta["writes"]:
             verify(self._captured, aten, onloaded(inputs))
         analysis = self._analysed(aten, lambda word: log.warning("toca_fx: %s", word))
-        others = Replayed(self._at_other_sizes(given, aten))
+        others = Replayed(self._at_other_sizes(aten, Autocast.now()))
         program = Program(analysis, self._inner, self._shared, others)
         updates = aten.meta["updates"]
         return Runner(program, inputs, updates.positions), updates
@@ -215,16 +215,19 @@ class Dispatcher:
                 _MANY_NUMBERS,
             )
 
-    def _at_other_sizes(self, inputs: Sequence[Any], aten: fx.GraphModule) -> Iterator[Analysis]:
-        """Analyses for other sizes than those that ``aten`` is for.
+    def _at_other_sizes(self, aten: fx.GraphModule, state: Autocast) -> Iterator[Analysis]:
+        """Analyses for other sizes than those that ``aten`` is for, in the same state of autocast.
 
         Numbers that differ between the graphs follow from the sizes.
         """
         for sizes in self._sizes.others(aten.meta["sizes"]):
             try:
-                yield self._analysed(to_aten(self._captured, inputs, self._numbers, sizes))
+                with state.again(), as_themselves():  # some step may ask for them
+                    found = to_aten_at(self._captured, aten, self._numbers, self._sizes, sizes)
             except Exception as error:  # of operators, which say in many ways what they refuse
                 log.debug("toca_fx: sizes %s cannot be tried: %s", sizes, error)
+                continue
+            yield self._analysed(found)
 
     def _analysed(
         self, aten: fx.GraphModule, warn: Callable[[str], None] = lambda _: None

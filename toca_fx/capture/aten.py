@@ -19,7 +19,7 @@ from toca_fx.capture.batches import batched
 from toca_fx.capture.casts import bake
 from toca_fx.capture.decompositions import DECOMPOSITIONS, take_apart
 from toca_fx.capture.functionalize import make_functional
-from toca_fx.capture.numbers import Numbers
+from toca_fx.capture.numbers import Number, Numbers
 from toca_fx.capture.retrace import retrace
 from toca_fx.capture.sizes import Sizes, Values
 from toca_fx.capture.sources import input_sources
@@ -44,46 +44,61 @@ def to_aten(
     captured: fx.GraphModule,
     inputs: Sequence[Any],
     numbers: Numbers | None = None,
-    sizes: Values | None = None,
+    sizes: Sizes | None = None,
 ) -> fx.GraphModule:
     """Re-trace Dynamo's graph to pre-dispatch ATen for the shapes of ``inputs``.
-
-    If ``sizes`` are given it is for these, and for ``inputs`` as they would be.
 
     The inputs are not modified. Placeholders keep their order. Every node carries ``meta["val"]``
     (fake tensors with concrete shapes) and ``meta["path"]`` (the module path such as
     ``transformer_blocks.3.ff``, "" outside any submodule). The module's ``meta["writes"]`` says
     whether the model writes to tensors in place, which the returned graph does not; what it writes
-    to its buffers is in ``meta["updates"]``, and ``meta["sizes"]`` are those for which it holds, by
-    Dynamo's symbols. Regions of autocast, those of the caller too, have
-    become casts: the graph is right with autocast off, and without gradients.
+    to its buffers is in ``meta["updates"]``. ``meta["sizes"]``, by Dynamo's symbols, and
+    ``meta["numbers"]`` are those for which it holds. Regions of autocast, those of the caller too,
+    have become casts: the graph is right with autocast off, and without gradients.
 
-    Numbers that the model reads out of tensors are those of ``inputs``; ``numbers`` are where it
-    reads them, if that is known.
+    Numbers that the model reads out of tensors are those of ``inputs``. ``numbers`` are where it
+    reads them, ``sizes`` its symbols, if they are known.
 
     Raises:
         WeightsWrittenError: the model writes to its parameters in place.
         UnsupportedModelError: it writes to its inputs in place, a number depends on what changes at
             every step, or a call has an effect that a rewritten graph would lose.
     """
-    mode, symbols = FakeTensorMode(allow_non_fake_inputs=True), Sizes(captured)
-    numbers = numbers or Numbers(captured)
-    fixed = numbers.fixed(numbers.read(inputs))
-    if symbols:
-        sizes = sizes or symbols.of(inputs)
-        inputs = symbols.examples(inputs, sizes, mode)
-        fixed = symbols.fixed(fixed, sizes, mode)
-    fakes = [
-        mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
-        for value in inputs
-    ]
+    numbers, sizes = numbers or Numbers(captured), sizes or Sizes(captured)
+    return _traced(captured, inputs, numbers, numbers.read(inputs), sizes, sizes.of(inputs))
+
+
+def to_aten_at(
+    captured: fx.GraphModule, known: fx.GraphModule, numbers: Numbers, sizes: Sizes, values: Values
+) -> fx.GraphModule:
+    """What ``to_aten`` makes for inputs like those that ``known`` was made for, of other sizes.
+
+    No input is needed for that. The numbers that the model reads out of them are the same.
+    """
+    inputs = [node.meta.get("val") for node in known.graph.find_nodes(op="placeholder")]
+    return _traced(captured, inputs, numbers, known.meta["numbers"], sizes, values)
+
+
+def _traced(
+    captured: fx.GraphModule,
+    inputs: Sequence[Any],
+    numbers: Numbers,
+    read: Sequence[Number],
+    sizes: Sizes,
+    values: Values,
+) -> fx.GraphModule:
+    mode, fixed = FakeTensorMode(allow_non_fake_inputs=True), numbers.fixed(read)
+    if sizes:
+        inputs = sizes.examples(inputs, values, mode)
+        fixed = sizes.fixed(fixed, values, mode)
+    fakes = _fakes(inputs, mode)
     fixed = batched(fixed, fakes)
     _refuse_effects(fixed.graph)
     memory = [_memory(fake) for fake in fakes]
     graph_module = retrace(fixed, fakes, DECOMPOSITIONS)
     _leave_in_place(graph_module.graph, memory)
     sources = input_sources(captured)
-    graph_module.meta["writes"], graph_module.meta["sizes"] = False, sizes or {}
+    graph_module.meta |= {"writes": False, "sizes": values, "numbers": read}
     returned = graph_module.graph.output_node()
     model, given = roles.model_name(sources), graph_module.graph.find_nodes(op="placeholder")
     for node, source, value in zip(given, sources, inputs, strict=True):
@@ -103,6 +118,24 @@ def to_aten(
     numbers.refuse_changing(graph_module.graph)
     graph_module.recompile()
     return graph_module
+
+
+def _fakes(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Fake tensors like ``inputs``, one for each.
+
+    A tracer knows tensors by identity. Two that are one now (numbers that vary are, while they are
+    equal) may be two at another call.
+    """
+    found: list[Any] = []
+    known: set[int] = set()
+    for value in inputs:
+        fake = value
+        if isinstance(value, Tensor):
+            fake = mode.from_tensor(value, static_shapes=True)
+            fake = fake.detach() if id(fake) in known else fake  # in the same memory
+            known.add(id(fake))
+        found.append(fake)
+    return found
 
 
 def chooses_kernels(captured: fx.GraphModule) -> bool:

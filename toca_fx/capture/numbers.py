@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from toca_fx.capture.inline import inlined
 from toca_fx.capture.sources import user_line
 from toca_fx.diagnostics import UnsupportedModelError
-from toca_fx.graph.edit import ancestors, used_inputs
+from toca_fx.graph.edit import ancestors, put_value, used_inputs
 from toca_fx.graph.ops import aten
 from toca_fx.torch_private import enter_autocast, exit_autocast
 
@@ -216,13 +216,7 @@ def _fix(node: fx.Node, read: _Read, number: Number) -> None:
         new.meta = {key: kept for key, kept in node.meta.items() if key != "unbacked_bindings"}
         node.replace_all_uses_with(new)
         return
-
-    def known(operand: fx.Node) -> Any:
-        return number if operand is node else operand
-
-    for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, known)
-        user.kwargs = fx.node.map_arg(user.kwargs, known)
+    put_value(node, number)
 
 
 def _is_spare(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ how sizes depend on each other is told by ``expressions``.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import random
 import re
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from toca_fx.capture.sources import input_sources
+from toca_fx.graph.edit import put_value
 from toca_fx.torch_private import FakeTensor, FakeTensorMode, computed, tree_leaves, tree_map
 
 Values = Mapping[sympy.Symbol, int]
@@ -113,8 +115,9 @@ class Sizes:
 
     def examples(self, inputs: Sequence[Any], sizes: Values, mode: FakeTensorMode) -> list[Any]:
         """``inputs`` as they would be at ``sizes``: numbers, and fake tensors of ``mode``."""
+        known = _evaluated(sizes)
         return [
-            value if own is None or not _is_symbolic(own) else _at(own, sizes, mode)
+            value if own is None or not _is_symbolic(own) else _at(own, known, mode)
             for value, own in zip(inputs, self._inputs, strict=True)
         ]
 
@@ -125,16 +128,16 @@ class Sizes:
         if not self:
             return captured
         module = fx.GraphModule(captured, copy.deepcopy(captured.graph))
-        module.meta = captured.meta
+        module.meta, known = captured.meta, _evaluated(sizes)
         for node in module.graph.nodes:
             value = node.meta.get("example_value")
             if value is None or not _is_symbolic(value) or not _is_known(value, self._places):
                 continue
             node.meta["example_value"] = found = tree_map(
-                lambda each: _at(each, sizes, mode), value
+                lambda each: _at(each, known, mode), value
             )
             if all(isinstance(each, (int, float)) for each in tree_leaves(found)):
-                _put(node, found)
+                put_value(node, found)
         for node in reversed(module.graph.nodes):
             numbers = tree_leaves(node.meta.get("example_value"))
             spare = node.op in ("call_function", "call_method") and not node.users
@@ -177,29 +180,23 @@ def _is_known(value: Any, known: Mapping[sympy.Symbol, Any]) -> bool:
     return plain and symbols <= known.keys()
 
 
-def _at(value: Any, sizes: Values, mode: FakeTensorMode) -> Any:
-    """A number, or a fake tensor of ``mode``, as it is for ``sizes``."""
+def _evaluated(sizes: Values) -> Callable[[sympy.Expr], Any]:
+    """What gives the numbers of expressions; the same few come again and again."""
+    return functools.cache(lambda expression: computed(expression, sizes))
+
+
+def _at(value: Any, known: Callable[[sympy.Expr], Any], mode: FakeTensorMode) -> Any:
+    """A number, or a fake tensor of ``mode``, as it is where expressions have ``known`` numbers."""
     if isinstance(value, _SYMBOLIC):
-        return computed(value.node.expr, sizes)
+        return known(value.node.expr)
     if not isinstance(value, Tensor):
         return value
     shape, stride = (
-        [size if isinstance(size, int) else computed(size.node.expr, sizes) for size in of]
+        [size if isinstance(size, int) else known(size.node.expr) for size in of]
         for of in (value.shape, value.stride())
     )
     with mode:
         return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-
-
-def _put(node: fx.Node, found: Any) -> None:
-    """Let the users of ``node`` have its value."""
-
-    def known(operand: fx.Node) -> Any:
-        return found if operand is node else operand
-
-    for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, known)
-        user.kwargs = fx.node.map_arg(user.kwargs, known)
 
 
 def _moved(

@@ -20,7 +20,13 @@ from torch import Tensor, fx, nn
 from toca_fx.capture.sources import input_sources, model_class, name_inputs
 from toca_fx.diagnostics import UnsupportedModelError
 from toca_fx.graph import roles
-from toca_fx.torch_private import DisableTorchFunctionSubclass, is_opaque, is_wrapper, tree_leaves
+from toca_fx.torch_private import (
+    DisableTorchFunctionSubclass,
+    EnableTorchFunction,
+    is_opaque,
+    is_wrapper,
+    tree_leaves,
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,11 @@ def refuse_opaque(model: nn.Module) -> None:
 def as_plain() -> AbstractContextManager[Any]:
     """Inside, tensors of classes of their own act as plain ones, and results are plain."""
     return DisableTorchFunctionSubclass()
+
+
+def as_themselves() -> AbstractContextManager[Any]:
+    """Inside, tensors of classes of their own act as such again: graphs are traced of that."""
+    return EnableTorchFunction()
 
 
 def unwrapped(captured: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Unwrapping]:

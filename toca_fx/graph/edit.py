@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
 from torch import fx
 
@@ -22,6 +23,17 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
             if node not in ends:
                 pending.extend(node.all_input_nodes)
     return found
+
+
+def put_value(node: fx.Node, value: Any) -> None:
+    """Let the users of ``node`` have ``value``, a number or a list of such, in its place."""
+
+    def known(operand: fx.Node) -> Any:
+        return value if operand is node else operand
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, known)
+        user.kwargs = fx.node.map_arg(user.kwargs, known)
 
 
 def is_check(node: fx.Node) -> bool:

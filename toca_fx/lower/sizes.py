@@ -113,7 +113,7 @@ class Shared:
         if len(codes) == _MOST_OF_ONE - 1:
             log.warning(
                 "toca_fx: a graph has been compiled for %d sizes that cannot share code (%s); the "
-                "code used least recently goes from now on",
+                "oldest code goes from now on",
                 _MOST_OF_ONE,
                 reason,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from toca_fx.torch_private import FakeTensorMode
 
 Values = Mapping[sympy.Symbol, int]
 Number = int | float
+
+_OWN = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def skeleton(graph: Sized) -> tuple[Hashable, tuple[Number, ...]]:
     inputs = [of_input(value) for value in graph.inputs]
     body = []
     for node in graph.module.graph.nodes:
-        if node.op == "get_attr":  # a table or code of this graph alone
-            target: object = id(getattr(graph.module, str(node.target), None))
+        if node.op == "get_attr":  # a table or code of this graph alone, whatever it is like
+            target: object = f"own {next(_OWN)}"
         else:
             target = "" if node.op == "placeholder" else str(node.target)
         arguments = mapped((node.args, node.kwargs), take, nodes=True)

@@ -34,6 +34,9 @@ from torch._C import _autocast_supported_devices as autocast_devices
 # failed leaves its pool open.
 from torch._C import _cuda_endAllocateToPool as end_allocate_to_pool
 
+# And a region in such a region where they act as themselves again.
+from torch._C import _EnableTorchFunction as EnableTorchFunction
+
 # One question at every call of a model instead of one per type of device.
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 
@@ -159,6 +162,7 @@ __all__ = [
     "DimDynamic",
     "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
+    "EnableTorchFunction",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",

@@ -119,3 +119,26 @@ def test_it_may_be_an_argument_and_a_whole_number(count: Count) -> None:
     torch._dynamo.reset()
     changing(INPUTS["times"], count, scales=(2, 3, 5, 7))
     assert count.prepared == 4
+
+
+def test_numbers_that_are_equal_at_first_may_differ_later(count: Count) -> None:
+    """In a graph that is traced whole, as something in it is written in place."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 1.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            written = x.clone()
+            written[0].mul_(2)
+            return written.sin() / self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Linear(4, 4), Scaled()).eval()
+    fast = toca_fx.compile(model, make_policy(N={"base": 1}), inner="eager", dynamic=True)
+    x = torch.randn(2, 3, 4)
+    for scales in ((1.5, 1.5), (1.5, 2.5), (3.0, 2.0)):
+        model[1].scale, model[3].scale = scales
+        with torch.no_grad():
+            assert torch.equal(fast(x), model(x)), scales
+    assert (count.captured, count.prepared) == (1, 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,12 +129,12 @@ class Sized:
         self.eager = toca_fx.compile(copy.deepcopy(self.model), policy, inner="eager")
         self._inputs = MODELS[name]
 
-    def inputs(self, size: Size) -> Inputs:
+    def inputs(self, size: Size, dtype: torch.dtype = torch.float64) -> Inputs:
         torch.manual_seed(0)
         _, whole = build(self.example, batch=size["batch"])
         found = {**whole, **self._inputs(size)}
         return {
-            name: value.double()
+            name: value.to(dtype)
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for name, value in found.items()
@@ -191,6 +192,38 @@ def test_dynamo_may_be_told() -> None:
         assert (outputs[0] - whole).abs().max() < 1e-12
         assert report.kinds == {"full": 2, "partial": 2}
     assert not report.compiled_graphs
+
+
+def test_a_region_of_autocast_is_that_of_other_sizes_too() -> None:
+    """They are analysed where steps are compiled: autocast is off there, and in the graph."""
+    sized = Sized("PixArtTransformer2DModel", dynamic=True)
+    sized.model.float()
+    kinds = []
+    for size in drawn(2):
+        inputs = {
+            name: value.float()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in sized.inputs(size).items()
+        }
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, report = sized.run(sized.fast, inputs)
+            whole = sized.model(**vary(sized.example, inputs, 0, STEPS))[0]
+        assert torch.equal(outputs[0], whole)
+        kinds.append((report.compiled_graphs, report.kinds))
+    assert kinds == [(2, {"full": 2, "partial": 2}), (0, {"full": 2, "partial": 2})]
+
+
+def test_inputs_are_not_kept_for_sizes_to_come() -> None:
+    """A size is analysed later on as well, by what is known of the first call's inputs."""
+    sized = Sized("FluxTransformer2DModel", dynamic=True)
+    inputs = sized.inputs(next(drawn(1)))
+    given = weakref.ref(inputs["encoder_hidden_states"])
+    with toca_fx.session(STEPS):
+        sized.fast(**vary(sized.example, inputs, 0, STEPS))
+    del inputs
+    gc.collect()
+    assert given() is None
 
 
 @pytest.mark.slow(reason="200 sizes, a second each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def compiler(found: list[list[Any]]) -> Compiled:
 
 def sized(function: Callable[[Tensor], Any], sizes: Mapping[sympy.Symbol, int]) -> Sized:
     """``function`` of [2, tokens, 4], as a graph for so many tokens."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     with mode:
         given = torch.empty(2, sizes[TOKENS], 4)
     module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(given)
@@ -137,6 +138,22 @@ def test_what_the_compiler_asks_is_asked_of_other_sizes(compiled: list[list[Any]
     assert "x.shape[1]" in fitted(13).reason
     assert not fitted(15).reason
     assert len(compiled) == 2
+
+
+def added(table: Tensor, x: Tensor) -> Any:
+    return (x + table,)
+
+
+def test_tables_in_a_graph_are_its_own(compiled: list[list[Any]]) -> None:
+    """Another one may lie where the first one lay."""
+    shared = Shared((TOKENS,))
+    for number in range(3):
+        table = torch.full((4,), float(number))
+
+        add = functools.partial(added, table)
+        check(fit(shared, compiled, 12, add), 12, add)
+        del table, add
+    assert len(compiled) == 3
 
 
 def test_a_size_of_one_is_another(compiled: list[list[Any]]) -> None:
